@@ -1,0 +1,35 @@
+"""Runs every ```python block of README.md and docs/ as a test, one namespace a document."""
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def _enter_document(namespace: dict[str, Any]) -> None:
+    # A directory of its own, so that figures which a snippet saves do not land in the tree.
+    directory = tempfile.TemporaryDirectory()
+    namespace["_outside"] = directory, os.getcwd(), torch.get_default_dtype()
+    os.chdir(directory.name)
+    torch.manual_seed(0)
+
+
+def _leave_document(namespace: dict[str, Any]) -> None:
+    directory, cwd, dtype = namespace["_outside"]
+    torch.set_default_dtype(dtype)
+    os.chdir(cwd)
+    directory.cleanup()
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+    excludes=["docs/_build/*", "docs/_build/**/*"],
+    setup=_enter_document,
+    teardown=_leave_document,
+).pytest()

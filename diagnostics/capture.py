@@ -1,0 +1,356 @@
+"""Run a model once and cut its autograd tape at chosen modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from diagnostics.backends import fork_rng, plain_autograd, twice_differentiable
+from diagnostics.errors import CaptureError
+from diagnostics.graph import Graph, Node
+from diagnostics.selection import OUTPUT, Selection, select_modules
+from diagnostics.tape import Function, ancestry
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def capture(
+    model: nn.Module,
+    inputs: Any,
+    loss_fn: Callable[[Any], Tensor],
+    nodes: Selection = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Graph:
+    """Run ``model`` on one batch and return it as a graph of activation nodes.
+
+    The output of each chosen module is replaced, during this one forward pass, by a detached copy that requires grad.
+    The pass then leaves one small piece of autograd tape per node, whose leaves are the node's parents and parameters.
+    So any eager model works: control flow, functional calls (they belong to the node whose tape holds them), modules
+    called several times (one node a call: ``"fc"``, ``"fc@1"``), shared weights, tuple outputs (one node a tensor:
+    ``"lstm[0]"``, ``"lstm[1]"``).
+
+    The rule for ``nodes=None``: the modules that a person would name as layers or blocks.
+
+    1. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened; so is a lone child of the model (a wrapper).
+    2. Every other direct child that has parameters is a layer (or a block, if it has children), except normalisations
+       (class name ending in ``Norm``, ``Norm1d``, …) and learned activations (``PReLU``).
+    3. Inside a ``Sequential``, what follows a layer and is none itself — activation, normalisation, pooling, dropout
+       — belongs to it: the node is the output of the last of them. A ``Sequential`` with one layer is that layer.
+    4. Of these modules' outputs, tensors whose first dimension is not the batch are left uncut.
+
+    The model's output is always the last node: under the name of the module that returned that very tensor, if that
+    was chosen, and as ``"output"`` otherwise. Tables leave it out unless ``nodes`` asked for it.
+
+    The model runs in the mode it is in. With dropout in training mode the blocks are those of the network with this
+    pass's mask, the one that the next forward pass of the model would have drawn. Batch-norm in training mode couples
+    the samples (``graph.coupled``). The model, its buffers, its grads and the global random state are left as found.
+
+    Args:
+        model: The network; eager, in float32 or float64.
+        inputs: A tensor ``(B, …)`` or whatever the model takes: a tuple is passed as ``model(*inputs)``, a dict as
+            ``model(**inputs)``. B is the first dimension of the first tensor.
+        loss_fn: ``loss_fn(z) -> scalar``, of the model's output z.
+        nodes: None (the rule above), an iterable of module names or shell patterns (``["layer*", "fc"]``; the name
+            ``"output"`` makes the output a chosen node), or a predicate ``(name, module) -> bool``.
+        reduction: How the loss reduces over the batch. It changes no block, only what ``blocks.mean()`` means.
+
+    Returns:
+        The :class:`diagnostics.Graph`.
+
+    Raises:
+        CaptureError: the model is scripted or compiled, runs without gradients, or returns no floating tensor; a
+            tensor is complex, half precision or not strided; the batch is empty; ``nodes`` names no module, or one
+            that was not called; the output is detached from the nodes; the loss is not a finite real scalar that
+            depends on the output. The message names the module and the way out.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+    _check_model(model)
+    batch_size = _check_inputs(inputs)
+    modules = select_modules(model, nodes)
+    output_named = nodes is not None and not callable(nodes) and OUTPUT in nodes
+    tensors = [*model.parameters(), *model.buffers(), *_tensors(inputs)]
+    automatic = nodes is None
+    cuts = _Cuts(batch_size, skip_unbatched=automatic)
+
+    with ExitStack() as stack:
+        stack.enter_context(plain_autograd())
+        stack.enter_context(twice_differentiable())
+        stack.enter_context(fork_rng(tensors))
+        fresh = tree_map(_private_copy, inputs)
+        with ExitStack() as hooks:
+            for name, module in modules.items():
+                handle = module.register_forward_hook(cuts.hook(name))
+                hooks.callback(handle.remove)
+            result = _forward(model, fresh)
+        if not automatic:
+            _check_all_called(modules, cuts)
+        z, outputs = cuts.cut_output(result)
+        loss = loss_fn(z)
+
+    return _assemble(model, cuts, outputs, automatic, output_named, loss, reduction, batch_size)
+
+
+class _Cuts:
+    """The cuts made so far, in the order of the forward pass: a topological order."""
+
+    def __init__(self, batch_size: int, skip_unbatched: bool) -> None:
+        self.batch_size = batch_size
+        self.skip_unbatched = skip_unbatched
+        self.values: dict[str, Tensor] = {}
+        self.segments: dict[str, Tensor] = {}
+        self.modules: dict[str, nn.Module | None] = {}
+        self.calls: dict[str, int] = {}
+        self._handed_on: dict[Function, str] = {}
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def cut_output_of_module(module: nn.Module, _: Any, output: Any) -> Any:
+            call = self.calls.get(name, 0)
+            self.calls[name] = call + 1
+            if not torch.is_grad_enabled():
+                raise CaptureError(
+                    f"module {name!r} ran with gradients disabled (torch.no_grad inside the model, or reentrant "
+                    "checkpointing). Curvature needs the autograd tape: run the model without it."
+                )
+            return self._cut(f"{name}@{call}" if call else name, module, output)
+
+        return cut_output_of_module
+
+    def cut_output(self, result: Any) -> tuple[Any, tuple[str, ...]]:
+        """Cut the model's output where no chosen module has; returns it and the names of its nodes."""
+        leaves, _ = tree_flatten(result)
+        if not any(_is_floating(t) for t in leaves):
+            raise CaptureError(
+                f"the model returned no floating-point tensor but {type(result).__name__}; the loss must be a "
+                "function of a floating-point output."
+            )
+        already = {
+            self._handed_on[t.grad_fn]
+            for t in leaves
+            if isinstance(t, Tensor) and t.grad_fn is not None and t.grad_fn in self._handed_on
+        }
+        before = set(self.values)
+        name = f"{OUTPUT} of the model" if OUTPUT in self.values else OUTPUT
+        z = self._cut(name, None, result, keep=already, skip_unbatched=False)
+        return z, tuple(n for n in self.values if n in already or n not in before)
+
+    def _cut(
+        self,
+        name: str,
+        module: nn.Module | None,
+        output: Any,
+        keep: set[str] = frozenset(),  # type: ignore[assignment]
+        skip_unbatched: bool | None = None,
+    ) -> Any:
+        skip_unbatched = self.skip_unbatched if skip_unbatched is None else skip_unbatched
+        leaves, spec = tree_flatten(output)
+        cuttable = [
+            i for i, t in enumerate(leaves) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+        ]
+        if not cuttable and module is not None and not skip_unbatched:
+            raise CaptureError(
+                f"module {name!r} returned no floating-point tensor, so it cannot be a node; leave it out of `nodes`."
+            )
+        for i in cuttable:
+            tensor = leaves[i]
+            if tensor.grad_fn is not None and self._handed_on.get(tensor.grad_fn) in keep:
+                continue
+            label = name if len(cuttable) == 1 else f"{name}[{i}]"
+            _check_tensor(tensor, f"the output of module {name!r}" if module is not None else "the model's output")
+            if skip_unbatched and (tensor.ndim == 0 or tensor.shape[0] != self.batch_size):
+                continue
+            value = tensor.detach().requires_grad_()
+            handed_on = value.clone()  # not a view: operations in place downstream must leave the leaf alone
+            assert handed_on.grad_fn is not None
+            self.values[label], self.segments[label], self.modules[label] = value, tensor, module
+            self._handed_on[handed_on.grad_fn] = label
+            leaves[i] = handed_on
+        return tree_unflatten(leaves, spec)
+
+
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    # Buffers are replaced by copies for this call: restoring them afterwards would invalidate the tape that saved them.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    try:
+        return torch.func.functional_call(model, buffers, args, kwargs)
+    except RuntimeError as error:
+        wrong = [t.dtype for t in _tensors(inputs) if not t.is_floating_point()]
+        if wrong and not isinstance(error, CaptureError) and "dtype" in str(error):
+            raise CaptureError(
+                f"the model does not accept inputs of dtype {wrong[0]} ({error}). Convert them first, for example "
+                "inputs.float() / 255 for images."
+            ) from error
+        raise
+
+
+def _assemble(
+    model: nn.Module,
+    cuts: _Cuts,
+    outputs: tuple[str, ...],
+    automatic: bool,
+    output_named: bool,
+    loss: Tensor,
+    reduction: str,
+    batch_size: int,
+) -> Graph:
+    order = {name: i for i, name in enumerate(cuts.values)}
+    node_of = {id(value): name for name, value in cuts.values.items()}
+    parameter_of = {id(p): name for name, p in model.named_parameters()}
+
+    def sources(tensor: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        leaves, _ = ancestry(tensor)
+        parents = sorted((node_of[id(t)] for t in leaves if id(t) in node_of), key=order.__getitem__)
+        parameters = [name for p, name in parameter_of.items() if any(id(t) == p for t in leaves)]
+        return tuple(parents), tuple(parameters)
+
+    links = {name: sources(segment) for name, segment in cuts.segments.items()}
+    _check_loss(loss, model, cuts)
+    loss_parents, _ = sources(loss)
+    if not loss_parents:
+        raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")
+    _check_connected(model, links, loss_parents, cuts)
+    nodes = tuple(
+        Node(
+            name=name,
+            parents=links[name][0],
+            children=tuple(child for child in order if name in links[child][0]),
+            parameters=links[name][1],
+            value=value,
+            segment=cuts.segments[name],
+            module=cuts.modules[name],
+        )
+        for name, value in cuts.values.items()
+    )
+    chosen = tuple(
+        n.name for n in nodes if (n.name not in outputs if automatic else n.module is not None or output_named)
+    )
+    return Graph(
+        nodes, chosen or outputs, outputs, loss, loss_parents, reduction, batch_size, dict(model.named_parameters())
+    )
+
+
+# What cannot be captured, and why
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{where} is scripted or traced (torch.jit): its tape cannot be cut. Capture the original nn.Module."
+            )
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
+            raise CaptureError(
+                f"{where} is compiled (torch.compile): compiled code has no second derivative. Capture the original "
+                "nn.Module (the one passed to torch.compile); both share their parameters."
+            )
+    for name, parameter in model.named_parameters():
+        _check_tensor(parameter, f"parameter {name!r}")
+
+
+def _check_inputs(inputs: Any) -> int:
+    tensors = _tensors(inputs)
+    if not tensors:
+        raise CaptureError(
+            f"inputs hold no tensor but {type(inputs).__name__}: pass a tensor (B, …), a tuple for model(*inputs) or a "
+            "dict for model(**inputs)."
+        )
+    if tensors[0].ndim == 0:
+        raise CaptureError("the first input is a scalar: inputs need a batch dimension, (B, …).")
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            _check_tensor(tensor, "an input")
+    if tensors[0].shape[0] == 0:
+        raise CaptureError(f"the batch is empty: the first input has shape {tuple(tensors[0].shape)}.")
+    return tensors[0].shape[0]
+
+
+def _check_tensor(tensor: Tensor, what: str) -> None:
+    if tensor.is_complex():
+        raise CaptureError(f"{what} is complex ({tensor.dtype}): curvature is defined for real networks only.")
+    if tensor.is_floating_point() and tensor.dtype not in _EXACT:
+        raise CaptureError(
+            f"{what} has dtype {tensor.dtype}, too coarse for second derivatives. Convert a copy of the model and its "
+            "inputs with .float() or .double(), and call capture outside torch.autocast."
+        )
+    if tensor.layout != torch.strided:
+        raise CaptureError(f"{what} is not a dense tensor ({tensor.layout}): make it dense first.")
+    if isinstance(tensor, nn.Parameter) and tensor.is_inference():
+        raise CaptureError(
+            f"{what} was made in inference mode and cannot be differentiated: make the model outside it."
+        )
+
+
+def _check_all_called(modules: dict[str, nn.Module], cuts: _Cuts) -> None:
+    for name in modules:
+        if name not in cuts.calls:
+            raise CaptureError(
+                f"module {name!r} was asked for but not called in the forward pass (its parameters may be used without "
+                "calling it). Leave it out of `nodes`, or choose a module around it."
+            )
+
+
+def _check_loss(loss: Tensor, model: nn.Module, cuts: _Cuts) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CaptureError(f"loss_fn must return a scalar tensor, got {got}. Reduce it, for example with .mean().")
+    _check_tensor(loss, "the loss")
+    if not loss.is_floating_point():
+        raise CaptureError(f"the loss has dtype {loss.dtype}: it must be a differentiable floating-point scalar.")
+    if not torch.isfinite(loss):
+        raise CaptureError(f"the loss is {loss.item()}. {_first_non_finite(model, cuts)}")
+    if not loss.requires_grad:
+        raise CaptureError(
+            "the loss is detached: loss_fn must return a tensor computed from z, not .item() or .detach()."
+        )
+
+
+def _first_non_finite(model: nn.Module, cuts: _Cuts) -> str:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"Parameter {name!r} is not finite."
+    for name, value in cuts.values.items():
+        if not torch.isfinite(value).all():
+            return f"The first node that is not finite is {name!r}: check the inputs and the module behind it."
+    return "All nodes are finite, so the loss function itself (or its targets) makes it."
+
+
+def _check_connected(
+    model: nn.Module,
+    links: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
+    loss_parents: tuple[str, ...],
+    cuts: _Cuts,
+) -> None:
+    connected = any(parents or parameters for parents, parameters in (links[name] for name in loss_parents))
+    expected = len(links) > len(loss_parents) or any(p.requires_grad for p in model.parameters())
+    if expected and not connected:
+        raise CaptureError(
+            f"the model's output {loss_parents[0]!r} is detached from its nodes and parameters (.detach(), .data, "
+            "NumPy, or torch.no_grad inside forward), so no curvature flows back through it. Return it with its tape."
+        )
+
+
+def _private_copy(value: Any) -> Any:
+    """The tensor without the caller's tape, so that the graph ends here; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    copy = value.clone() if value.is_inference() else value.detach()
+    return copy.requires_grad_(value.requires_grad) if copy.is_floating_point() else copy
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -1,0 +1,60 @@
+"""Do the samples of a batch influence each other?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diagnostics.tape import batched_vjp
+
+if TYPE_CHECKING:
+    from diagnostics.graph import Graph
+
+
+def couples_samples(graph: Graph) -> bool:
+    """Whether any node or the loss of ``graph`` mixes samples.
+
+    Every two samples differ in a bit of their index. For each bit, a vector-Jacobian product with a random cotangent
+    on the samples where the bit is set must vanish exactly on the others, and the other way round: 2⌈log₂ B⌉ batched
+    products a node find every coupled pair (but for cancellation by accident, of probability zero). For the loss the
+    products are those of its gradient with respect to the output.
+    """
+    if graph.batch_size == 1:
+        return False
+    if not all(graph.is_batched(node) for node in graph.nodes):
+        return True
+    masks = _bit_masks(graph.batch_size)
+    inner = [node for node in graph.nodes if node.parents]
+    if inner and mixes([n.segment for n in inner], [n.value for n in graph.nodes if n.children], masks):
+        return True
+    sources = [graph[name].value for name in graph.loss_parents]
+    gradients = torch.autograd.grad(graph.loss, sources, create_graph=True, materialize_grads=True)
+    curved = [g for g in gradients if g.requires_grad]
+    return bool(curved) and mixes(curved, sources, masks)
+
+
+def mixes(outputs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Tensor) -> bool:
+    """Whether entries of ``outputs`` at some samples depend on ``inputs`` at other samples.
+
+    Args:
+        outputs: Tensors ``(B, …)`` with a tape.
+        inputs: Tensors ``(B, …)`` on that tape.
+        masks: ``(m, B)`` booleans: the samples where each of m random cotangents lives.
+    """
+    generator = torch.Generator().manual_seed(0)
+    masks = masks.to(outputs[0].device)
+    cotangents = []
+    for output in outputs:
+        noise = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
+        cotangents.append(masks.view(*masks.shape, *[1] * (output.ndim - 1)) * noise)
+    products = batched_vjp(outputs, inputs, cotangents)
+    return any(bool((p.flatten(2).abs().sum(2) * ~masks).any()) for p in products if p is not None)
+
+
+def _bit_masks(batch_size: int) -> Tensor:
+    index = torch.arange(batch_size)
+    bits = torch.stack([(index >> k) & 1 for k in range((batch_size - 1).bit_length())]).bool()
+    return torch.cat([bits, ~bits])

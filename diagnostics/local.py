@@ -1,0 +1,147 @@
+"""Local derivatives of each node: Jacobians D, back-propagated signals δ, local curvatures K (docs/recursion.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from diagnostics.closed_form import DenseLayer
+from diagnostics.errors import DiagnosticsError
+from diagnostics.graph import Graph, Node
+from diagnostics.tape import ancestry, batched_vjp, differentiable_once
+
+Curvature: TypeAlias = dict[tuple[str, str], Tensor]
+"""``K[p, q]`` of one node for parents ``p`` not before ``q``, ``(S, d_p, d_q)``; absent where structurally zero."""
+
+LOSS = ""
+"""Key of the loss among the nodes that have a local curvature: no module has an empty name."""
+
+
+@dataclass
+class LocalDerivatives:
+    """What the block recursion needs to know of every node.
+
+    Attributes:
+        jacobians: ``jacobians[u][p]`` = D[u,p] = ∂g_u/∂f_p, ``(S, d_u, d_p)``, other parents held fixed.
+        signals: ``signals[u]`` = δ_u = ∂L/∂e_u, ``(S, d_u)``; absent for nodes that do not reach the loss.
+        curvatures: ``curvatures[u]`` = K_u, Σ_i δ_{u,i} ∂²g_{u,i}/∂f_p∂f_q; under :data:`LOSS` the loss's own ∇²ℓ.
+    """
+
+    jacobians: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    curvatures: dict[str, Curvature] = field(default_factory=dict)
+
+
+def differentiate(graph: Graph) -> LocalDerivatives:
+    """Local Jacobians, signals and curvatures of all nodes of ``graph``, by vectorised vector-Jacobian products.
+
+    Costs d_u products for D[u, ·] and d_p products of second order for K_u[p, ·] on the tape of node u alone, each
+    for all samples at once; nothing of the kind for nodes with a closed form (:mod:`diagnostics.closed_form`).
+    """
+    local = LocalDerivatives()
+    signals: dict[str, Tensor] = {}
+    parents = [graph[name] for name in graph.loss_parents]
+    slopes = _slopes("the loss", graph.loss, parents, torch.ones_like(graph.loss))
+    _accumulate(signals, parents, slopes)
+    local.curvatures[LOSS] = _curvature(graph, "the loss", parents, slopes)
+    for node in reversed(graph.nodes):
+        u = node.name
+        parents = [graph[name] for name in node.parents]
+        signal = signals.get(u)
+        if signal is not None:
+            local.signals[u] = signal.reshape(graph.samples, -1)
+        where = f"node {u!r}"
+        layer = None if graph.coupled else DenseLayer.recognise(node, parents)
+        if layer is not None:
+            with _named_errors(where):
+                _differentiate_layer(local, layer, node, parents[0], signals)
+        elif parents:
+            local.jacobians[u] = dict(_jacobians(graph, where, node.segment, node, parents))
+            if signal is not None:
+                slopes = _slopes(where, node.segment, parents, signal)
+                _accumulate(signals, parents, slopes)
+                local.curvatures[u] = _curvature(graph, where, parents, slopes)
+        else:
+            local.jacobians[u] = {}
+    return local
+
+
+def _differentiate_layer(
+    local: LocalDerivatives, layer: DenseLayer, node: Node, parent: Node, signals: dict[str, Tensor]
+) -> None:
+    slope = layer.slope(node.segment)
+    local.jacobians[node.name] = {parent.name: layer.jacobian(slope, len(node.value))}
+    signal = signals.get(node.name)
+    if signal is not None:
+        _accumulate(signals, [parent], [layer.back(slope, signal)])
+        curvature = layer.curvature(slope, signal)
+        local.curvatures[node.name] = {} if curvature is None else {(parent.name, parent.name): curvature}
+
+
+def _accumulate(signals: dict[str, Tensor], parents: Sequence[Node], slopes: Sequence[Tensor | None]) -> None:
+    for parent, slope in zip(parents, slopes, strict=True):
+        if slope is not None:
+            slope = slope.detach()
+            signals[parent.name] = signals[parent.name] + slope if parent.name in signals else slope
+
+
+def _curvature(graph: Graph, where: str, parents: Sequence[Node], slopes: Sequence[Tensor | None]) -> Curvature:
+    """K[p, q] for p not before q: the Jacobian of ∂(δ·g)/∂f_p with respect to f_q."""
+    curvature: Curvature = {}
+    for i, (parent, slope) in enumerate(zip(parents, slopes, strict=True)):
+        if slope is not None and slope.requires_grad:
+            for name, block in _jacobians(graph, where, slope, parent, parents[: i + 1]):
+                curvature[parent.name, name] = block
+    return curvature
+
+
+def _jacobians(
+    graph: Graph, where: str, output: Tensor, shape_of: Node, inputs: Sequence[Node]
+) -> Iterator[tuple[str, Tensor]]:
+    """Per-sample Jacobians ``(S, d_out, d_in)`` of ``output``, which is shaped like node ``shape_of``.
+
+    Yields the name and the Jacobian of those of ``inputs`` that it depends on.
+    """
+    size = graph.size(shape_of)
+    one_hot = torch.eye(size, dtype=output.dtype, device=output.device)
+    # one cotangent seeds the same entry in every sample: samples do not mix, so all are answered at once
+    cotangents = repeat(one_hot, "d e -> d s e", s=graph.samples).reshape(size, *output.shape)
+    with _named_errors(where):
+        rows = batched_vjp([output], [node.value for node in inputs], [cotangents])
+    for node, row in zip(inputs, rows, strict=True):
+        if row is not None:
+            yield node.name, rearrange(row.reshape(size, graph.samples, -1), "d s p -> s d p")
+
+
+def _slopes(where: str, output: Tensor, parents: Sequence[Node], signal: Tensor) -> list[Tensor | None]:
+    """∂(signal · output)/∂f_p for each parent, with a tape of their own; None where ``output`` does not depend on p."""
+    # A product with the signal that does not depend on the signal was computed off the tape: its curvature would be
+    # silently zero.
+    signal = signal.detach().requires_grad_()
+    with _named_errors(where):
+        slopes = torch.autograd.grad(output, [p.value for p in parents], signal, create_graph=True, allow_unused=True)
+        for parent, slope in zip(parents, slopes, strict=True):
+            if slope is None:
+                continue
+            leaves, _ = ancestry(slope)
+            on_tape = slope is signal or any(leaf is signal for leaf in leaves)
+            if not on_tape or differentiable_once(slope):
+                raise RuntimeError(f"the backward of an operation behind {parent.name!r} is not itself differentiable.")
+    return list(slopes)
+
+
+@contextmanager
+def _named_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise DiagnosticsError(
+            f"{where} cannot be differentiated twice: {error} Choose nodes so that this operation is not between them, "
+            "or replace it by one with a second derivative."
+        ) from error

@@ -1,0 +1,151 @@
+"""Tables of metrics: they print, and convert to a dict or a pandas frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHOWN = {"resonance": "R", "coupling": "C", "stable_rank": "D", "gn_gap": "Gap"}
+_MOST_ROWS = 60
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MetricTable:
+    """Curvature metrics of every pair of nodes; made by :func:`diagnostics.metrics`.
+
+    All tensors are ``(n, n)``, symmetric, in the order of ``nodes``.
+
+    Attributes:
+        nodes: Names of the nodes, in topological order.
+        resonance: R = ‖H[v,w]‖_F.
+        coupling: C = R(v,w) / √(R(v,v) R(w,w)).
+        stable_rank: D = ‖H‖_F² / ‖H‖₂².
+        gn_gap: Gap = ‖H^T‖_F / (‖H^GN‖_F + 1e-12).
+        gn_norm: ‖H^GN‖_F.
+        tensor_norm: ‖H^T‖_F.
+        distance: Length of the shortest undirected path.
+    """
+
+    nodes: tuple[str, ...]
+    resonance: Tensor
+    coupling: Tensor
+    stable_rank: Tensor
+    gn_gap: Tensor
+    gn_norm: Tensor
+    tensor_norm: Tensor
+    distance: Tensor
+
+    @property
+    def gap_ratio(self) -> float:
+        """Σ‖H^T‖ / Σ‖H^GN‖ over the pairs v ≤ w: the gap of the paper's tables, governed by the largest blocks.
+
+        The mean of ``gn_gap`` weighs all pairs alike; the two can differ a hundredfold.
+        """
+        upper = self._upper()
+        return _ratio(self.tensor_norm[upper].sum().item(), self.gn_norm[upper].sum().item())
+
+    def by_distance(self) -> DistanceTable:
+        """The metrics averaged over the pairs v ≤ w at each graph distance, NaN left out."""
+        v, w = self._upper()
+        at = self.distance[v, w]
+        rows = []
+        for d in at.unique().tolist():
+            here = (v[at == d], w[at == d])
+            gap = _ratio(self.tensor_norm[here].sum().item(), self.gn_norm[here].sum().item())
+            means = {name: getattr(self, name)[here].nanmean().item() for name in _SHOWN}
+            rows.append(DistanceRow(distance=d, pairs=len(here[0]), **means, gap_ratio=gap))
+        return DistanceTable(tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and nested lists, ready for JSON (but for NaN and infinity)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v.tolist() if isinstance(v, Tensor) else list(v) for name, v in values.items()}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per pair v ≤ w; needs pandas."""
+        import pandas as pd
+
+        v, w = self._upper()
+        metrics = {f.name: getattr(self, f.name)[v, w].tolist() for f in fields(self) if f.name != "nodes"}
+        return pd.DataFrame({"v": [self.nodes[i] for i in v], "w": [self.nodes[i] for i in w], **metrics})
+
+    def _upper(self) -> tuple[Tensor, Tensor]:
+        v, w = torch.triu_indices(len(self.nodes), len(self.nodes), device=self.distance.device)
+        return v, w
+
+    def __str__(self) -> str:
+        v, w = self._upper()
+        lines = [f"{len(self.nodes)} nodes, {len(v)} pairs; sum of |H^T| / sum of |H^GN| = {self.gap_ratio:.3g}"]
+        if len(v) > _MOST_ROWS:
+            return "\n".join(
+                [
+                    *lines,
+                    f"by distance (more than {_MOST_ROWS} pairs; all are in the tensors):",
+                    str(self.by_distance()),
+                ]
+            )
+        order = sorted(range(len(v)), key=lambda i: (self.distance[v[i], w[i]].item(), i))
+        rows = []
+        for i in order:
+            pair = (int(v[i]), int(w[i]))
+            shown = [f"{getattr(self, name)[pair].item():.3g}" for name in _SHOWN]
+            rows.append([self.nodes[pair[0]], self.nodes[pair[1]], f"{self.distance[pair].item():g}", *shown])
+        return "\n".join([*lines, _format(["v", "w", "distance", *_SHOWN.values()], rows)])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class DistanceRow:
+    """Mean metrics of the pairs at one graph distance; ``gap_ratio`` is Σ‖H^T‖ / Σ‖H^GN‖ over them."""
+
+    distance: float
+    pairs: int
+    resonance: float
+    coupling: float
+    stable_rank: float
+    gn_gap: float
+    gap_ratio: float
+
+
+@dataclass(frozen=True, repr=False)
+class DistanceTable:
+    """Metrics by graph distance; made by :meth:`MetricTable.by_distance`."""
+
+    rows: tuple[DistanceRow, ...]
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """One list a column."""
+        return {f.name: [getattr(row, f.name) for row in self.rows] for f in fields(DistanceRow)}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per distance; needs pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.to_dict())
+
+    def __str__(self) -> str:
+        header = ["distance", "pairs", *_SHOWN.values(), "Gap (ratio of sums)"]
+        names = [f.name for f in fields(DistanceRow)]
+        return _format(header, [[f"{getattr(row, name):.3g}" for name in names] for row in self.rows])
+
+    __repr__ = __str__
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator == 0:
+        return 0.0 if numerator == 0 else float("inf")
+    return numerator / denominator
+
+
+def _format(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

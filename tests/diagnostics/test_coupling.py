@@ -1,0 +1,59 @@
+"""Detection of samples that influence each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diagnostics
+
+
+class _Mixes(nn.Module):
+    """Lets one sample read another: ``reader`` reads ``source``, all others only themselves."""
+
+    def __init__(self, reader: int, source: int) -> None:
+        super().__init__()
+        self.reader, self.source = reader, source
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        moved = torch.zeros_like(h)
+        moved[self.reader] = h[self.source]
+        return self.b(h + 1e-3 * moved)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5, 8])
+def test_every_single_coupled_pair_is_found(batch: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3)
+    for reader in range(batch):
+        for source in range(batch):
+            graph = diagnostics.capture(_Mixes(reader, source), x, lambda z: z.square().mean())
+            assert graph.coupled == (reader != source)
+
+
+@pytest.mark.parametrize(
+    ("layer", "coupled"),
+    [
+        (nn.BatchNorm1d(4), True),
+        (nn.BatchNorm1d(4).eval(), False),
+        (nn.LayerNorm(4), False),
+        (nn.Softmax(dim=0), True),
+        (nn.Softmax(dim=1), False),
+        (nn.GELU(), False),
+    ],
+)
+def test_layers_that_mix_samples_are_told_from_those_that_do_not(layer: nn.Module, coupled: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(layer, nn.Linear(4, 2)))
+    graph = diagnostics.capture(model, torch.randn(6, 3), lambda z: z.square().mean(), ["0"])
+    assert graph.coupled is coupled
+
+
+def test_a_loss_linear_in_a_batch_statistic_is_not_coupled() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(6, 3)
+    assert not diagnostics.capture(model, x, lambda z: z.mean()).coupled
+    assert diagnostics.capture(model, x, lambda z: z.mean().square()).coupled
+    assert not diagnostics.capture(model, x[:1], lambda z: z.mean().square()).coupled
