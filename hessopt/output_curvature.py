@@ -1,0 +1,101 @@
+"""Second derivative of the loss with respect to the network's output, one sample at a time, and its square root."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from diagnostics.errors import MemoryBudgetError
+from hessopt.errors import NotConvexError
+
+
+def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
+    """``K_b = ∂²ℓ / ∂z_b ∂z_b`` of every sample b, by batched double back-propagation.
+
+    Args:
+        loss: Scalar ℓ on the tape of ``output``; a sum over samples of functions of ``z_b`` alone, as the means and
+            sums of PyTorch's losses are (see :func:`hessopt.linear_factors.check_uncoupled`).
+        output: z, ``(B, …)``, with K entries a sample; not a leaf without grad.
+
+    Returns:
+        ``(B, K, K)``, symmetric, in at least float32.
+    """
+    batch, width = output.shape[0], output[0].numel()
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    zeros = output.new_zeros(batch, width, width, dtype=dtype)
+    (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
+    if not gradient.requires_grad or width == 0:
+        return zeros  # the loss is piecewise linear in z
+    seeds = _unit_seeds(output, width).reshape(width, *output.shape)
+    (rows,) = torch.autograd.grad(gradient, output, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    if rows is None:
+        return zeros
+    hessians = rearrange(rows.reshape(width, batch, width), "row b column -> b row column").to(dtype)
+    return (hessians + hessians.mT) / 2
+
+
+def curvature_roots(hessians: Tensor, precision: torch.dtype | None = None) -> Tensor:
+    """Square roots ``S_b`` with ``S_bᵀ S_b = K_b``, by the spectral decomposition.
+
+    Rows that are zero, up to rounding, for all samples are left out: the softmax cross-entropy over K classes has K-1.
+
+    Args:
+        hessians: ``(B, K, K)``, symmetric.
+        precision: The dtype that they were computed in, if that is less than their own.
+
+    Returns:
+        ``(K', B, K)`` with ``K' <= K``: entry ``[k, b]`` is row k of ``S_b``.
+
+    Raises:
+        NotConvexError: an eigenvalue is negative beyond rounding, or not finite.
+    """
+    batch, width, _ = hessians.shape
+    if not hessians.isfinite().all():
+        raise NotConvexError(
+            "the second derivative of the loss with respect to the network's output is not finite, although the loss "
+            "is. Use a loss that is twice differentiable at these outputs, e.g. computed from logits."
+        )
+    eigenvalues, eigenvectors = torch.linalg.eigh(hessians)
+    rounding = 4 * width * torch.finfo(hessians.dtype).eps
+    tolerance = 4 * width * torch.finfo(precision or hessians.dtype).eps
+    largest = float(eigenvalues.abs().amax()) if eigenvalues.numel() else 0.0
+    # Where the network is certain of every sample, K is a difference of numbers of order 1/B that cancel: rounding is
+    # then relative to these and not to K.
+    lowest = float(eigenvalues.amin()) if eigenvalues.numel() else 0.0
+    if lowest < -tolerance * max(largest, 1 / max(batch, 1)):
+        raise NotConvexError(
+            f"the loss is not convex in the network's output: its second derivative has the eigenvalue {lowest:.3g} "
+            f"(largest magnitude {largest:.3g}), so the Gauss-Newton matrix is not positive semidefinite. Let the "
+            "closure return `(loss, output)` with an output in which the loss is convex (logits instead of "
+            "probabilities), or `hessopt.LeastSquares(residuals)`; with maximize=True the loss must be concave."
+        )
+    kept = eigenvalues > rounding * largest
+    roots = rearrange(
+        torch.where(kept, eigenvalues, 0).sqrt().unsqueeze(1) * eigenvectors, "b column row -> row b column"
+    )
+    used: Tensor = roots[kept.any(dim=0)]
+    return used.contiguous()
+
+
+def residual_roots(residuals: Tensor) -> Tensor:
+    """The roots of ``½ Σ r²``, whose second derivative is the identity: ``(K, B, K)`` for residuals ``(B, …)``."""
+    dtype = torch.promote_types(residuals.dtype, torch.float32)
+    return _unit_seeds(residuals, residuals[0].numel()).to(dtype)
+
+
+def check_hessian_memory(output: Tensor, limit: int) -> None:
+    """Raise a MemoryBudgetError if the ``(B, K, K)`` second derivatives and their workspace exceed ``limit`` bytes."""
+    batch, width = output.shape[0], output[0].numel()
+    needed = 3 * batch * width**2 * max(output.element_size(), 4)
+    if needed > limit:
+        raise MemoryBudgetError(
+            f"the loss's second derivatives for {batch} samples with {width} outputs each need {needed / 2**30:.1f} "
+            f"GiB, more than the limit of {limit / 2**30:.1f} GiB. Use a smaller batch or raise memory_limit."
+        )
+
+
+def _unit_seeds(output: Tensor, width: int) -> Tensor:
+    """``(K, B, K)``: seed k is the k-th unit vector at every sample."""
+    unit = torch.eye(width, dtype=output.dtype, device=output.device)
+    return unit.unsqueeze(1).expand(width, output.shape[0], width)

@@ -1,0 +1,71 @@
+"""The Gauss-Newton model of the objective around the current parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagnostics.cliques import Cliques
+from hessopt.linear_solve import Factor, banded_solve
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """``m(d) = gᵀd + ½ ‖Ĵd‖² + ½ Σ ω d²``, the change of the objective ``f + ½ Σ ω θ²`` to second order.
+
+    Every list has an item for each layer, which is a list with an item for each trained parameter of the layer.
+
+    Attributes:
+        parameters: θ.
+        factors: Ĵ; ``ĴᵀĴ`` is the Gauss-Newton matrix of f.
+        gradients: g, the gradient of the objective, ``ω θ`` included.
+        lr: Factor on the step.
+        weight_decay: ω.
+    """
+
+    parameters: Sequence[Sequence[Tensor]]
+    factors: Sequence[Factor]
+    gradients: Sequence[Sequence[Tensor]]
+    lr: Sequence[Sequence[float]]
+    weight_decay: Sequence[Sequence[float]]
+
+    def step(self, damping: float, cliques: Cliques, memory_limit: int) -> list[list[Tensor]]:
+        """The change of the parameters by the banded solve with diagonal ``damping + ω``, times ``-lr``."""
+        diagonal = [[damping + decay for decay in decays] for decays in self.weight_decay]
+        solution = banded_solve(self.factors, self.gradients, diagonal, cliques, memory_limit=memory_limit)
+        return [[-lr * s for lr, s in zip(*pair, strict=True)] for pair in zip(self.lr, solution, strict=True)]
+
+    def gradient_norm(self) -> float:
+        """``‖g‖``."""
+        return math.sqrt(_total(g.square().sum() for gradients in self.gradients for g in gradients))
+
+    def predicted_reduction(self, step: Sequence[Sequence[Tensor]]) -> float:
+        """``-m(d)`` of a step d, whatever the bandwidth that it was solved with."""
+        change = torch.stack([factor.jvp(d) for factor, d in zip(self.factors, step, strict=True)]).sum(dim=0)
+        slope = _total(
+            (g * d).sum() for pair in zip(self.gradients, step, strict=True) for g, d in zip(*pair, strict=True)
+        )
+        decay = _total(
+            omega * d.square().sum()
+            for pair in zip(self.weight_decay, step, strict=True)
+            for omega, d in zip(*pair, strict=True)
+        )
+        return -slope - (float(change.square().sum()) + decay) / 2
+
+    def penalty_change(self, step: Sequence[Sequence[Tensor]]) -> float:
+        """``½ Σ ω ((θ + d)² - θ²)``, without the cancellation. To be called while the parameters are θ."""
+        return _total(
+            omega * (d * (p.detach() + d / 2)).sum()
+            for triple in zip(self.weight_decay, step, self.parameters, strict=True)
+            for omega, d, p in zip(*triple, strict=True)
+            if omega
+        )
+
+
+def _total(parts: Iterable[Tensor]) -> float:
+    collected = list(parts)
+    return float(torch.stack(collected).sum()) if collected else 0.0
