@@ -1,0 +1,67 @@
+# Every target sets up what it needs in $(VENV). Versions are pinned in constraints.txt; pip reads its own
+# configuration, so an index of CPU or CUDA builds of torch is chosen with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # two installations into one environment would race
+.PHONY: help demo test test-slow test-gpu snippets lint types docs bench dev clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-examples ## run the quickstart; writes quickstart.png
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.stamp-test ## run the fast tests and every code block of README.md and docs/
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.stamp-test ## run the tests marked slow
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(VENV)/.stamp-test ## run the tests marked gpu
+	$(BIN)/python -m pytest -m gpu
+
+snippets: $(VENV)/.stamp-test ## run every code block of README.md and docs/
+	$(BIN)/python -m pytest README.md docs
+
+lint: $(VENV)/.stamp-lint ## ruff: rules and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.stamp-lint ## mypy
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-docs ## build the documentation in docs/_build; warnings are errors
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build
+
+bench: $(VENV)/.stamp-examples ## time the blocks
+	$(BIN)/python examples/benchmark_blocks.py
+
+dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
+	$(BIN)/pre-commit install
+
+clean: ## remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: whatever follows finds it installed and cannot choose a larger build of it.
+# pip is upgraded before it, since the one a new environment starts with may know neither --group nor --build-constraint.
+$(VENV)/.stamp-torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml
+	$(PIP) --build-constraint constraints.txt $(INSTALL)
+	@touch $@
+
+$(VENV)/.stamp-examples: INSTALL = --editable ".[examples]"
+$(VENV)/.stamp-test:     INSTALL = --editable . --group test
+$(VENV)/.stamp-lint:     INSTALL = --editable ".[examples]" --group lint
+$(VENV)/.stamp-docs:     INSTALL = --editable ".[docs]"
+$(VENV)/.stamp-dev:      INSTALL = --editable ".[examples,docs]" --group dev
