@@ -17,35 +17,36 @@ if TYPE_CHECKING:
 def couples_samples(graph: Graph) -> bool:
     """Whether any node or the loss of ``graph`` mixes samples.
 
-    Every two samples differ in a bit of their index. For each bit, a vector-Jacobian product with a random cotangent
-    on the samples where the bit is set must vanish exactly on the others, and the other way round: 2⌈log₂ B⌉ batched
-    products a node find every coupled pair (but for cancellation by accident, of probability zero). For the loss the
-    products are those of its gradient with respect to the output.
+    Nodes are tested with respect to their parents, and of the loss the gradient with respect to the output.
     """
     if graph.batch_size == 1:
         return False
     if not all(graph.is_batched(node) for node in graph.nodes):
         return True
-    masks = _bit_masks(graph.batch_size)
     inner = [node for node in graph.nodes if node.parents]
-    if inner and mixes([n.segment for n in inner], [n.value for n in graph.nodes if n.children], masks):
+    if inner and mixes_samples([n.segment for n in inner], [n.value for n in graph.nodes if n.children]):
         return True
     sources = [graph[name].value for name in graph.loss_parents]
     gradients = torch.autograd.grad(graph.loss, sources, create_graph=True, materialize_grads=True)
     curved = [g for g in gradients if g.requires_grad]
-    return bool(curved) and mixes(curved, sources, masks)
+    return bool(curved) and mixes_samples(curved, sources)
 
 
-def mixes(outputs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Tensor) -> bool:
+def mixes_samples(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether entries of ``outputs`` at some samples depend on ``inputs`` at other samples.
+
+    Every two samples differ in a bit of their index. For each bit, a vector-Jacobian product with a random cotangent
+    on the samples where the bit is set must vanish exactly on the others, and the other way round: 2⌈log₂ B⌉ batched
+    products find every coupled pair (but for cancellation by accident, of probability zero).
 
     Args:
         outputs: Tensors ``(B, …)`` with a tape.
         inputs: Tensors ``(B, …)`` on that tape.
-        masks: ``(m, B)`` booleans: the samples where each of m random cotangents lives.
     """
+    if len(outputs[0]) == 1:
+        return False
     generator = torch.Generator().manual_seed(0)
-    masks = masks.to(outputs[0].device)
+    masks = _bit_masks(len(outputs[0])).to(outputs[0].device)
     cotangents = []
     for output in outputs:
         noise = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from diagnostics.errors import DiagnosticsError
+
 Function: TypeAlias = torch.autograd.graph.Node
 """A node of the autograd tape (a ``grad_fn``)."""
 
@@ -77,7 +79,8 @@ def batched_vjp(
         it.
 
     Raises:
-        RuntimeError: the products are not finite, or an operation has no derivative.
+        DiagnosticsError: the products are not finite.
+        RuntimeError: an operation has no derivative.
     """
     count = len(cotangents[0])
     weights = torch.cos(torch.arange(1, count + 1, dtype=outputs[0].dtype)).to(outputs[0].device)
@@ -97,7 +100,7 @@ def batched_vjp(
         products = [None if e is None else next(found) for e in expected]
         if all(_agree(weights, p, e) for p, e in zip(products, expected, strict=True)):
             return products
-    raise RuntimeError("its derivative is not finite (a norm or a root at zero?).")
+    raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
 
 
 def _by_vmap(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from diagnostics.coupling import mixes_samples
 from hessopt.errors import ModelError
 from hessopt.linear_tape import LinearLayer
 
@@ -113,9 +114,7 @@ def linear_factors(layers: Sequence[LinearLayer], output: Tensor, roots: Tensor)
 def check_uncoupled(layers: Sequence[LinearLayer], output: Tensor, loss: Tensor | None) -> None:
     """Check that no sample's output depends on another sample, and that the loss is a sum over samples.
 
-    Any two samples differ in a bit of their index. For each bit, a vector-Jacobian product with a random cotangent on
-    the samples where the bit is set must be exactly zero at all others, and the other way round: 2⌈log₂ B⌉ products,
-    in one batch, find every coupled pair.
+    Tested on the tape by :func:`diagnostics.coupling.mixes_samples`.
 
     Args:
         layers: The trained layers, on the tape of ``output``.
@@ -126,7 +125,7 @@ def check_uncoupled(layers: Sequence[LinearLayer], output: Tensor, loss: Tensor 
         ModelError: samples are coupled.
     """
     sources = [layer.pre_activation for layer in layers]
-    if _mixes_samples(output, sources):
+    if mixes_samples([output], sources):
         raise ModelError(
             "the output of a sample depends on other samples of the batch (batch-norm in training mode, or another "
             "operation across the batch), so per-sample curvature does not exist. Put batch-norm into eval mode, use "
@@ -135,22 +134,9 @@ def check_uncoupled(layers: Sequence[LinearLayer], output: Tensor, loss: Tensor 
     if loss is None:
         return
     (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
-    if gradient.requires_grad and _mixes_samples(gradient, [output]):
+    if gradient.requires_grad and mixes_samples([gradient], [output]):
         raise ModelError(
             "the loss is not a sum or mean over samples of a loss of each sample alone (a root of a mean, a "
             "contrastive loss), so its curvature couples the samples. Use a loss that is such a sum, e.g. the "
             "mean-squared error instead of its root, or let the closure return `hessopt.LeastSquares(residuals)`."
         )
-
-
-def _mixes_samples(output: Tensor, sources: Sequence[Tensor]) -> bool:
-    index = torch.arange(len(output), device=output.device)
-    bits = [(index >> position) & 1 == 1 for position in range((len(output) - 1).bit_length())]
-    if not bits:
-        return False
-    seeded = torch.stack(bits + [~bit for bit in bits])
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-    seeds = seeded.reshape(*seeded.shape, *[1] * (output.ndim - 1)) * noise
-    products = torch.autograd.grad(output, sources, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    elsewhere = ~seeded
-    return any(bool((p.flatten(2) != 0).any(dim=2)[elsewhere].any()) for p in products if p is not None)
