@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from diagnostics.errors import CaptureError
 
 
 @contextmanager
@@ -15,18 +19,77 @@ def twice_differentiable() -> Iterator[None]:
     """Use kernels with a second derivative, and restore the user's choice afterwards.
 
     Fused attention kernels and cuDNN's recurrent kernels have a first derivative only; inside this context
-    attention runs by PyTorch's composite (``MATH``) kernel and recurrent networks by the native one.
+    attention runs by PyTorch's composite (``MATH``) kernel and recurrent networks by the native one. The inference
+    path of transformer layers is off: it calls none of their submodules, and where nothing requires grad, it may pass
+    nested tensors from one layer to the next.
     """
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-        yield
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager
-def fork_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the global random state on exit: of the CPU and of the CUDA devices that hold ``tensors``."""
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        yield
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Refuse non-reentrant checkpointing, and whatever else replaces the tensors that the tape saves.
+
+    A checkpoint runs its part of the model again at every pass over the tape, on the model's own buffers and without
+    the cuts: batch statistics would move, and spectral normalisation would take another step each time.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
+            yield
+    except RuntimeError as error:
+        if _NO_HOOKS in str(error) and not isinstance(error, CaptureError):
+            raise CaptureError(_NO_HOOKS) from error
+        raise
+
+
+_NO_HOOKS = (
+    "the model uses torch.utils.checkpoint or other saved-tensor hooks, so its tape would run parts of the model "
+    "again. Turn them off for the capture (model.gradient_checkpointing_disable() in transformers)."
+)
+
+
+class CompositeKernels(TorchFunctionMode):
+    """Replaces fused operations whose second derivative in PyTorch is wrong by the same function of simpler ones.
+
+    The second derivative of ``torch._weight_norm`` is not even symmetric (PyTorch 2.13, CPU).
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    rest = [d for d in range(v.ndim) if d != dim % v.ndim]
+    length: Tensor = torch.linalg.vector_norm(v, dim=rest if dim != -1 else None, keepdim=True)
+    return v * (g / length)
+
+
+class RandomState:
+    """The global random state of the CPU and of the CUDA devices that hold some tensors, as it was when made."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Start from this state; restore on exit what was there on entry."""
+        with torch.random.fork_rng(devices=self._devices, device_type="cuda"):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
 
 
 @contextmanager

@@ -8,15 +8,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from diagnostics.backends import fork_rng, plain_autograd, twice_differentiable
+from diagnostics.backends import (
+    CompositeKernels,
+    RandomState,
+    plain_autograd,
+    twice_differentiable,
+    without_saved_tensor_hooks,
+)
 from diagnostics.errors import CaptureError
 from diagnostics.graph import Graph, Node
+from diagnostics.refusals import check_inputs, check_model, check_tensor
 from diagnostics.selection import OUTPUT, Selection, select_modules
-from diagnostics.tape import Function, ancestry
-
-_EXACT = (torch.float32, torch.float64)
+from diagnostics.tape import Function, ancestry, passes_through
+from diagnostics.trees import flatten, map_tensors, tensors
 
 
 def capture(
@@ -67,36 +72,88 @@ def capture(
         CaptureError: the model is scripted or compiled, runs without gradients, or returns no floating tensor; a
             tensor is complex, half precision or not strided; the batch is empty; ``nodes`` names no module, or one
             that was not called; the output is detached from the nodes; the loss is not a finite real scalar that
-            depends on the output. The message names the module and the way out.
+            depends on the output; a lazy module has no parameters yet; the model uses checkpointing, changes its own
+            parameters, or works in place on a node whose memory other tensors share. The message names the module and
+            the way out.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
-    _check_model(model)
-    batch_size = _check_inputs(inputs)
+    check_model(model)
+    recipe = _Recipe(model, inputs, loss_fn, reduction, check_inputs(inputs))
     modules = select_modules(model, nodes)
     output_named = nodes is not None and not callable(nodes) and OUTPUT in nodes
-    tensors = [*model.parameters(), *model.buffers(), *_tensors(inputs)]
-    automatic = nodes is None
-    cuts = _Cuts(batch_size, skip_unbatched=automatic)
+    return recipe.run(modules, automatic=nodes is None, output_named=output_named)
 
-    with ExitStack() as stack:
-        stack.enter_context(plain_autograd())
-        stack.enter_context(twice_differentiable())
-        stack.enter_context(fork_rng(tensors))
-        fresh = tree_map(_private_copy, inputs)
-        with ExitStack() as hooks:
-            for name, module in modules.items():
-                handle = module.register_forward_hook(cuts.hook(name))
-                hooks.callback(handle.remove)
-            result = _forward(model, fresh)
-        if not automatic:
-            _check_all_called(modules, cuts)
-        z, outputs = cuts.cut_output(result)
-        loss = loss_fn(z)
 
-    return _assemble(model, cuts, outputs, automatic, output_named, loss, reduction, batch_size)
+class _Recipe:
+    """What it takes to run the model again exactly as it ran, with other cuts."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], reduction: str, batch_size: int
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.reduction = reduction
+        self.batch_size = batch_size
+        with plain_autograd():
+            self.inputs = map_tensors(_private_copy, inputs)
+            self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.parameters = dict(model.named_parameters())
+        self.versions = [parameter._version for parameter in self.parameters.values()]
+        self.random_state = RandomState([*self.parameters.values(), *model.buffers(), *tensors(inputs)])
+
+    def run(self, modules: dict[str, nn.Module], *, automatic: bool, output_named: bool) -> Graph:
+        cuts = _Cuts(self.batch_size, skip_unbatched=automatic)
+        with ExitStack() as stack:
+            stack.enter_context(plain_autograd())
+            stack.enter_context(twice_differentiable())
+            stack.enter_context(without_saved_tensor_hooks())
+            stack.enter_context(self.random_state.replayed())
+            stack.enter_context(CompositeKernels())
+            with ExitStack() as hooks:
+                for name, module in modules.items():
+                    handle = module.register_forward_hook(cuts.hook(name), with_kwargs=True)
+                    hooks.callback(handle.remove)
+                result = _forward(self.model, map_tensors(_private_copy, self.inputs), self.buffers)
+            if not automatic:
+                _check_all_called(modules, cuts)
+            z, outputs = cuts.cut_output(result)
+            loss = self.loss_fn(z)
+        self._check_unmodified(cuts, loss)
+        return _assemble(self, cuts, outputs, automatic, output_named, loss)
+
+    def _check_unmodified(self, cuts: _Cuts, loss: Tensor) -> None:
+        """Refuse a run in which the cuts kept an operation in place from reaching other names of the same memory."""
+        for (name, parameter), version in zip(self.parameters.items(), self.versions, strict=True):
+            if parameter._version != version:
+                raise CaptureError(
+                    f"parameter {name!r} was changed in place by the forward pass or the loss (F.embedding with "
+                    "max_norm, a copy_ under no_grad?), so the model is not what it was. Do that outside of them."
+                )
+        broken = cuts.modified_before()
+        suspects = cuts.modified_behind()
+        if not broken and suspects and any(module is not None for module in cuts.modules.values()):
+            uncut = self.run({}, automatic=True, output_named=False)
+            tolerance = torch.finfo(loss.dtype).eps ** 0.5 if loss.is_floating_point() else 0.0
+            if not torch.allclose(uncut.loss, loss, rtol=tolerance, atol=0.0, equal_nan=True):
+                broken = suspects
+        if broken:
+            raise CaptureError(
+                f"the output of module {broken[0]!r} is modified in place, and other tensors share its memory (it "
+                "returns its input, a view, or a tensor that is kept elsewhere): they would not see the change through "
+                "the cut. Leave it out of `nodes`, or make it return a copy (.clone())."
+            )
+
+    def refined(self) -> Graph:
+        """The same network with a node for every call of a module that owns trainable parameters."""
+        owners = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and any(p.requires_grad for p in module.parameters(recurse=False))
+        }
+        return self.run(owners, automatic=True, output_named=False)
 
 
 class _Cuts:
@@ -109,10 +166,12 @@ class _Cuts:
         self.segments: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module | None] = {}
         self.calls: dict[str, int] = {}
+        self.received: dict[str, tuple[Any, ...]] = {}
         self._handed_on: dict[Function, str] = {}
+        self._versions: dict[str, tuple[int, Tensor]] = {}
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def cut_output_of_module(module: nn.Module, _: Any, output: Any) -> Any:
+    def hook(self, name: str) -> Callable[..., Any]:
+        def cut_output_of_module(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             call = self.calls.get(name, 0)
             self.calls[name] = call + 1
             if not torch.is_grad_enabled():
@@ -120,13 +179,15 @@ class _Cuts:
                     f"module {name!r} ran with gradients disabled (torch.no_grad inside the model, or reentrant "
                     "checkpointing). Curvature needs the autograd tape: run the model without it."
                 )
-            return self._cut(f"{name}@{call}" if call else name, module, output)
+            label = f"{name}@{call}" if call else name
+            self.received[label] = (*args, *kwargs.values())
+            return self._cut(label, module, output)
 
         return cut_output_of_module
 
     def cut_output(self, result: Any) -> tuple[Any, tuple[str, ...]]:
         """Cut the model's output where no chosen module has; returns it and the names of its nodes."""
-        leaves, _ = tree_flatten(result)
+        leaves, _ = flatten(result)
         if not any(_is_floating(t) for t in leaves):
             raise CaptureError(
                 f"the model returned no floating-point tensor but {type(result).__name__}; the loss must be a "
@@ -142,6 +203,14 @@ class _Cuts:
         z = self._cut(name, None, result, keep=already, skip_unbatched=False)
         return z, tuple(n for n in self.values if n in already or n not in before)
 
+    def modified_before(self) -> list[str]:
+        """Nodes whose own tape was changed after the cut, by an operation in place through another name."""
+        return [label for label, (version, _) in self._versions.items() if self.segments[label]._version != version]
+
+    def modified_behind(self) -> list[str]:
+        """Nodes on which an operation in place worked downstream."""
+        return [label for label, (_, handed_on) in self._versions.items() if handed_on._version]
+
     def _cut(
         self,
         name: str,
@@ -151,7 +220,7 @@ class _Cuts:
         skip_unbatched: bool | None = None,
     ) -> Any:
         skip_unbatched = self.skip_unbatched if skip_unbatched is None else skip_unbatched
-        leaves, spec = tree_flatten(output)
+        leaves, rebuild = flatten(output)
         cuttable = [
             i for i, t in enumerate(leaves) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
         ]
@@ -164,27 +233,30 @@ class _Cuts:
             if tensor.grad_fn is not None and self._handed_on.get(tensor.grad_fn) in keep:
                 continue
             label = name if len(cuttable) == 1 else f"{name}[{i}]"
-            _check_tensor(tensor, f"the output of module {name!r}" if module is not None else "the model's output")
+            check_tensor(tensor, f"the output of module {name!r}" if module is not None else "the model's output")
             if skip_unbatched and (tensor.ndim == 0 or tensor.shape[0] != self.batch_size):
                 continue
             value = tensor.detach().requires_grad_()
             handed_on = value.clone()  # not a view: operations in place downstream must leave the leaf alone
             assert handed_on.grad_fn is not None
-            self.values[label], self.segments[label], self.modules[label] = value, tensor, module
+            # a parameter (or an input that requires grad) handed on as it is has no tape that could end here
+            segment = tensor.view_as(tensor) if tensor.is_leaf and tensor.requires_grad else tensor
+            self.values[label], self.segments[label], self.modules[label] = value, segment, module
             self._handed_on[handed_on.grad_fn] = label
+            self._versions[label] = segment._version, handed_on
             leaves[i] = handed_on
-        return tree_unflatten(leaves, spec)
+        return rebuild(leaves)
 
 
-def _forward(model: nn.Module, inputs: Any) -> Any:
+def _forward(model: nn.Module, inputs: Any, buffers: Mapping[str, Tensor]) -> Any:
     # Buffers are replaced by copies for this call: restoring them afterwards would invalidate the tape that saved them.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in buffers.items()}
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     try:
         return torch.func.functional_call(model, buffers, args, kwargs)
     except RuntimeError as error:
-        wrong = [t.dtype for t in _tensors(inputs) if not t.is_floating_point()]
+        wrong = [t.dtype for t in tensors(inputs) if not t.is_floating_point()]
         if wrong and not isinstance(error, CaptureError) and "dtype" in str(error):
             raise CaptureError(
                 f"the model does not accept inputs of dtype {wrong[0]} ({error}). Convert them first, for example "
@@ -194,18 +266,12 @@ def _forward(model: nn.Module, inputs: Any) -> Any:
 
 
 def _assemble(
-    model: nn.Module,
-    cuts: _Cuts,
-    outputs: tuple[str, ...],
-    automatic: bool,
-    output_named: bool,
-    loss: Tensor,
-    reduction: str,
-    batch_size: int,
+    recipe: _Recipe, cuts: _Cuts, outputs: tuple[str, ...], automatic: bool, output_named: bool, loss: Tensor
 ) -> Graph:
+    model = recipe.model
     order = {name: i for i, name in enumerate(cuts.values)}
     node_of = {id(value): name for name, value in cuts.values.items()}
-    parameter_of = {id(p): name for name, p in model.named_parameters()}
+    parameter_of = {id(p): name for name, p in recipe.parameters.items()}
 
     def sources(tensor: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
         leaves, _ = ancestry(tensor)
@@ -215,7 +281,8 @@ def _assemble(
 
     links = {name: sources(segment) for name, segment in cuts.segments.items()}
     _check_loss(loss, model, cuts)
-    loss_parents, _ = sources(loss)
+    _check_tapes({**{f"node {name!r}": segment for name, segment in cuts.segments.items()}, "the loss": loss})
+    loss_parents, loss_parameters = sources(loss)
     if not loss_parents:
         raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")
     _check_connected(model, links, loss_parents, cuts)
@@ -228,6 +295,7 @@ def _assemble(
             value=value,
             segment=cuts.segments[name],
             module=cuts.modules[name],
+            received=cuts.received.get(name, ()),
         )
         for name, value in cuts.values.items()
     )
@@ -235,60 +303,17 @@ def _assemble(
         n.name for n in nodes if (n.name not in outputs if automatic else n.module is not None or output_named)
     )
     return Graph(
-        nodes, chosen or outputs, outputs, loss, loss_parents, reduction, batch_size, dict(model.named_parameters())
+        nodes=nodes,
+        chosen=chosen or outputs,
+        outputs=outputs,
+        loss=loss,
+        loss_parents=loss_parents,
+        loss_parameters=loss_parameters,
+        reduction=recipe.reduction,
+        batch_size=recipe.batch_size,
+        parameters=recipe.parameters,
+        refine=recipe.refined,
     )
-
-
-# What cannot be captured, and why
-
-
-def _check_model(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"{where} is scripted or traced (torch.jit): its tape cannot be cut. Capture the original nn.Module."
-            )
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
-            raise CaptureError(
-                f"{where} is compiled (torch.compile): compiled code has no second derivative. Capture the original "
-                "nn.Module (the one passed to torch.compile); both share their parameters."
-            )
-    for name, parameter in model.named_parameters():
-        _check_tensor(parameter, f"parameter {name!r}")
-
-
-def _check_inputs(inputs: Any) -> int:
-    tensors = _tensors(inputs)
-    if not tensors:
-        raise CaptureError(
-            f"inputs hold no tensor but {type(inputs).__name__}: pass a tensor (B, …), a tuple for model(*inputs) or a "
-            "dict for model(**inputs)."
-        )
-    if tensors[0].ndim == 0:
-        raise CaptureError("the first input is a scalar: inputs need a batch dimension, (B, …).")
-    for tensor in tensors:
-        if tensor.is_floating_point() or tensor.is_complex():
-            _check_tensor(tensor, "an input")
-    if tensors[0].shape[0] == 0:
-        raise CaptureError(f"the batch is empty: the first input has shape {tuple(tensors[0].shape)}.")
-    return tensors[0].shape[0]
-
-
-def _check_tensor(tensor: Tensor, what: str) -> None:
-    if tensor.is_complex():
-        raise CaptureError(f"{what} is complex ({tensor.dtype}): curvature is defined for real networks only.")
-    if tensor.is_floating_point() and tensor.dtype not in _EXACT:
-        raise CaptureError(
-            f"{what} has dtype {tensor.dtype}, too coarse for second derivatives. Convert a copy of the model and its "
-            "inputs with .float() or .double(), and call capture outside torch.autocast."
-        )
-    if tensor.layout != torch.strided:
-        raise CaptureError(f"{what} is not a dense tensor ({tensor.layout}): make it dense first.")
-    if isinstance(tensor, nn.Parameter) and tensor.is_inference():
-        raise CaptureError(
-            f"{what} was made in inference mode and cannot be differentiated: make the model outside it."
-        )
 
 
 def _check_all_called(modules: dict[str, nn.Module], cuts: _Cuts) -> None:
@@ -304,7 +329,7 @@ def _check_loss(loss: Tensor, model: nn.Module, cuts: _Cuts) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise CaptureError(f"loss_fn must return a scalar tensor, got {got}. Reduce it, for example with .mean().")
-    _check_tensor(loss, "the loss")
+    check_tensor(loss, "the loss")
     if not loss.is_floating_point():
         raise CaptureError(f"the loss has dtype {loss.dtype}: it must be a differentiable floating-point scalar.")
     if not torch.isfinite(loss):
@@ -325,6 +350,16 @@ def _first_non_finite(model: nn.Module, cuts: _Cuts) -> str:
     return "All nodes are finite, so the loss function itself (or its targets) makes it."
 
 
+def _check_tapes(ends: Mapping[str, Tensor]) -> None:
+    for where, end in ends.items():
+        if passes_through(end, "CheckpointFunctionBackward"):
+            raise CaptureError(
+                f"{where} is computed by reentrant checkpointing (torch.utils.checkpoint), which has no second "
+                "derivative. Turn checkpointing off for the capture (model.gradient_checkpointing_disable() in "
+                "transformers)."
+            )
+
+
 def _check_connected(
     model: nn.Module,
     links: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
@@ -340,16 +375,10 @@ def _check_connected(
         )
 
 
-def _private_copy(value: Any) -> Any:
-    """The tensor without the caller's tape, so that the graph ends here; other values as they are."""
-    if not isinstance(value, Tensor):
-        return value
-    copy = value.clone() if value.is_inference() else value.detach()
+def _private_copy(value: Tensor) -> Tensor:
+    """A copy without the caller's tape, so that the graph ends here and operations in place leave the original."""
+    copy = value.detach().clone()
     return copy.requires_grad_(value.requires_grad) if copy.is_floating_point() else copy
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
 
 
 def _is_floating(value: Any) -> bool:

@@ -52,7 +52,7 @@ def mixes_samples(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
         noise = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
         cotangents.append(masks.view(*masks.shape, *[1] * (output.ndim - 1)) * noise)
     products = batched_vjp(outputs, inputs, cotangents)
-    return any(bool((p.flatten(2).abs().sum(2) * ~masks).any()) for p in products if p is not None)
+    return any(bool((p.reshape(*masks.shape, -1).abs().sum(2) * ~masks).any()) for p in products if p is not None)
 
 
 def _bit_masks(batch_size: int) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 
 from diagnostics.coupling import couples_samples
-from diagnostics.errors import StaleGraphError
+from diagnostics.errors import DiagnosticsError, StaleGraphError
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Node:
         value: The activation, ``(B, …)``: a leaf that requires grad; everything downstream was computed from it.
         segment: The same activation as the end of its own tape, whose leaves are the parents and the parameters.
         module: The module that returned it; None for the model's output.
+        received: What that module was called with, on the node's own tape.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Node:
     value: Tensor
     segment: Tensor
     module: nn.Module | None
+    received: tuple[Any, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
@@ -60,6 +63,8 @@ class Graph:
         outputs: Names of the nodes that hold the model's output.
         loss: The loss, a scalar at the end of its own tape.
         loss_parents: Names of the nodes that the loss is computed from.
+        loss_parameters: Names of the trainable parameters that the loss is computed from directly.
+        parameters: The model's parameters by qualified name, in the order of ``model.parameters()``.
         reduction: ``"mean"`` or ``"sum"``: how the loss reduces over the batch.
         batch_size: Size of the first dimension of the inputs.
     """
@@ -71,18 +76,23 @@ class Graph:
         outputs: tuple[str, ...],
         loss: Tensor,
         loss_parents: tuple[str, ...],
+        loss_parameters: tuple[str, ...],
         reduction: str,
         batch_size: int,
         parameters: dict[str, nn.Parameter],
+        refine: Callable[[], Graph],
     ) -> None:
         self.nodes = nodes
         self.chosen = chosen
         self.outputs = outputs
         self.loss = loss
         self.loss_parents = loss_parents
+        self.loss_parameters = loss_parameters
+        self.parameters = parameters
         self.reduction = reduction
         self.batch_size = batch_size
         self._by_name = {node.name: node for node in nodes}
+        self._refine = refine
         self._versions = {name: (parameter, parameter._version) for name, parameter in parameters.items()}
 
     def __getitem__(self, name: str) -> Node:
@@ -151,6 +161,25 @@ class Graph:
             kind = type(node.module).__name__ if node.module is not None else None
             graph.add_node(node.name, shape=tuple(node.shape), module=kind, parameters=node.parameters)
         graph.add_edges_from((parent, node.name) for node in self.nodes for parent in node.parents)
+        return graph
+
+    @cached_property
+    def refined(self) -> Graph:
+        """The same network on the same batch with a node for every call of a module that owns parameters.
+
+        The model is run once more, from the same random state and buffers.
+
+        Raises:
+            DiagnosticsError: this run gave another loss, so the model keeps state of its own.
+        """
+        self.check_fresh()
+        graph = self._refine()
+        if not torch.allclose(graph.loss, self.loss, rtol=torch.finfo(self.loss.dtype).eps ** 0.75, atol=0):
+            raise DiagnosticsError(
+                f"running the model again on the same batch gave the loss {graph.loss.item():.8g} instead of "
+                f"{self.loss.item():.8g}, although buffers and random state were the same: its forward pass or the "
+                "loss function keeps state outside of buffers (a counter, NumPy's random numbers). Remove that."
+            )
         return graph
 
     def check_fresh(self) -> None:

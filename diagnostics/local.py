@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,9 +11,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from diagnostics.closed_form import DenseLayer
-from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph, Node
-from diagnostics.tape import ancestry, batched_vjp, differentiable_once
+from diagnostics.tape import batched_vjp, check_symmetric, named_errors, slopes_of
 
 Curvature: TypeAlias = dict[tuple[str, str], Tensor]
 """``K[p, q]`` of one node for parents ``p`` not before ``q``, ``(S, d_p, d_q)``; absent where structurally zero."""
@@ -47,7 +45,7 @@ def differentiate(graph: Graph) -> LocalDerivatives:
     local = LocalDerivatives()
     signals: dict[str, Tensor] = {}
     parents = [graph[name] for name in graph.loss_parents]
-    slopes = _slopes("the loss", graph.loss, parents, torch.ones_like(graph.loss))
+    slopes = slopes_of("the loss", graph.loss, [p.value for p in parents], torch.ones_like(graph.loss))
     _accumulate(signals, parents, slopes)
     local.curvatures[LOSS] = _curvature(graph, "the loss", parents, slopes)
     for node in reversed(graph.nodes):
@@ -59,12 +57,12 @@ def differentiate(graph: Graph) -> LocalDerivatives:
         where = f"node {u!r}"
         layer = None if graph.coupled else DenseLayer.recognise(node, parents)
         if layer is not None:
-            with _named_errors(where):
+            with named_errors(where):
                 _differentiate_layer(local, layer, node, parents[0], signals)
         elif parents:
-            local.jacobians[u] = dict(_jacobians(graph, where, node.segment, node, parents))
+            local.jacobians[u] = dict(jacobians_of(graph, where, node.segment, parents))
             if signal is not None:
-                slopes = _slopes(where, node.segment, parents, signal)
+                slopes = slopes_of(where, node.segment, [p.value for p in parents], signal)
                 _accumulate(signals, parents, slopes)
                 local.curvatures[u] = _curvature(graph, where, parents, slopes)
         else:
@@ -96,52 +94,24 @@ def _curvature(graph: Graph, where: str, parents: Sequence[Node], slopes: Sequen
     curvature: Curvature = {}
     for i, (parent, slope) in enumerate(zip(parents, slopes, strict=True)):
         if slope is not None and slope.requires_grad:
-            for name, block in _jacobians(graph, where, slope, parent, parents[: i + 1]):
+            for name, block in jacobians_of(graph, where, slope, parents[: i + 1]):
+                if name == parent.name:
+                    check_symmetric(where, block)
                 curvature[parent.name, name] = block
     return curvature
 
 
-def _jacobians(
-    graph: Graph, where: str, output: Tensor, shape_of: Node, inputs: Sequence[Node]
-) -> Iterator[tuple[str, Tensor]]:
-    """Per-sample Jacobians ``(S, d_out, d_in)`` of ``output``, which is shaped like node ``shape_of``.
+def jacobians_of(graph: Graph, where: str, output: Tensor, inputs: Sequence[Node]) -> Iterator[tuple[str, Tensor]]:
+    """Per-sample Jacobians ``(S, d_out, d_in)`` of ``output``, a tensor of all samples, by the nodes ``inputs``.
 
-    Yields the name and the Jacobian of those of ``inputs`` that it depends on.
+    Yields the name and the Jacobian of those that it depends on; ``where`` names the place in errors.
     """
-    size = graph.size(shape_of)
+    size = output.numel() // graph.samples
     one_hot = torch.eye(size, dtype=output.dtype, device=output.device)
     # one cotangent seeds the same entry in every sample: samples do not mix, so all are answered at once
     cotangents = repeat(one_hot, "d e -> d s e", s=graph.samples).reshape(size, *output.shape)
-    with _named_errors(where):
+    with named_errors(where):
         rows = batched_vjp([output], [node.value for node in inputs], [cotangents])
     for node, row in zip(inputs, rows, strict=True):
         if row is not None:
             yield node.name, rearrange(row.reshape(size, graph.samples, -1), "d s p -> s d p")
-
-
-def _slopes(where: str, output: Tensor, parents: Sequence[Node], signal: Tensor) -> list[Tensor | None]:
-    """∂(signal · output)/∂f_p for each parent, with a tape of their own; None where ``output`` does not depend on p."""
-    # A product with the signal that does not depend on the signal was computed off the tape: its curvature would be
-    # silently zero.
-    signal = signal.detach().requires_grad_()
-    with _named_errors(where):
-        slopes = torch.autograd.grad(output, [p.value for p in parents], signal, create_graph=True, allow_unused=True)
-        for parent, slope in zip(parents, slopes, strict=True):
-            if slope is None:
-                continue
-            leaves, _ = ancestry(slope)
-            on_tape = slope is signal or any(leaf is signal for leaf in leaves)
-            if not on_tape or differentiable_once(slope):
-                raise RuntimeError(f"the backward of an operation behind {parent.name!r} is not itself differentiable.")
-    return list(slopes)
-
-
-@contextmanager
-def _named_errors(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        raise DiagnosticsError(
-            f"{where} cannot be differentiated twice: {error} Choose nodes so that this operation is not between them, "
-            "or replace it by one with a second derivative."
-        ) from error

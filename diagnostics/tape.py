@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -39,9 +40,15 @@ def ancestry(tensor: Tensor, stops: Collection[Function] = ()) -> tuple[list[Ten
     return leaves, met
 
 
-def differentiable_once(tensor: Tensor) -> bool:
-    """Whether the tape of a gradient holds an operation that was marked as differentiable once only."""
-    return any(function.name() == "DelayedError" for function in _walk(tensor, ()))
+def passes_through(tensor: Tensor, operation: str) -> bool:
+    """Whether the tape behind ``tensor`` holds an operation of that name (``"MulBackward0"``)."""
+    return any(function.name() == operation for function in _tape(tensor))
+
+
+def _tape(tensor: Tensor) -> Iterator[Function]:
+    if tensor.grad_fn is not None:
+        yield tensor.grad_fn
+        yield from _walk(tensor, ())
 
 
 def _walk(tensor: Tensor, stops: Collection[Function]) -> Iterator[Function]:
@@ -59,14 +66,74 @@ def _walk(tensor: Tensor, stops: Collection[Function]) -> Iterator[Function]:
                 stack.append(parent)
 
 
+def slopes_of(where: str, output: Tensor, inputs: Sequence[Tensor], signal: Tensor) -> list[Tensor | None]:
+    """∂(signal · output)/∂input for each input, with a tape of their own; None where ``output`` does not depend on it.
+
+    Args:
+        where: What to call the place in errors.
+        output: A tensor with a tape.
+        inputs: Tensors on that tape.
+        signal: A tensor like ``output``.
+
+    Raises:
+        DiagnosticsError: an operation in between has no second derivative.
+    """
+    # A product with the signal that does not depend on the signal was computed off the tape: its curvature would be
+    # silently zero.
+    signal = signal.detach().requires_grad_()
+    with named_errors(where):
+        slopes = torch.autograd.grad(output, inputs, signal, create_graph=True, allow_unused=True)
+        return [None if slope is None else _on_the_tape_of(signal, slope, output) for slope in slopes]
+
+
+def _on_the_tape_of(signal: Tensor, slope: Tensor, output: Tensor) -> Tensor | None:
+    """The slope of ``output`` if it can be differentiated again; None if it is PyTorch's own zero (of ``round``, say).
+
+    A zero from a backward written in Python is not taken for that: it may be computed off the tape.
+    """
+    if slope is signal or any(leaf is signal for leaf in ancestry(slope)[0]):
+        if not passes_through(slope, "DelayedError"):
+            return slope
+    elif not slope.any() and not any(isinstance(f, torch.autograd.function.BackwardCFunction) for f in _tape(output)):
+        return None
+    raise DiagnosticsError("the backward of an operation is not itself differentiable.")
+
+
+def check_symmetric(where: str, curvature: Tensor) -> None:
+    """Refuse second derivatives ``(…, d, d)`` that are not symmetric: some operation's backward is wrong.
+
+    Raises:
+        DiagnosticsError: the asymmetry is more than rounding.
+    """
+    asymmetry, size = (curvature - curvature.mT).norm(), curvature.norm()
+    if asymmetry > torch.finfo(curvature.dtype).eps ** 0.5 * size:
+        raise DiagnosticsError(
+            f"{where}: the second derivative that PyTorch gives is not symmetric (by {asymmetry / size:.1e} of its "
+            "norm), so the backward of an operation in it is wrong. Replace this operation by one made of simpler ones."
+        )
+
+
+@contextmanager
+def named_errors(where: str) -> Iterator[None]:
+    """Turn PyTorch's errors about missing derivatives into one that names the place and the way out."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise DiagnosticsError(
+            f"{where} cannot be differentiated twice: {error} Choose nodes so that this operation is not between them, "
+            "or replace it by one with a second derivative."
+        ) from error
+
+
 def batched_vjp(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Vector-Jacobian products with many cotangents at once; the tape is kept.
 
     The products are computed by ``torch.vmap`` and verified: a combination of them must equal the product with that
-    combination of the cotangents. Where PyTorch's batching rule of some operation is wrong (as that of ``cdist`` is),
-    they are computed again by the slower ``is_grads_batched``.
+    combination of the cotangents. Where PyTorch's batching rule of some operation is wrong (as that of ``cdist`` is) or
+    missing (a backward pass written in Python may work in place), or rounding is too large to tell, they are computed
+    again one by one.
 
     Args:
         outputs: Tensors with a tape.
@@ -91,16 +158,20 @@ def batched_vjp(
         return [None] * len(inputs)
     row = sum(t.numel() * t.element_size() for t in (*outputs, *used))
     chunk = max(1, _CHUNK_BYTES // row)
-    for batched in (_by_vmap, _by_batched_grads):
+    if not all(torch.isfinite(e).all() for e in expected if e is not None):
+        raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
+    try:
         pieces = [
-            batched(outputs, used, [c[start : start + chunk] for c in cotangents]) for start in range(0, count, chunk)
+            _by_vmap(outputs, used, [c[start : start + chunk] for c in cotangents]) for start in range(0, count, chunk)
         ]
-        columns = zip(*pieces, strict=True)
-        found = iter([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns])
-        products = [None if e is None else next(found) for e in expected]
-        if all(_agree(weights, p, e) for p, e in zip(products, expected, strict=True)):
-            return products
-    raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
+    except RuntimeError:  # only vmap cannot do it: the product above has shown that there is a derivative
+        pieces = []
+    found = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    expected_of_used = [e for e in expected if e is not None]
+    if not found or not all(_agree(weights, p, e) for p, e in zip(found, expected_of_used, strict=True)):
+        found = _one_by_one(outputs, used, cotangents)
+    rows = iter(found)
+    return [None if e is None else next(rows) for e in expected]
 
 
 def _by_vmap(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -114,15 +185,15 @@ def _by_vmap(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Se
         return result
 
 
-def _by_batched_grads(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+def _one_by_one(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    rows = [
+        torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True)
+        for cotangent in zip(*cotangents, strict=True)
+    ]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def _agree(weights: Tensor, products: Tensor | None, expected: Tensor | None) -> bool:
-    if products is None or expected is None:
-        return products is expected
+def _agree(weights: Tensor, products: Tensor, expected: Tensor) -> bool:
     error = (torch.tensordot(weights, products, dims=1) - expected).norm()
     return bool(error <= _VERIFIED * torch.finfo(expected.dtype).eps * weights.norm() * products.norm())
 

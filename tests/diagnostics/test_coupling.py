@@ -57,3 +57,13 @@ def test_a_loss_linear_in_a_batch_statistic_is_not_coupled() -> None:
     assert not diagnostics.capture(model, x, lambda z: z.mean()).coupled
     assert diagnostics.capture(model, x, lambda z: z.mean().square()).coupled
     assert not diagnostics.capture(model, x[:1], lambda z: z.mean().square()).coupled
+
+
+def test_nodes_without_features_are_tested_too() -> None:
+    x = torch.randn(6, 3)
+    for mix, coupled in ((nn.Identity(), False), (nn.Softmax(dim=0), True)):
+        model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0), mix, nn.Tanh())
+        graph = diagnostics.capture(model, x, lambda z: z.square().mean(), ["1", "2"])
+        assert graph["1"].shape == (6,)
+        assert graph.coupled is coupled
+        assert diagnostics.hessian_blocks(graph).total["1", "1"].shape == ((1, 6, 6) if coupled else (6, 1, 1))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagnostics import tape
-from diagnostics.tape import ancestry, batched_vjp
+from diagnostics.tape import ancestry, batched_vjp, passes_through
 from tests.oracle import relative_error
 
 
@@ -52,6 +52,54 @@ def test_batched_products_equal_single_ones(name: str, device: torch.device) -> 
     assert nothing is None
     assert products is not None
     assert relative_error(products, single) < 1e-14
+
+
+class _ExpInPlace(torch.autograd.Function):
+    """exp whose backward works in place on a tensor that torch.vmap does not batch."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return torch.ones_like(ctx.saved_tensors[0]).mul_(grad) * ctx.saved_tensors[0].exp()
+
+
+def test_what_vmap_cannot_do_is_done_one_by_one() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    output = _ExpInPlace.apply(x)
+    with pytest.raises(RuntimeError, match="vmap: inplace arithmetic"):
+        torch.vmap(lambda c: torch.autograd.grad(output, [x], c, retain_graph=True))(torch.ones(5, 3, 4))
+    cotangents = torch.randn(5, 3, 4)
+    (products,) = batched_vjp([output], [x], [cotangents])
+    assert torch.allclose(products, cotangents * x.exp().detach())
+
+
+def test_large_rounding_is_not_taken_for_an_infinite_derivative() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    output = ((x + 1e13 * x.sum()) - 1e13 * x.sum()) ** 2  # products agree to a few digits only
+    cotangents = torch.randn(6, 1, 3, dtype=torch.float64)
+    (products,) = batched_vjp([output], [x], [cotangents])
+    single = torch.stack([torch.autograd.grad(output, [x], c, retain_graph=True)[0] for c in cotangents])
+    assert torch.equal(products, single)
+
+
+def test_a_missing_derivative_is_not_taken_for_a_missing_batching_rule() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    labels = torch.tensor([0, 1, 3])
+    (slope,) = torch.autograd.grad(torch.nn.functional.multi_margin_loss(x, labels), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="multi_margin_loss_backward is not implemented"):
+        batched_vjp([slope], [x], [torch.ones(2, 3, 4)])
+
+
+def test_operations_on_the_tape_are_found_from_its_end_to_its_leaves() -> None:
+    x = torch.randn(3, requires_grad=True)
+    end = torch.tanh(x.exp()) * 2
+    assert all(passes_through(end, f"{name}Backward0") for name in ("Mul", "Tanh", "Exp"))
+    assert not passes_through(end, "SinBackward0")
+    assert not passes_through(torch.ones(3), "ExpBackward0")
 
 
 def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
