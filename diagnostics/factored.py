@@ -39,6 +39,17 @@ class TotalJacobians:
             rows[u] = self._row(u, rows)
         return rows
 
+    def block(self, u: str, w: str) -> Tensor | None:
+        """J[u←w], ``(S, d_u, d_w)``; None where w is after u, so that it is zero."""
+        layout = self._layout
+        if u == w:
+            return torch.eye(layout.sizes[u], dtype=layout.like.dtype, device=layout.like.device).expand(
+                layout.samples, -1, -1
+            )
+        if layout.position[w] > layout.position[u]:
+            return None
+        return self.rows[u][:, :, layout.columns(w)]
+
     def sweep(self, keep_until: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Go through the nodes in topological order with the rows that are still needed.
 
