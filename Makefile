@@ -38,8 +38,9 @@ types: $(VENV)/.stamp-lint ## mypy
 docs: $(VENV)/.stamp-docs ## build the documentation in docs/_build; warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build
 
-bench: $(VENV)/.stamp-examples ## time the blocks
+bench: $(VENV)/.stamp-examples ## time the blocks and the parametric Hessian
 	$(BIN)/python examples/benchmark_blocks.py
+	$(BIN)/python examples/benchmark_parametric.py
 
 dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
 	$(BIN)/pre-commit install

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diagnostics.blocks import BlockMatrix, HessianBlocks, MeanBlocks
 from diagnostics.errors import DiagnosticsError
+from diagnostics.layout import Layout
 from diagnostics.tables import MetricTable
 
 EPSILON = 1e-12
@@ -57,7 +58,7 @@ def metrics(blocks: HessianBlocks, *, include_output: bool = False, per_sample: 
         DiagnosticsError: ``per_sample=True`` with coupled samples or with blocks that are already batch means.
     """
     layout = blocks.layout
-    names = tuple(n for n in layout.names if n in layout.chosen or (include_output and n in layout.outputs))
+    names = tabled_nodes(layout, include_output)
     averaged = isinstance(blocks.gn, MeanBlocks)
     if per_sample:
         if averaged or layout.coupled:
@@ -85,6 +86,17 @@ def metrics(blocks: HessianBlocks, *, include_output: bool = False, per_sample: 
         tensor_norm=average(norms["T"]),
         distance=layout.distances[index][:, index],
     )
+
+
+def tabled_nodes(layout: Layout, include_output: bool) -> tuple[str, ...]:
+    """The nodes that tables range over, in topological order: the chosen ones, and the model's output if asked for."""
+    names = tuple(n for n in layout.names if n in layout.chosen or (include_output and n in layout.outputs))
+    if not names:
+        raise DiagnosticsError(
+            f"none of the nodes with blocks ({', '.join(layout.names)}) is a chosen one: pass include_output=True, or "
+            "compute the blocks of other `pairs`."
+        )
+    return names
 
 
 def _over_pairs(names: Sequence[str], matrix: BlockMatrix, metric: Callable[[Tensor], Tensor]) -> Tensor:

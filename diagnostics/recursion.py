@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diagnostics.backends import plain_autograd, twice_differentiable
 from diagnostics.blocks import BlockMatrix, HessianBlocks
-from diagnostics.errors import MemoryBudgetError
 from diagnostics.factored import CongruentBlocks, FrontBlocks, TotalJacobians
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
 from diagnostics.local import LOSS, Curvature, LocalDerivatives, differentiate
+from diagnostics.memory import check_memory, planned_bytes
 
 
 def hessian_blocks(
@@ -46,7 +46,8 @@ def hessian_blocks(
         graph: A captured network.
         pairs: Keep only the pairs among the nodes that these pairs name; None: all.
         by_source: Also split the tensor part by the node whose nonlinearity causes it (``blocks.tensor_by_source``).
-        memory_limit: Bytes that the factors may take.
+        memory_limit: Bytes that the factors, and the products that give blocks of single samples, may take. For batch
+            means alone, :func:`diagnostics.mean_blocks` needs less.
 
     Returns:
         :class:`diagnostics.HessianBlocks`: ``blocks.total[v, w]``, ``blocks.gn[v, w]``, ``blocks.tensor[v, w]`` of
@@ -54,17 +55,24 @@ def hessian_blocks(
 
     Raises:
         StaleGraphError: a parameter changed since the capture.
-        MemoryBudgetError: the factors would take more than ``memory_limit``; the message says how much.
+        MemoryBudgetError: they would take more than ``memory_limit``; the message says how much.
         DiagnosticsError: a node has no second derivative, named in the message.
         KeyError: ``pairs`` names a node that does not exist.
     """
     graph.check_fresh()
     with plain_autograd(), twice_differentiable():
         layout = Layout.of(graph, pairs)
-        _check_memory(graph, layout, memory_limit)
+        hint = "For batch means alone, mean_blocks goes through the batch in parts."
+        check_memory(planned_bytes(graph, layout, by_source=by_source), memory_limit, layout, hint)
         local = differentiate(graph)
+    return assemble_blocks(graph, layout, local, TotalJacobians(graph, layout, local.jacobians), by_source)
+
+
+def assemble_blocks(
+    graph: Graph, layout: Layout, local: LocalDerivatives, jacobians: TotalJacobians, by_source: bool = False
+) -> HessianBlocks:
+    """Blocks from local derivatives: linear algebra only, no tape."""
     with torch.no_grad():
-        jacobians = TotalJacobians(graph, layout, local.jacobians)
         gn = _congruence(graph, layout, graph.loss_parents, local, local.curvatures[LOSS])
         tensor = FrontBlocks(layout, _eliminate(graph, layout, local), jacobians)
         sources: dict[str, BlockMatrix] | None = None
@@ -151,19 +159,3 @@ def _eliminate(graph: Graph, layout: Layout, local: LocalDerivatives) -> dict[st
         for (p, q), block in local.curvatures.get(u, {}).items():
             front.add(p, q, block)
     return {v: fronts[v] for v in layout.names}
-
-
-def _check_memory(graph: Graph, layout: Layout, limit: int) -> None:
-    sizes = layout.sizes
-    jacobians = sum(sizes[node.name] * layout.width(node.name) for node in graph.nodes)
-    edges = [(sizes[node.name], [sizes[p] for p in node.parents]) for node in graph.nodes]
-    local = sum(d * sum(parents) + 2 * sum(parents) ** 2 for d, parents in edges)
-    needed = layout.samples * graph.loss.element_size() * (jacobians + local)
-    if needed > limit:
-        joint = " The samples are coupled, so the batch is one joint sample: a smaller batch helps."
-        raise MemoryBudgetError(
-            f"the blocks of {len(layout.names)} nodes take {needed / 2**30:.1f} GiB, more than the limit of "
-            f"{limit / 2**30:.1f} GiB. Use fewer or smaller nodes, a smaller batch or `pairs`, or raise memory_limit."
-            + joint
-            * graph.coupled
-        )

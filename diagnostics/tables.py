@@ -97,7 +97,7 @@ class MetricTable:
             pair = (int(v[i]), int(w[i]))
             shown = [f"{getattr(self, name)[pair].item():.3g}" for name in _SHOWN]
             rows.append([self.nodes[pair[0]], self.nodes[pair[1]], f"{self.distance[pair].item():g}", *shown])
-        return "\n".join([*lines, _format(["v", "w", "distance", *_SHOWN.values()], rows)])
+        return "\n".join([*lines, format_table(["v", "w", "distance", *_SHOWN.values()], rows)])
 
     __repr__ = __str__
 
@@ -134,7 +134,7 @@ class DistanceTable:
     def __str__(self) -> str:
         header = ["distance", "pairs", *_SHOWN.values(), "Gap (ratio of sums)"]
         names = [f.name for f in fields(DistanceRow)]
-        return _format(header, [[f"{getattr(row, name):.3g}" for name in names] for row in self.rows])
+        return format_table(header, [[f"{getattr(row, name):.3g}" for name in names] for row in self.rows])
 
     __repr__ = __str__
 
@@ -145,7 +145,8 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator
 
 
-def _format(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns under a header and a rule."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
