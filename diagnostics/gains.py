@@ -25,7 +25,7 @@ class LocalGains:
         rho: ρ, the largest of them. Bounds need this one.
         rho_mean: The largest batch mean ``max_edges (1/S) Σ_b ‖D_b‖₂``: the ρ of the paper's tables. Products of means
             do not bound means of products, so bounds with it can fail.
-        children: s = max |Ch(v)|, the loss not counted.
+        children: s = ``max |Ch(v)|``, the loss not counted.
         branch: ``max_{v,b} Σ_{u∈Ch(v)} ‖D_b[u,v]‖₂ ≤ sρ``: what the norms of all steps out of one node add up to.
     """
 
@@ -70,7 +70,7 @@ class LocalGains:
 
 
 def local_gains(graph: Graph, local: LocalDerivatives | None = None) -> LocalGains:
-    """ρ = max ‖D[u,v]‖₂ over edges and samples, s = max |Ch(v)|, and the stability margin 1 − sρ (cf. Cor. 73).
+    """ρ = max ‖D[u,v]‖₂ over edges and samples, ``s = max |Ch(v)|``, and the stability margin 1 − sρ (cf. Cor. 73).
 
     An edge is one of the captured graph: what lies between two nodes is one step, so the figures depend on the choice
     of nodes. Coupled samples are one joint sample. Without edges ρ is 0.

@@ -34,7 +34,7 @@ def effective_rank(block: Tensor) -> Tensor:
 
 
 def negative_curvature(matrix: Tensor) -> Tensor:
-    """m⁻ = Σ_{λ<0} |λ| of symmetric matrices ``(…, N, N)``: the mass of negative curvature, in units of the matrix.
+    """``m⁻ = Σ_{λ<0} |λ|`` of symmetric matrices ``(…, N, N)``: the mass of negative curvature, in units of the matrix.
 
     Of a positive semidefinite matrix it is 0 to rounding. Symmetric to rounding is enough (:func:`symmetrise`).
     """
