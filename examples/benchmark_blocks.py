@@ -9,13 +9,12 @@ for all 36 pairs of blocks, the batch means of H and of its Gauss-Newton part, t
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from models import mlp
+from timing import median_seconds
 from torch import Tensor, nn
 
 import diagnostics
@@ -75,15 +74,6 @@ def _column(value: Tensor, k: int, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value[:, k].sum(), inputs, retain_graph=True)
 
 
-def _median_seconds(run: Callable[[], Norms], repeats: int) -> tuple[float, Norms]:
-    result, seconds = run(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -105,7 +95,7 @@ def main() -> None:
     }
     seconds, results = {}, {}
     for name, (run, repeats) in methods.items():
-        seconds[name], results[name] = _median_seconds(run, repeats)
+        seconds[name], results[name] = median_seconds(run, repeats)
 
     ours, reference = results["block recursion"], results["columns, all nodes at once"]
     worst = max(abs(float(ours[pair][0] / reference[pair][0]) - 1) for pair in reference)

@@ -6,13 +6,12 @@ python examples/benchmark_parametric.py --threads 1 [--batch 32]
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from models import mlp
+from timing import median_seconds
 from torch import Tensor, nn
 
 import diagnostics
@@ -42,15 +41,6 @@ def modes(loss: Callable[[Tensor], Tensor], size: int) -> dict[str, Callable[[Te
         "forward over reverse, chunks of 512": products,
         "jacrev of jacrev, chunks of 512": torch.func.jacrev(torch.func.jacrev(loss), chunk_size=512),
     }
-
-
-def median_seconds(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
-    result, seconds = run(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), result
 
 
 def compare(name: str, model: nn.Module, x: Tensor, repeats: int) -> None:

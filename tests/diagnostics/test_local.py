@@ -24,7 +24,7 @@ def _wavy(z: Tensor) -> Tensor:
     return (torch.sin(z) * z).mean()
 
 
-def _both_ways(graph: diagnostics.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def _assert_both_ways_agree(graph: diagnostics.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = differentiate(graph)
     with monkeypatch.context() as patch:
         patch.setattr(DenseLayer, "recognise", staticmethod(lambda _node, _parents: None))
@@ -53,7 +53,7 @@ def test_dense_layers_in_closed_form_equal_vector_jacobian_products(
     # Identity: the linear map; Softsign and Tanhshrink are several operations and take the generic way
     known = DenseLayer.recognise(graph["1"], [graph["0"]])
     assert (known is None) == (activation in (nn.Softsign, nn.Tanhshrink, nn.Softshrink))
-    _both_ways(graph, monkeypatch)
+    _assert_both_ways_agree(graph, monkeypatch)
 
 
 def test_an_activation_without_a_second_derivative_is_named() -> None:
@@ -100,7 +100,7 @@ def test_frozen_and_normalised_weights_stay_exact(monkeypatch: pytest.MonkeyPatc
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh())
     model = nn.Sequential(nn.Linear(3, 4), frozen, normed, nn.Linear(4, 2)).double()
     graph = diagnostics.capture(model, torch.randn(6, 3, dtype=torch.float64), _wavy, ["0", "1", "2", "3"])
-    _both_ways(graph, monkeypatch)
+    _assert_both_ways_agree(graph, monkeypatch)
 
 
 def test_local_jacobians_and_curvatures_equal_torch_func() -> None:
