@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from diagnostics.blocks import BlockMatrix, HessianBlocks, MeanBlocks
@@ -22,6 +21,7 @@ from diagnostics.layout import Layout
 from diagnostics.memory import check_memory, planned_bytes
 from diagnostics.recursion import hessian_blocks
 from diagnostics.selection import Selection
+from diagnostics.trees import flatten, map_tensors
 
 
 def mean_blocks(
@@ -98,7 +98,7 @@ def _matrices(blocks: HessianBlocks, by_source: bool) -> Iterator[tuple[tuple[st
 
 
 def _watched(loss_fn: Callable[[Any], Tensor], outputs: list[Any], z: Any) -> Tensor:
-    outputs.append(tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, z))
+    outputs.append(map_tensors(Tensor.detach, z))
     return loss_fn(z)
 
 
@@ -117,24 +117,23 @@ def _part(
         return isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == whole.batch_size
 
     def loss_of_part(z_part: Any) -> Tensor:
-        fixed, spec = tree_flatten(z)
-        own, _ = tree_flatten(z_part)
+        fixed, rebuild = flatten(z)
+        own, _ = flatten(z_part)
         return loss_fn(
-            tree_unflatten(
+            rebuild(
                 [
                     torch.cat([f[: samples.start], o, f[samples.stop :]]) if batched(f) else o
                     for f, o in zip(fixed, own, strict=True)
-                ],
-                spec,
+                ]
             )
         )
 
     outputs: list[Any] = []
-    part = tree_map(lambda t: t[samples] if batched(t) else t, inputs)
+    part = map_tensors(lambda t: t[samples] if batched(t) else t, inputs)
     # the sums of a part are those of a loss that is a mean, whatever the reduction: as it is given
     graph = capture(model, part, partial(_watched, loss_of_part, outputs), nodes, reduction="mean")
     where = f"samples {samples.start} to {samples.stop - 1}"
-    for full, own in zip(tree_flatten(z)[0], tree_flatten(outputs[0])[0], strict=True):
+    for full, own in zip(flatten(z)[0], flatten(outputs[0])[0], strict=True):
         if batched(full) and full.is_floating_point() and not _same(own, full[samples]):
             raise DiagnosticsError(
                 f"the model gives another output for {where} alone than within the batch, so the batch cannot be "

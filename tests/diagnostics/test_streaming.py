@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -185,3 +186,32 @@ def test_the_model_and_the_random_state_are_left_as_found() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert means.total["0", "1"].dtype == torch.float32
+
+
+@dataclass
+class _Result:
+    logits: Tensor
+
+
+class _ReturnsDataclass(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> _Result:
+        return _Result(self.model(x))
+
+
+def test_outputs_in_a_dataclass_are_parted_too() -> None:
+    torch.manual_seed(0)
+    model, x = _ReturnsDataclass(Chain(5, 4, 4, 3)).double(), torch.randn(10, 5, dtype=torch.float64)
+
+    def loss(z: _Result) -> Tensor:
+        return (torch.sin(z.logits) * z.logits).sum() / len(z.logits)
+
+    graph = diagnostics.capture(model, x, loss)
+    whole = diagnostics.hessian_blocks(graph).mean().total
+    limit = planned_bytes(graph, Layout.of(graph), averaged=True, samples=3)
+    parted = diagnostics.mean_blocks(model, x, loss, memory_limit=limit).total
+    for pair, block in whole.items():
+        assert (parted[pair] - block).norm() <= 1e-12 * block.norm()
