@@ -8,7 +8,7 @@ from diagnostics.closed_form import DenseLayer
 from diagnostics.errors import MemoryBudgetError
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.tape import _CHUNK_BYTES
+from diagnostics.tape import CHUNK_BYTES
 
 
 def planned_bytes(
@@ -55,7 +55,7 @@ def planned_bytes(
     factors = jacobians + rank**2 + rank * sum(size.values()) + sources
     factors += sum(size[u] * size[s] for u, others in fronts.items() for s in others)
     item = layout.like.element_size()
-    vjp = min(_CHUNK_BYTES, samples * item * scratch)
+    vjp = min(CHUNK_BYTES, samples * item * scratch)
     before = samples * item * (curvatures + scratch) + vjp
     if averaged:
         of_one = layout.mean()

@@ -157,7 +157,7 @@ def batched_vjp(
     if not used:
         return [None] * len(inputs)
     row = sum(t.numel() * t.element_size() for t in (*outputs, *used))
-    chunk = max(1, _CHUNK_BYTES // row)
+    chunk = max(1, CHUNK_BYTES // row)
     if not all(torch.isfinite(e).all() for e in expected if e is not None):
         raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
     try:
@@ -198,5 +198,6 @@ def _agree(weights: Tensor, products: Tensor, expected: Tensor) -> bool:
     return bool(error <= _VERIFIED * torch.finfo(expected.dtype).eps * weights.norm() * products.norm())
 
 
-_CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 256 * 2**20
+"""Bytes that the products of :func:`batched_vjp` may take at one time."""
 _VERIFIED = 1e3  # roundings by which sums in two orders may differ; a wrong rule is off by far more

@@ -134,3 +134,16 @@ class SkipIntoMerge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         v = self.v(x)
         return self.u(torch.cat([v, self.q(v)], -1))
+
+
+class DeadEnd(nn.Module):
+    """A node that does not reach the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.head = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.used(x))
+        self.unused(h)
+        return self.head(h)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.gn_factors import gauss_newton_factors
-from tests.networks import Attention, CalledTwice, Chain, Diamond, Normalised, ResidualCat
+from tests.networks import Attention, CalledTwice, Chain, DeadEnd, Diamond, Normalised, ResidualCat
 from tests.oracle import double_backprop
 from tests.random_dags import Plan, build, plans
 
@@ -181,22 +181,12 @@ def test_the_bound_of_a_linear_chain_is_the_formula() -> None:
 
 
 def test_a_loss_without_curvature_and_a_node_off_the_path_have_rank_zero() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused, self.head = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.used(x))
-            self.unused(h)
-            return self.head(h)
-
     torch.manual_seed(0)
-    factors = gauss_newton_factors(diagnostics.capture(Net(), torch.randn(2, 5), _cross_entropy))
+    factors = gauss_newton_factors(diagnostics.capture(DeadEnd(), torch.randn(2, 5), _cross_entropy))
     assert factors.ranks["unused"] == 0
     assert not factors["unused", "used"].any()
     assert factors["unused", "used"].shape == (2, 2, 4)
-    linear = gauss_newton_factors(diagnostics.capture(Net(), torch.randn(2, 5), lambda z: z.sum()))
+    linear = gauss_newton_factors(diagnostics.capture(DeadEnd(), torch.randn(2, 5), lambda z: z.sum()))
     assert set(linear.ranks.values()) == {0}
     assert not linear.assemble().any()
 

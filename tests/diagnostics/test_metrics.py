@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import diagnostics
-from tests.networks import Diamond, ResidualCat
+from tests.networks import DeadEnd, Diamond, ResidualCat
 
 
 def _wavy(z: Tensor) -> Tensor:
@@ -102,18 +102,8 @@ def test_by_distance_averages_pairs_and_reports_the_ratio_of_sums() -> None:
 
 
 def test_nodes_without_curvature_have_nan_coupling_and_rank_and_zero_gap() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused, self.head = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.used(x))
-            self.unused(h)
-            return self.head(h)
-
     torch.manual_seed(0)
-    table = diagnostics.metrics(diagnostics.hessian_blocks(diagnostics.capture(Net(), torch.randn(6, 5), _wavy)))
+    table = diagnostics.metrics(diagnostics.hessian_blocks(diagnostics.capture(DeadEnd(), torch.randn(6, 5), _wavy)))
     i = table.nodes.index("unused")
     j = table.nodes.index("used")
     for other in (i, j):

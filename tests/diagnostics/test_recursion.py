@@ -16,6 +16,7 @@ from tests.networks import (
     CalledTwice,
     Chain,
     Counterexample,
+    DeadEnd,
     Diamond,
     Normalised,
     Recurrent,
@@ -210,18 +211,8 @@ def test_tensor_part_at_the_node_before_a_linear_head_is_zero() -> None:
 
 
 def test_nodes_that_do_not_reach_the_loss_have_zero_blocks() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused, self.head = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.used(x))
-            self.unused(h)
-            return self.head(h)
-
     torch.manual_seed(0)
-    blocks = diagnostics.hessian_blocks(diagnostics.capture(Net(), torch.randn(2, 5), _cross_entropy(2)))
+    blocks = diagnostics.hessian_blocks(diagnostics.capture(DeadEnd(), torch.randn(2, 5), _cross_entropy(2)))
     assert set(blocks.nodes) == {"used", "unused", "head"}
     for w in blocks.nodes:
         assert not blocks.total["unused", w].any()
