@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from diagnostics.graph import Node
 from diagnostics.tape import Function
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     f"{name}Backward{i}"
     for name in (
         "Celu", "Cos", "Elu", "Exp", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "LogSigmoid", "Mish",
@@ -41,7 +41,7 @@ class DenseLayer:
         if len(parents) != 1 or parents[0].value.ndim != 2:
             return None
         function, activation = node.segment.grad_fn, None
-        if function is not None and function.name() in _ELEMENTWISE and len(function.next_functions) == 1:
+        if function is not None and function.name() in ELEMENTWISE and len(function.next_functions) == 1:
             inner, index = function.next_functions[0]
             if inner is not None:
                 function, activation = inner, GradientEdge(inner, index)

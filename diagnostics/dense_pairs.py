@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -11,8 +11,12 @@ from typing_extensions import TypeIs
 
 from diagnostics.parameter_maps import ParameterMap, PatchMap
 
-Target = Callable[[str, str, Tensor], None]
-"""Adds values, ``(P_v, P_w)`` or ``(P_v, C, m)``, to the result's block of two parameters."""
+
+class Target(Protocol):
+    """Where blocks are added."""
+
+    def __call__(self, v: str, w: str, value: Tensor, rows: slice | None = None, /) -> None:
+        """Add ``value``, ``(P_v, P_w)`` or ``(P_v, C, m)``, to (some rows of) the block of two parameters."""
 
 
 class Workspace:

@@ -126,13 +126,17 @@ class FrontBlocks(BlockMatrix):
 
     def _block(self, v: str, w: str) -> Tensor:
         columns = self.layout.columns(w)
-        block = self.layout.zeros(v, w)
+        block: Tensor | None = None  # memory of its own from the first product on
+        own: Tensor | None = None
         for s, front in self._fronts[v].items():
             if s == w:
-                block = block + front
+                own = front
             elif columns.stop <= self.layout.before(s):
-                block = block + front @ self._jacobians.rows[s][:, :, columns]
-        return block
+                jacobian = self._jacobians.rows[s][:, :, columns]
+                block = front @ jacobian if block is None else block.baddbmm_(front, jacobian)
+        if block is None:
+            return self.layout.zeros(v, w) if own is None else own.clone()
+        return block if own is None else block.add_(own)
 
     def _sample_sums(self) -> dict[str, Tensor]:
         layout = self.layout

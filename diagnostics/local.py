@@ -10,6 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from diagnostics.affine import AffineLayer
 from diagnostics.closed_form import DenseLayer
 from diagnostics.graph import Graph, Node
 from diagnostics.tape import batched_vjp, check_symmetric, named_errors, slopes_of
@@ -40,7 +41,8 @@ def differentiate(graph: Graph) -> LocalDerivatives:
     """Local Jacobians, signals and curvatures of all nodes of ``graph``, by vectorised vector-Jacobian products.
 
     Costs d_u products for D[u, ·] and d_p products of second order for K_u[p, ·] on the tape of node u alone, each
-    for all samples at once; nothing of the kind for nodes with a closed form (:mod:`diagnostics.closed_form`).
+    for all samples at once; nothing of the kind for nodes with a closed form (:mod:`diagnostics.closed_form`,
+    :mod:`diagnostics.affine`).
     """
     local = LocalDerivatives()
     signals: dict[str, Tensor] = {}
@@ -55,7 +57,7 @@ def differentiate(graph: Graph) -> LocalDerivatives:
         if signal is not None:
             local.signals[u] = signal.reshape(graph.samples, -1)
         where = f"node {u!r}"
-        layer = None if graph.coupled else DenseLayer.recognise(node, parents)
+        layer = None if graph.coupled else _closed_form(node, parents)
         if layer is not None:
             with named_errors(where):
                 _differentiate_layer(local, layer, node, parents[0], signals)
@@ -70,8 +72,12 @@ def differentiate(graph: Graph) -> LocalDerivatives:
     return local
 
 
+def _closed_form(node: Node, parents: Sequence[Node]) -> DenseLayer | AffineLayer | None:
+    return DenseLayer.recognise(node, parents) or AffineLayer.recognise(node, parents)
+
+
 def _differentiate_layer(
-    local: LocalDerivatives, layer: DenseLayer, node: Node, parent: Node, signals: dict[str, Tensor]
+    local: LocalDerivatives, layer: DenseLayer | AffineLayer, node: Node, parent: Node, signals: dict[str, Tensor]
 ) -> None:
     slope = layer.slope(node.segment)
     local.jacobians[node.name] = {parent.name: layer.jacobian(slope, len(node.value))}

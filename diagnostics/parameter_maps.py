@@ -11,6 +11,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from diagnostics.affine import is_activation, is_plain_layer, is_same
 from diagnostics.graph import Graph, Node
 from diagnostics.local import jacobians_of
 from diagnostics.tape import ancestry, batched_vjp, check_symmetric, named_errors, slopes_of
@@ -66,7 +67,8 @@ class PatchMap(ParameterMap):
     Attributes:
         patches: X, ``(S, L, m)``, the constant included if there is a trained bias.
         signal: δ_u, ``(S, L, C)``; None if the node does not reach the loss.
-        receives: ∂x/∂f_q of the layer's input x with respect to each parent, ``(S, d_x, d_q)``; None for the identity.
+        receives: ∂x/∂f_q of the layer's input x with respect to each parent, ``(S, d_x, d_q)``, or its diagonal,
+            ``(S, d_x)``; None for the identity.
         unfold: Patches of perturbations of x, ``(S, d_x, k) -> (S, L, m', k)``, without the constant.
         entries: The node's entries in one sample, as an einops axis: ``"(b l i)"`` or ``"(b i l)"``.
         joint: Samples inside one joint sample: 1 unless they are coupled.
@@ -106,7 +108,7 @@ class PatchMap(ParameterMap):
     def moved(self, jacobian: TotalJacobian) -> Tensor | None:
         """J[x←w] of the layer's input x, ``(S, d_x, d_w)``; None where it is zero."""
         moves = [
-            move if receives is None else receives @ move
+            move if receives is None else receives @ move if receives.ndim == 3 else receives.unsqueeze(2) * move
             for q, receives in self.receives.items()
             if (move := jacobian(q)) is not None
         ]
@@ -273,15 +275,9 @@ def _rows(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 def _patch_map(graph: Graph, node: Node, signal: Tensor | None) -> PatchMap | None:
     """The map, if the node is a plain linear or 2-D convolutional layer of some function of its parents."""
     module = node.module
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    conv = (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
-    if module is None or not (linear or conv) or module._forward_hooks or module._forward_pre_hooks:
+    if not is_plain_layer(module):
+        return None
+    if isinstance(module, nn.Conv2d) and (module.groups > 1):
         return None
     owned = {id(p): kind for kind, p in module.named_parameters(recurse=False)}
     kinds = {owned.get(id(graph.parameters[name])): name for name in node.parameters}
@@ -293,8 +289,9 @@ def _patch_map(graph: Graph, node: Node, signal: Tensor | None) -> PatchMap | No
         return None
     joint = graph.batch_size // graph.samples
     if isinstance(module, nn.Conv2d):
-        entries, channels, unfold = "(b i l)", module.out_channels, _conv_unfold(module, x, joint)
-        positions = rearrange(_unfold(module, x.detach()), "b j l -> b l j")
+        index = _patch_index(module, x.shape[1:]).to(x.device)
+        entries, channels, unfold = "(b i l)", module.out_channels, partial(_conv_unfold, index, joint)
+        positions = _conv_unfold(index, 1, x.detach().reshape(len(x), -1, 1)).squeeze(3)
     else:
         entries, channels, unfold = "(b l i)", node.shape[-1], partial(_linear_unfold, x.shape[-1])
         positions = x.detach().reshape(len(x), -1, x.shape[-1])
@@ -323,10 +320,13 @@ def _receives(graph: Graph, node: Node, x: Tensor) -> dict[str, Tensor | None] |
     if any(leaf is parameter for leaf in leaves for parameter in graph.parameters.values()):
         return None
     parents = [graph[name] for name in node.parents]
-    if x.grad_fn is not None and x.grad_fn.name() == "CloneBackward0" and len(parents) == 1:
-        origin = x.grad_fn.next_functions[0][0]
-        if getattr(origin, "variable", None) is parents[0].value:
-            return {parents[0].name: None}
+    if len(parents) == 1 and x.shape[:1] == parents[0].shape[:1]:
+        (parent,) = parents
+        if is_same(x, parent.value):
+            return {parent.name: None}
+        if is_activation(x, parent.value):
+            (slope,) = torch.autograd.grad(x, [parent.value], torch.ones_like(x), retain_graph=True)
+            return {parent.name: slope.reshape(graph.samples, -1)}
     return dict(jacobians_of(graph, f"the input of node {node.name!r}", x, parents)) if parents else {}
 
 
@@ -334,17 +334,18 @@ def _linear_unfold(features: int, moves: Tensor) -> Tensor:
     return rearrange(moves, "s (l j) k -> s l j k", j=features)
 
 
-def _conv_unfold(module: nn.Conv2d, x: Tensor, joint: int) -> Callable[[Tensor], Tensor]:
-    _, channels, height, width = x.shape
-
-    def unfold(moves: Tensor) -> Tensor:
-        samples, _, columns = moves.shape
-        images = rearrange(moves, "s (b c h w) k -> (s k b) c h w", b=joint, c=channels, h=height, w=width)
-        return rearrange(_unfold(module, images), "(s k b) j l -> s (b l) j k", s=samples, k=columns)
-
-    return unfold
+def _conv_unfold(index: Tensor, joint: int, moves: Tensor) -> Tensor:
+    entries = moves.shape[1] // joint
+    offsets = entries * torch.arange(joint, device=index.device).view(-1, 1, 1)
+    rows = torch.where(index > 0, index + offsets, 0)  # (b, l, j)
+    patches = nn.functional.pad(moves, (0, 0, 1, 0)).index_select(1, rows.flatten())
+    return rearrange(patches, "s (l j) k -> s l j k", j=index.shape[1])
 
 
-def _unfold(module: nn.Conv2d, images: Tensor) -> Tensor:
-    assert not isinstance(module.padding, str)
-    return nn.functional.unfold(images, module.kernel_size, module.dilation, module.padding, module.stride)
+def _patch_index(module: nn.Conv2d, shape: torch.Size) -> Tensor:
+    """The input entry, counted from 1, that every patch has at every place, ``(L, m')``; 0 where it is padding."""
+    image = torch.arange(1, shape.numel() + 1, dtype=torch.float64).view(1, *shape)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    image = nn.functional.pad(image, module._reversed_padding_repeated_twice, mode)
+    patches = nn.functional.unfold(image, module.kernel_size, module.dilation, stride=module.stride)
+    return rearrange(patches, "1 j l -> l j").long()

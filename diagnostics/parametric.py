@@ -19,6 +19,7 @@ from diagnostics.graph import Graph
 from diagnostics.layout import Layout
 from diagnostics.local import differentiate
 from diagnostics.parameter_maps import ParameterMap, TotalJacobian, dense_map, parameter_map
+from diagnostics.patch_pairs import add_patch_pair, is_patched
 from diagnostics.recursion import assemble_blocks
 
 Part: TypeAlias = Literal["total", "gn", "tensor"]
@@ -126,9 +127,10 @@ def parameter_blocks(graph: Graph, part: Part = "total", *, memory_limit: int = 
                     break
                 factor = 0.5 if u == w else 1.0
                 move = None if part == "gn" or u == w else partial(jacobians.block, w=w)
-                if is_dense(left) and is_dense(right):
+                if is_patched(left) and is_patched(right):
                     moved = None if move is None else left.moved(move)
-                    add_dense_pair(left, right, activation[u, w], moved, factor, half.add_block, work)
+                    add_pair = add_dense_pair if is_dense(left) and is_dense(right) else add_patch_pair
+                    add_pair(left, right, activation[u, w], moved, factor, half.add_block, work)
                 else:
                     _add_pair(left, right, activation[u, w] * factor, move, half)
             own = None if part == "gn" else left.own_curvature()
@@ -151,17 +153,21 @@ class _Half:
 
     def __init__(self, result: ParameterBlocks) -> None:
         self._result = result
-        self._known: set[tuple[str, str]] = set()
+        self._filled: dict[tuple[str, str], int] = {}  # leading rows of a block; the rest is uninitialised memory
 
-    def add_block(self, v: str, w: str, value: Tensor) -> None:
-        """Add ``value``, ``(P_v, P_w)`` or with these dimensions unflattened, to the block of two parameters."""
+    def add_block(self, v: str, w: str, value: Tensor, rows: slice | None = None) -> None:
+        """Add ``value`` to rows of the block of two parameters, its columns flat or not; all rows by default.
+
+        Rows that follow those filled so far are written and not added to: memory is touched once.
+        """
         block = self._result[v, w]
         block = block.unflatten(1, value.shape[1:]) if value.ndim > 2 else block
-        if (v, w) in self._known:
-            block.add_(value)
-        else:  # the result is uninitialised memory: its pages are touched once
-            self._known.add((v, w))
-            block.copy_(value)
+        start, stop = (0, len(block)) if rows is None else (rows.start, rows.stop)
+        filled = self._filled.get((v, w), 0)
+        known = min(max(filled - start, 0), stop - start)
+        block[start : start + known] += value[:known]
+        block[start + known : stop].copy_(value[known:])
+        self._filled[v, w] = max(filled, stop)
 
     def add(self, block: Tensor, left: ParameterMap, right: ParameterMap) -> None:
         for v, rows in left.split(block, 0):
@@ -171,7 +177,7 @@ class _Half:
     def complete(self) -> None:
         for v, w in self._result:
             block, mirror = self._result[v, w], self._result[w, v]
-            match (v, w) in self._known, (w, v) in self._known:
+            match (v, w) in self._filled, (w, v) in self._filled:
                 case True, True if v <= w:
                     block.add_(mirror.mT.clone())
                     if v != w:

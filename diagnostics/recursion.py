@@ -93,6 +93,7 @@ def _congruence(
     Of the loss this is the Gauss-Newton part, of any other node its share of the tensor part. The Jacobians of the
     parents are carried back, ``Σ_u J[p←u] D[u,v]``.
     """
+    parents = parents if curvature else ()  # nothing to carry back
     starts = accumulate((layout.sizes[p] for p in parents), initial=0)
     rows = {p: slice(start, start + layout.sizes[p]) for p, start in zip(parents, starts, strict=False)}
     rank = sum(layout.sizes[p] for p in parents)

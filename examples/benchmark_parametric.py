@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from models import mlp
 from timing import median_seconds
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import diagnostics
 
@@ -43,7 +44,8 @@ def modes(loss: Callable[[Tensor], Tensor], size: int) -> dict[str, Callable[[Te
     }
 
 
-def compare(name: str, model: nn.Module, x: Tensor, repeats: int) -> None:
+def methods(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What is compared; the first is ours."""
     labels = torch.randint(0, 10, (len(x),))
     values = {n: p.detach() for n, p in model.named_parameters()}
     sizes = [p.numel() for p in values.values()]
@@ -57,11 +59,19 @@ def compare(name: str, model: nn.Module, x: Tensor, repeats: int) -> None:
         return diagnostics.parameter_hessian(graph)
 
     point = torch.cat([p.reshape(-1) for p in values.values()])
-    seconds, hessian = median_seconds(ours, repeats)
-    print(f"\n{name}, {len(point)} parameters, batch {len(x)}, float32, {torch.get_num_threads()} threads")
-    print(f"{'parameter_hessian':44}{seconds:9.3f} s")
-    for mode, run in modes(flat_loss, len(point)).items():
-        theirs, other = median_seconds(lambda run=run: run(point), repeats)  # type: ignore[misc]
+    theirs = {mode: lambda run=run: run(point) for mode, run in modes(flat_loss, len(point)).items()}
+    return {"parameter_hessian": ours, **theirs}
+
+
+def compare(name: str, model: nn.Module, x: Tensor, repeats: int) -> None:
+    ours, *others = methods(model, x).items()
+    seconds, hessian = median_seconds(ours[1], 3 * repeats)
+    with FlopCounterMode(display=False) as counter:
+        ours[1]()
+    print(f"\n{name}, {len(hessian)} parameters, batch {len(x)}, float32, {torch.get_num_threads()} threads")
+    print(f"{ours[0]:44}{seconds:9.3f} s, {counter.get_total_flops() / 1e9:.1f} GFLOP in matrix products")
+    for mode, run in others:
+        theirs, other = median_seconds(run, repeats)
         error = ((hessian - other).norm() / other.norm()).item()
         print(f"{mode:44}{theirs:9.3f} s {theirs / seconds:6.1f} times ours, relative difference {error:.0e}")
 

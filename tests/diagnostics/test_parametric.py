@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ class SmallCNN(nn.Module):
 
 
 class GroupedCNN(nn.Sequential):
-    """What has no structured map: groups, reflected padding, one dimension."""
+    """Groups and one dimension, which have no structured map, and reflected padding."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -107,7 +107,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     ),
     "batch_norm_cnn_train": (
         lambda: nn.Sequential(
-            nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh(), nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, 2)
+            nn.Conv2d(1, 2, 2),
+            nn.BatchNorm2d(2),
+            nn.Tanh(),
+            nn.Conv2d(2, 2, 2, stride=2, padding=1),
+            nn.Flatten(),
+            nn.Linear(8, 2),
         ),
         lambda: _images(3, 1, 4, 4),
     ),
@@ -155,21 +160,43 @@ def test_parametric_hessian_and_its_parts_equal_double_backpropagation(name: str
     assert torch.equal(total, total.T)
 
 
-def test_equals_torch_func_hessian() -> None:
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def _batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, training: bool, _momentum: float, eps: float
+) -> Tensor:
+    shape, dims = (1, -1, *[1] * (x.ndim - 2)), [0, *range(2, x.ndim)]
+    if training:
+        mean, var = x.mean(dims), x.var(dims, correction=0)
+    return (x - mean.view(shape)) / (var.view(shape) + eps).sqrt() * weight.view(shape) + bias.view(shape)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # forward mode uses it
+@pytest.mark.parametrize("name", CASES)
+def test_equals_torch_func_hessian(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    for make, inputs in (CASES["chain"], CASES["residual_cat"], CASES["called_twice"], CASES["attention"]):
-        model, x = make().double(), inputs()
-        parameters = dict(model.named_parameters())
+    make, inputs = CASES[name]
+    model, x = make().double(), inputs()
+    matrix = diagnostics.parameter_hessian(diagnostics.capture(model, x, _wavy))
+    sizes = {name: p.shape for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
 
-        def loss(values: dict[str, Tensor], model: nn.Module = model, x: Tensor = x) -> Tensor:
-            return _wavy(torch.func.functional_call(model, values, (x,)))
+    def loss(point: Tensor) -> Tensor:
+        parts = point.split([size.numel() for size in sizes.values()])
+        values = {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
+        return _wavy(torch.func.functional_call(model, values | {n: b.clone() for n, b in buffers.items()}, (x,)))
 
-        hessian = torch.func.jacrev(torch.func.jacrev(loss))({n: p.detach() for n, p in parameters.items()})
-        blocks = diagnostics.parameter_blocks(diagnostics.capture(model, x, _wavy))
-        for v, p in parameters.items():
-            for w, q in parameters.items():
-                error = (blocks[v, w] - hessian[v][w].reshape(p.numel(), q.numel())).norm()
-                assert error < 1e-10 * blocks.matrix.norm()
+    # torch.func's derivatives of the fused normalisations are wrong (docs/parametric.md): these are written out
+    monkeypatch.setattr(F, "layer_norm", _layer_norm)
+    monkeypatch.setattr(F, "batch_norm", _batch_norm)
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = torch.func.hessian(loss)(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert relative_error(matrix, expected) < 1e-10
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
