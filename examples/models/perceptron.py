@@ -1,4 +1,4 @@
-"""Networks that the examples share."""
+"""Multi-layer perceptrons."""
 
 from __future__ import annotations
 
