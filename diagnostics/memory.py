@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from diagnostics.closed_form import DenseLayer
 from diagnostics.errors import MemoryBudgetError
+from diagnostics.flatness import cannot_bend
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
 from diagnostics.tape import CHUNK_BYTES
@@ -19,7 +20,7 @@ def planned_bytes(
     Counted are, for each sample, local Jacobians, local curvatures, fronts, the Gauss-Newton factor and those of the
     sources, and what is needed on top of them by the differentiation or else by the products: all total Jacobians for
     blocks of single samples, those in use at one time and the results for batch means. Local curvatures that
-    turn out to be zero (of ReLU) are counted: the plan is an upper estimate.
+    turn out to be zero are counted unless the node's tape shows it: the plan is an upper estimate.
 
     Args:
         graph: The network.
@@ -31,25 +32,27 @@ def planned_bytes(
     samples = layout.samples if samples is None else samples
     size = layout.sizes
     jacobians = curvatures = scratch = products = sources = kept_shares = 0
-    linear: set[str] = set()
+    flat: set[str] = set()
     ancestors: dict[str, set[str]] = {}
     for node in graph.nodes:
         own, parents = size[node.name], [size[p] for p in node.parents]
         width = sum(parents)
         ancestors[node.name] = set(node.parents).union(*(ancestors[p] for p in node.parents))
         layer = None if graph.coupled else DenseLayer.recognise(node, [graph[p] for p in node.parents])
-        if layer is not None and layer.activation is None:
-            linear.add(node.name)  # its Jacobian is the weight
-        else:
+        bends = not cannot_bend(node, [graph[p].value for p in node.parents])
+        if layer is None or layer.activation is not None:  # otherwise its Jacobian is the weight
             jacobians += own * width
+        if bends:
             curvatures += _triangle(parents)
+        else:
+            flat.add(node.name)
         if layer is None:  # cotangents, and products before and after their pieces are joined
             scratch = max([scratch, own * (own + 2 * width), *(p * (p + 2 * width) for p in parents)])
-        if by_source:
+        if by_source and bends:
             sources += width**2 + width * sum(size[v] for v in ancestors[node.name])
             products = max(products, width)
             kept_shares += bool(parents)
-    fronts = _fronts(graph, linear)
+    fronts = _fronts(graph, flat)
     rank = sum(size[p] for p in graph.loss_parents)
     columns = sum(size[v] for v in layout.names)
     factors = jacobians + rank**2 + rank * sum(size.values()) + sources
@@ -64,7 +67,8 @@ def planned_bytes(
         after = item * (samples * live + results)
     else:
         largest = max(size[v] for v in layout.names)
-        rows = sum(size[node.name] * layout.before(node.name) for node in graph.nodes)
+        # total Jacobians serve the tensor part alone
+        rows = sum(size[node.name] * layout.before(node.name) for node in graph.nodes) if any(fronts.values()) else 0
         after = samples * item * (rows + 4 * largest**2)  # a block, and what it is summed from
     return samples * item * factors + max(before, after)
 
@@ -85,14 +89,14 @@ def _triangle(sizes: list[int]) -> int:
     return (sum(sizes) ** 2 + sum(d * d for d in sizes)) // 2
 
 
-def _fronts(graph: Graph, linear: set[str]) -> dict[str, set[str]]:
-    """For every node those that its front has blocks with, if all but ``linear`` nodes bend: symbolic elimination."""
+def _fronts(graph: Graph, flat: set[str]) -> dict[str, set[str]]:
+    """For every node those that its front has blocks with, if all but ``flat`` nodes bend: symbolic elimination."""
     near: dict[str, set[str]] = defaultdict(set)
     fronts: dict[str, set[str]] = {}
     for node in reversed(graph.nodes):
         fronts[node.name] = near.pop(node.name, set())
         others = fronts[node.name] - {node.name}
-        bent = node.name not in linear or node.name in fronts[node.name]
+        bent = node.name not in flat or node.name in fronts[node.name]
         for p in node.parents:
             near[p] |= others | set(node.parents if bent else ())
         for s in others:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import benchmark_blocks
 import benchmark_parametric
@@ -34,11 +34,13 @@ def parametric(depth: int, width: int, batch: int) -> Runs:
     return benchmark_parametric.methods(mlp([width, *[width] * depth, 10]), torch.randn(batch, width))
 
 
-STUDIES: dict[str, tuple[Callable[[int, int, int], Runs], dict[str, int]]] = {
+Study: TypeAlias = tuple[Callable[..., Runs], dict[str, int]]
+
+STUDIES: dict[str, Study] = {
     "blocks of all pairs": (blocks, {"depth": 8, "width": 64, "batch": 32}),
     "parametric Hessian": (parametric, {"depth": 3, "width": 32, "batch": 32}),
 }
-RANGES = {
+RANGES: dict[str, dict[str, tuple[int, ...]]] = {
     "blocks of all pairs": {"depth": (2, 4, 8, 16), "width": (16, 32, 64, 128), "batch": (8, 16, 32, 64, 128)},
     "parametric Hessian": {"depth": (1, 2, 4, 6), "width": (12, 24, 36, 48), "batch": (8, 32, 128, 512)},
 }

@@ -44,6 +44,7 @@ class _Residual(nn.Module):
 CASES = {
     "chain": (lambda: Chain(5, *[40] * 6, 3), None),
     "wide": (lambda: Chain(5, *[90] * 4, 3), None),
+    "relu": (lambda: Chain(5, *[40] * 14, 3, activation=nn.ReLU), None),
     "residual": (lambda: _Residual(40, 5), ["stem", "blocks.*.f", "blocks.*.out"]),
 }
 
