@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,12 @@ from diagnostics.backends import (
 )
 from diagnostics.errors import CaptureError
 from diagnostics.graph import Graph, Node
+from diagnostics.lean_kernels import LeanKernels
 from diagnostics.refusals import check_inputs, check_model, check_tensor
 from diagnostics.selection import OUTPUT, Selection, select_modules
 from diagnostics.tape import Function, ancestry, passes_through
 from diagnostics.trees import flatten, map_tensors, tensors
+from diagnostics.whole_tape import WholeTape
 
 
 def capture(
@@ -106,23 +109,38 @@ class _Recipe:
 
     def run(self, modules: dict[str, nn.Module], *, automatic: bool, output_named: bool) -> Graph:
         cuts = _Cuts(self.batch_size, skip_unbatched=automatic)
+        outputs, loss = self._forward(modules, cuts, {}, None)
+        if not automatic:
+            _check_all_called(modules, cuts)
+        self._check_unmodified(cuts, loss)
+        return _assemble(self, cuts, outputs, modules, automatic, output_named, loss)
+
+    def whole(self, modules: dict[str, nn.Module], *, automatic: bool) -> WholeTape:
+        """The same run with the nodes' outputs noted but not cut off, and with constants for parameters."""
+        marks = _Cuts(self.batch_size, skip_unbatched=automatic, apart=False)
+        fixed = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        kernels = LeanKernels()
+        _, loss = self._forward(modules, marks, fixed, kernels)
+        return WholeTape(marks.values, loss, kernels.entries)
+
+    def _forward(
+        self, modules: dict[str, nn.Module], cuts: _Cuts, parameters: dict[str, Tensor], kernels: LeanKernels | None
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """Run model and loss once; returns the names of the output's nodes, and the loss."""
         with ExitStack() as stack:
             stack.enter_context(plain_autograd())
             stack.enter_context(twice_differentiable())
             stack.enter_context(without_saved_tensor_hooks())
             stack.enter_context(self.random_state.replayed())
             stack.enter_context(CompositeKernels())
+            stack.enter_context(kernels or nullcontext())
             with ExitStack() as hooks:
                 for name, module in modules.items():
                     handle = module.register_forward_hook(cuts.hook(name), with_kwargs=True)
                     hooks.callback(handle.remove)
-                result = _forward(self.model, map_tensors(_private_copy, self.inputs), self.buffers)
-            if not automatic:
-                _check_all_called(modules, cuts)
+                result = _forward(self.model, map_tensors(_private_copy, self.inputs), self.buffers, parameters)
             z, outputs = cuts.cut_output(result)
-            loss = self.loss_fn(z)
-        self._check_unmodified(cuts, loss)
-        return _assemble(self, cuts, outputs, automatic, output_named, loss)
+            return outputs, self.loss_fn(z)
 
     def _check_unmodified(self, cuts: _Cuts, loss: Tensor) -> None:
         """Refuse a run in which the cuts kept an operation in place from reaching other names of the same memory."""
@@ -159,9 +177,10 @@ class _Recipe:
 class _Cuts:
     """The cuts made so far, in the order of the forward pass: a topological order."""
 
-    def __init__(self, batch_size: int, skip_unbatched: bool) -> None:
+    def __init__(self, batch_size: int, skip_unbatched: bool, apart: bool = True) -> None:
         self.batch_size = batch_size
         self.skip_unbatched = skip_unbatched
+        self.apart = apart  # or the tape stays in one piece
         self.values: dict[str, Tensor] = {}
         self.segments: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module | None] = {}
@@ -236,7 +255,7 @@ class _Cuts:
             check_tensor(tensor, f"the output of module {name!r}" if module is not None else "the model's output")
             if skip_unbatched and (tensor.ndim == 0 or tensor.shape[0] != self.batch_size):
                 continue
-            value = tensor.detach().requires_grad_()
+            value = tensor.detach().requires_grad_() if self.apart or not tensor.requires_grad else tensor.clone()
             handed_on = value.clone()  # not a view: operations in place downstream must leave the leaf alone
             assert handed_on.grad_fn is not None
             # a parameter (or an input that requires grad) handed on as it is has no tape that could end here
@@ -248,13 +267,13 @@ class _Cuts:
         return rebuild(leaves)
 
 
-def _forward(model: nn.Module, inputs: Any, buffers: Mapping[str, Tensor]) -> Any:
+def _forward(model: nn.Module, inputs: Any, buffers: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Any:
     # Buffers are replaced by copies for this call: restoring them afterwards would invalidate the tape that saved them.
-    buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+    replaced = {**{name: buffer.clone() for name, buffer in buffers.items()}, **parameters}
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     try:
-        return torch.func.functional_call(model, buffers, args, kwargs)
+        return torch.func.functional_call(model, replaced, args, kwargs)
     except RuntimeError as error:
         wrong = [t.dtype for t in tensors(inputs) if not t.is_floating_point()]
         if wrong and not isinstance(error, CaptureError) and "dtype" in str(error):
@@ -266,7 +285,13 @@ def _forward(model: nn.Module, inputs: Any, buffers: Mapping[str, Tensor]) -> An
 
 
 def _assemble(
-    recipe: _Recipe, cuts: _Cuts, outputs: tuple[str, ...], automatic: bool, output_named: bool, loss: Tensor
+    recipe: _Recipe,
+    cuts: _Cuts,
+    outputs: tuple[str, ...],
+    modules: dict[str, nn.Module],
+    automatic: bool,
+    output_named: bool,
+    loss: Tensor,
 ) -> Graph:
     model = recipe.model
     order = {name: i for i, name in enumerate(cuts.values)}
@@ -313,6 +338,7 @@ def _assemble(
         batch_size=recipe.batch_size,
         parameters=recipe.parameters,
         refine=recipe.refined,
+        record_whole=partial(recipe.whole, modules, automatic=automatic),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from diagnostics.coupling import couples_samples
 from diagnostics.errors import DiagnosticsError, StaleGraphError
+from diagnostics.whole_tape import WholeTape
+
+if TYPE_CHECKING:
+    from diagnostics.block_operator import BlockOperator
+    from diagnostics.parametric import Part
+    from diagnostics.products import CurvatureProducts
+    from diagnostics.routing import CurvatureRouting
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,7 @@ class Graph:
         batch_size: int,
         parameters: dict[str, nn.Parameter],
         refine: Callable[[], Graph],
+        record_whole: Callable[[], WholeTape],
     ) -> None:
         self.nodes = nodes
         self.chosen = chosen
@@ -93,6 +101,7 @@ class Graph:
         self.batch_size = batch_size
         self._by_name = {node.name: node for node in nodes}
         self._refine = refine
+        self._record_whole = record_whole
         self._versions = {name: (parameter, parameter._version) for name, parameter in parameters.items()}
 
     def __getitem__(self, name: str) -> Node:
@@ -174,13 +183,68 @@ class Graph:
         """
         self.check_fresh()
         graph = self._refine()
-        if not torch.allclose(graph.loss, self.loss, rtol=torch.finfo(self.loss.dtype).eps ** 0.75, atol=0):
+        self._check_same_loss(graph.loss)
+        return graph
+
+    @cached_property
+    def whole(self) -> WholeTape:
+        """The same network on the same batch with its tape in one piece, for products.
+
+        The model is run once more, from the same random state and buffers.
+
+        Raises:
+            DiagnosticsError: this run gave another loss, so the model keeps state of its own.
+        """
+        self.check_fresh()
+        tape = self._record_whole()
+        self._check_same_loss(tape.loss)
+        return tape
+
+    @cached_property
+    def products(self) -> CurvatureProducts:
+        """Products of the Hessian, its Gauss-Newton and its tensor part with tangents at nodes."""
+        from diagnostics.products import CurvatureProducts
+
+        return CurvatureProducts(self)
+
+    @cached_property
+    def routing(self) -> CurvatureRouting:
+        """The slopes of all nodes with tapes of their own, for :func:`diagnostics.route`."""
+        from diagnostics.routing import CurvatureRouting
+
+        return CurvatureRouting(self)
+
+    def block_operator(self, v: str, w: str, part: Part = "total") -> BlockOperator:
+        """The batch-mean block H[v,w] as a linear operator, ``(d_v, d_w)``, without forming it.
+
+        ``graph.block_operator(v, w) @ x`` is ``hessian_blocks(graph).mean().total[v, w] @ x``: one injection x at w,
+        shared by all samples, and the response at v, summed over them (averaged, for a summed loss). A product passes
+        through the part of the network behind w and v twice, however large the block is.
+
+        Args:
+            v: Name of the node of the rows.
+            w: Name of the node of the columns.
+            part: ``"total"``, ``"gn"`` or ``"tensor"``.
+
+        Returns:
+            A :class:`diagnostics.block_operator.BlockOperator`, symmetric where v is w.
+
+        Raises:
+            KeyError: there is no such node.
+            DiagnosticsError: a node has no second derivative, named in the message.
+            StaleGraphError: a parameter changed since the capture; also when the operator is used.
+        """
+        from diagnostics.block_operator import BlockOperator
+
+        return BlockOperator(self, v, w, part)
+
+    def _check_same_loss(self, loss: Tensor) -> None:
+        if not torch.allclose(loss, self.loss, rtol=torch.finfo(self.loss.dtype).eps ** 0.75, atol=0):
             raise DiagnosticsError(
-                f"running the model again on the same batch gave the loss {graph.loss.item():.8g} instead of "
+                f"running the model again on the same batch gave the loss {loss.item():.8g} instead of "
                 f"{self.loss.item():.8g}, although buffers and random state were the same: its forward pass or the "
                 "loss function keeps state outside of buffers (a counter, NumPy's random numbers). Remove that."
             )
-        return graph
 
     def check_fresh(self) -> None:
         """Raise :class:`diagnostics.StaleGraphError` if a parameter was changed in place since the capture."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,42 @@ if TYPE_CHECKING:
 
 _SHOWN = {"resonance": "R", "coupling": "C", "stable_rank": "D", "gn_gap": "Gap"}
 _MOST_ROWS = 60
+
+
+@dataclass(frozen=True, eq=False)
+class MetricErrors:
+    """Standard errors of the metrics in a table, ``(n, n)`` each: 0 where exact, NaN where the metric is.
+
+    Intervals are ``metric ± t · error`` with Student's t of ``probes − 1`` degrees of freedom.
+
+    Attributes:
+        resonance: Of R.
+        coupling: Of C.
+        stable_rank: Of D, with what the iterations for ‖H‖₂ may have left out.
+        gn_gap: Of the gap.
+        gn_norm: Of ‖H^GN‖_F.
+        tensor_norm: Of ‖H^T‖_F.
+        probes: Number of random probes at each node.
+        products: Columns that the Hessian or its tensor part was multiplied with: two passes through the network each.
+        passes: Columns carried back from the output for the Gauss-Newton part: one pass each.
+        leave_one_out: ``"resonance"``, ``"gn_norm"`` and ``"tensor_norm"`` without each probe in turn, ``(n, n, m)``:
+            for errors of what is computed from several pairs. Not in :meth:`MetricTable.to_dict`.
+    """
+
+    resonance: Tensor
+    coupling: Tensor
+    stable_rank: Tensor
+    gn_gap: Tensor
+    gn_norm: Tensor
+    tensor_norm: Tensor
+    probes: int
+    products: int
+    passes: int
+    leave_one_out: Mapping[str, Tensor]
+
+    def shown(self) -> dict[str, Any]:
+        """The fields that are exported."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "leave_one_out"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +67,7 @@ class MetricTable:
         gn_norm: ‖H^GN‖_F.
         tensor_norm: ‖H^T‖_F.
         distance: Length of the shortest undirected path.
+        standard_errors: Of the metrics, where they are estimates (:func:`diagnostics.estimate_metrics`).
     """
 
     nodes: tuple[str, ...]
@@ -41,6 +78,7 @@ class MetricTable:
     gn_norm: Tensor
     tensor_norm: Tensor
     distance: Tensor
+    standard_errors: MetricErrors | None = None
 
     @property
     def gap_ratio(self) -> float:
@@ -64,16 +102,23 @@ class MetricTable:
         return DistanceTable(tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and nested lists, ready for JSON (but for NaN and infinity)."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: v.tolist() if isinstance(v, Tensor) else list(v) for name, v in values.items()}
+        """Names and nested lists, ready for JSON (but for NaN and infinity); standard errors where there are some."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "standard_errors"}
+        table: dict[str, Any] = {name: v.tolist() if isinstance(v, Tensor) else list(v) for name, v in values.items()}
+        if self.standard_errors is not None:
+            errors = self.standard_errors.shown()
+            table["standard_errors"] = {n: e.tolist() if isinstance(e, Tensor) else e for n, e in errors.items()}
+        return table
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per pair v ≤ w; needs pandas."""
+        """One row per pair v ≤ w; standard errors as ``"resonance_error"`` …; needs pandas."""
         import pandas as pd
 
         v, w = self._upper()
-        metrics = {f.name: getattr(self, f.name)[v, w].tolist() for f in fields(self) if f.name != "nodes"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.standard_errors is not None:
+            tensors |= {f"{name}_error": error for name, error in self.standard_errors.shown().items()}
+        metrics = {name: values[v, w].tolist() for name, values in tensors.items() if isinstance(values, Tensor)}
         return pd.DataFrame({"v": [self.nodes[i] for i in v], "w": [self.nodes[i] for i in w], **metrics})
 
     def _upper(self) -> tuple[Tensor, Tensor]:
@@ -95,11 +140,17 @@ class MetricTable:
         rows = []
         for i in order:
             pair = (int(v[i]), int(w[i]))
-            shown = [f"{getattr(self, name)[pair].item():.3g}" for name in _SHOWN]
+            shown = [self._cell(name, pair) for name in _SHOWN]
             rows.append([self.nodes[pair[0]], self.nodes[pair[1]], f"{self.distance[pair].item():g}", *shown])
         return "\n".join([*lines, format_table(["v", "w", "distance", *_SHOWN.values()], rows)])
 
     __repr__ = __str__
+
+    def _cell(self, name: str, pair: tuple[int, int]) -> str:
+        value = f"{getattr(self, name)[pair].item():.3g}"
+        if self.standard_errors is None:
+            return value
+        return f"{value} ± {getattr(self.standard_errors, name)[pair].item():.2g}"
 
 
 @dataclass(frozen=True)

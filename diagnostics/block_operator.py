@@ -1,0 +1,59 @@
+"""A single block between two nodes as a linear operator."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diagnostics.graph import Graph
+from diagnostics.injections import Injections
+from diagnostics.linear_operator import LinearOperator
+from diagnostics.parametric import Part
+
+
+class BlockOperator(LinearOperator):
+    """The batch-mean block H[v,w], ``(d_v, d_w)``, or a part of it; made by ``graph.block_operator(v, w)``.
+
+    Products take the columns of a matrix together, in as many at a time as ``memory_limit`` allows. The adjoint is the
+    block of (w, v).
+
+    Attributes:
+        graph: The captured network.
+        v: Node of the rows.
+        w: Node of the columns.
+        part: ``"total"``, ``"gn"`` or ``"tensor"``.
+        memory_limit: Bytes that the tangents of the columns multiplied at one time may take, by plan.
+    """
+
+    def __init__(self, graph: Graph, v: str, w: str, part: Part = "total", *, memory_limit: int = 2**30) -> None:
+        if part not in ("total", "gn", "tensor"):
+            raise ValueError(f'part must be "total", "gn" or "tensor", got {part!r}.')
+        self.graph, self.part, self.memory_limit = graph, part, memory_limit
+        self.v, self.w = graph[v].name, graph[w].name
+        self._injections = Injections(graph)
+        shape = self._injections.size(v), self._injections.size(w)
+        super().__init__(shape, graph.loss.dtype, graph.loss.device, symmetric=v == w)
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """``H[v,w] X``, ``(d_w, k) -> (d_v, k)``."""
+        return self._multiply(self.v, self.w, vectors)
+
+    def adjoint_matmat(self, vectors: Tensor) -> Tensor:
+        """``H[v,w]ᵀ X = H[w,v] X``, ``(d_v, k) -> (d_w, k)``."""
+        return self._multiply(self.w, self.v, vectors)
+
+    def _multiply(self, v: str, w: str, vectors: Tensor) -> Tensor:
+        products = self.graph.products
+        result = vectors.new_empty(self._injections.size(v), vectors.shape[1])
+        chunk = products.columns_in(self.memory_limit)
+        for start in range(0, vectors.shape[1], chunk):
+            columns = slice(start, start + chunk)
+            tangents = {w: self._injections.spread(w, vectors[:, columns].unsqueeze(0))}
+            match self.part:
+                case "total":
+                    response = products.total(tangents, [v])
+                case "gn":
+                    response = products.gauss_newton(tangents, [v])
+                case "tensor":
+                    response, _ = products.tensor(tangents, [v])
+            result[:, columns] = self._injections.gather(v, response[v])[0]
+        return result
