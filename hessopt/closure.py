@@ -186,6 +186,14 @@ class ClosureRunner:
         self.runs += 1
         return float(_loss_of(result).item())
 
+    def rewind(self) -> None:
+        """Put random state and buffers back to what :meth:`evaluate` started from, as if it had not been.
+
+        Operations in place on buffers end the use of its tape.
+        """
+        if self._before is not None:
+            self._before.restore()
+
     def _surroundings(self) -> _Surroundings:
         return _Surroundings(self.module, self._protected)
 
