@@ -3,15 +3,16 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+DEVICE ?= cpu
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment would race
-.PHONY: help demo test test-slow test-gpu snippets lint types docs bench dev clean
+.PHONY: help demo test test-slow test-gpu snippets lint types docs bench bench-large dev clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-examples ## run the quickstart; writes quickstart.png
 	$(BIN)/python examples/quickstart.py
@@ -41,6 +42,12 @@ docs: $(VENV)/.stamp-docs ## build the documentation in docs/_build; warnings ar
 bench: $(VENV)/.stamp-examples ## time the blocks and the parametric Hessian
 	$(BIN)/python examples/benchmark_blocks.py
 	$(BIN)/python examples/benchmark_parametric.py
+	$(BIN)/python examples/benchmark_growth.py
+
+bench-large: $(VENV)/.stamp-examples ## time products and estimates on ResNet-18 and GPTs; DEVICE=cuda on a GPU
+	$(BIN)/python examples/benchmark_hvp.py --device $(DEVICE)
+	$(BIN)/python examples/benchmark_resnet.py --device $(DEVICE)
+	$(BIN)/python examples/benchmark_resnet.py --device $(DEVICE) --batch 128
 
 dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
 	$(BIN)/pre-commit install

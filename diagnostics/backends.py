@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,15 +18,16 @@ from diagnostics.errors import CaptureError
 def twice_differentiable() -> Iterator[None]:
     """Use kernels with a second derivative, and restore the user's choice afterwards.
 
-    Fused attention kernels and cuDNN's recurrent kernels have a first derivative only; inside this context
-    attention runs by PyTorch's composite (``MATH``) kernel and recurrent networks by the native one. The inference
+    Fused attention kernels have a first derivative only; inside this context attention runs by PyTorch's composite
+    (``MATH``) kernel. So do cuDNN's recurrent kernels: a forward pass also needs :class:`CompositeKernels`. cuDNN's
+    other kernels stay, where the user has not turned them off, without their reduced precision (TF32). The inference
     path of transformer layers is off: it calls none of their submodules, and where nothing requires grad, it may pass
     nested tensors from one layer to the next.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        with sdpa_kernel(SDPBackend.MATH), full_precision_cudnn():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -55,9 +56,10 @@ _NO_HOOKS = (
 
 
 class CompositeKernels(TorchFunctionMode):
-    """Replaces fused operations whose second derivative in PyTorch is wrong by the same function of simpler ones.
+    """Replaces fused operations without a right second derivative in PyTorch by the same function of simpler ones.
 
-    The second derivative of ``torch._weight_norm`` is not even symmetric (PyTorch 2.13, CPU).
+    The second derivative of ``torch._weight_norm`` is not even symmetric (PyTorch 2.13, CPU), cuDNN's recurrent layers
+    have none: these run by native kernels.
     """
 
     def __torch_function__(
@@ -65,7 +67,26 @@ class CompositeKernels(TorchFunctionMode):
     ) -> Any:
         if func is torch._weight_norm:
             return _weight_norm(*args, **(kwargs or {}))
+        if func in _RECURRENT:
+            with full_precision_cudnn(enabled=False):
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+def full_precision_cudnn(enabled: bool | None = None) -> AbstractContextManager[None]:
+    """Turn cuDNN on or off (None: as it is), in full precision (no TF32), with the user's choice of algorithms."""
+    cudnn = torch.backends.cudnn
+    context: AbstractContextManager[None] = cudnn.flags(
+        enabled=cudnn.enabled if enabled is None else enabled,
+        benchmark=cudnn.benchmark,
+        benchmark_limit=cudnn.benchmark_limit,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
+    return context
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from diagnostics.backends import full_precision_cudnn
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -60,7 +62,7 @@ class _Convolution:
     def __call__(self, x: Tensor) -> Tensor:
         none = [0] * len(self.stride)
         how = (self.stride, self.padding, self.dilation, False, none, self.groups)
-        with _fast_kernels(x):
+        with full_precision_cudnn() if x.is_cuda else nullcontext():
             if not self.transposed:
                 return torch.convolution(x, self.weight, None, *how)
             like = x.new_empty(()).expand(self.input_shape)
@@ -136,13 +138,3 @@ def _batch_norm(
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     shape = (-1, *[1] * (input.ndim - 2))
     return input * scale.view(shape) + shift.view(shape)
-
-
-@contextmanager
-def _fast_kernels(x: Tensor) -> Iterator[None]:
-    """cuDNN, which is off around twice differentiated code, without its reduced precision."""
-    if x.device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield

@@ -11,7 +11,7 @@ from torch import Tensor
 from diagnostics.backends import plain_autograd, twice_differentiable
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph
-from diagnostics.tape import batched_vjp, named_errors, slopes_of
+from diagnostics.tape import Verified, batched_vjp, named_errors, slopes_of
 
 ONE_BY_ONE = 2
 """Up to so many products, to batch and to verify them would cost more than it saves."""
@@ -37,6 +37,7 @@ class CurvatureProducts:
         graph.check_fresh()
         self.graph = graph
         self.count = {"total": 0, "tensor": 0, "vjp": 0}
+        self._verified = Verified()
         self._values = graph.whole.values
         self._ends = [self._values[name] for name in graph.loss_parents]
         with plain_autograd(), twice_differentiable():
@@ -78,7 +79,7 @@ class CurvatureProducts:
         """``Σ_z J[z←v]ᵀ c_z`` at the targets v, for cotangents of the parents z of the loss, ``(k, *shape)``."""
         names = list(targets)
         seeds = [cotangents[name] for name in self.graph.loss_parents]
-        found = _products(self._ends, [self._values[v] for v in names], seeds)
+        found = _products(self._ends, [self._values[v] for v in names], seeds, self._verified)
         self.count["vjp"] += len(seeds[0])
         return dict(zip(names, found, strict=True))
 
@@ -91,7 +92,8 @@ class CurvatureProducts:
         k = len(tangents[parents[0]])
         if not curved:
             return {name: leaf.new_zeros(k, *leaf.shape) for name, leaf in zip(parents, leaves, strict=True)}
-        found = _products([slope for _, slope in curved], leaves, [tangents[name] for name, _ in curved])
+        slopes = [slope for _, slope in curved]
+        found = _products(slopes, leaves, [tangents[name] for name, _ in curved], self._verified)
         return dict(zip(parents, found, strict=True))
 
     def columns_in(self, memory: int) -> int:
@@ -127,18 +129,22 @@ class CurvatureProducts:
         k = len(next(iter(tangents.values())))
         if not known:
             return [t.new_zeros(k, *t.shape) for t in inputs], k
-        return _products([slopes[name] for name in known], inputs, [tangents[name] for name in known]), k
+        seeds = [tangents[name] for name in known]
+        return _products([slopes[name] for name in known], inputs, seeds, self._verified), k
 
     def _at_ends(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.graph.loss_parents, found, strict=True))
 
 
 def vector_products(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    verified: Verified | None = None,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for cotangents ``(k, *shape)``, ``(k, *shape)`` each; None where nothing depends on it.
 
-    Up to :data:`ONE_BY_ONE` are computed one by one.
+    Up to :data:`ONE_BY_ONE` are computed one by one; more of them by :func:`diagnostics.tape.batched_vjp`.
     """
     known = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not known:
@@ -146,7 +152,7 @@ def vector_products(
     outputs, cotangents = [o for o, _ in known], [c for _, c in known]
     with plain_autograd(), twice_differentiable(), named_errors("the network"):
         if len(cotangents[0]) > ONE_BY_ONE:
-            return batched_vjp(outputs, inputs, cotangents)
+            return batched_vjp(outputs, inputs, cotangents, verified)
         rows = [
             torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
             for seeds in zip(*cotangents, strict=True)
@@ -162,10 +168,12 @@ def _stacked(column: Sequence[Tensor]) -> Tensor:
     return column[0].unsqueeze(0) if len(column) == 1 else torch.stack(list(column))
 
 
-def _products(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def _products(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], verified: Verified
+) -> list[Tensor]:
     """The same, with zeros where nothing depends on an input."""
     k = len(cotangents[0])
-    rows = vector_products(outputs, inputs, cotangents)
+    rows = vector_products(outputs, inputs, cotangents, verified)
     return [t.new_zeros(k, *t.shape) if row is None else row for t, row in zip(inputs, rows, strict=True)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -125,8 +125,34 @@ def named_errors(where: str) -> Iterator[None]:
         ) from error
 
 
+class Verified:
+    """Tapes whose batched products were found to be right, so that the next ones need no check.
+
+    Holds their ends and inputs: a tape is known by these very tensors.
+    """
+
+    def __init__(self) -> None:
+        self._used: dict[tuple[int, ...], tuple[list[Tensor], list[bool]]] = {}
+
+    def used(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool] | None:
+        """Which inputs the outputs depend on; None for a tape that was not found right."""
+        known = self._used.get(self._key(outputs, inputs))
+        return None if known is None else known[1]
+
+    def add(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], used: list[bool]) -> None:
+        """Note a tape as right."""
+        self._used[self._key(outputs, inputs)] = [*outputs, *inputs], used
+
+    @staticmethod
+    def _key(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[int, ...]:
+        return len(outputs), *map(id, outputs), *map(id, inputs)
+
+
 def batched_vjp(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    verified: Verified | None = None,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products with many cotangents at once; the tape is kept.
 
@@ -140,6 +166,7 @@ def batched_vjp(
         inputs: Tensors on that tape.
         cotangents: For each output a tensor ``(m, *output.shape)``; taken in chunks so that intermediate results stay
             near 256 MiB.
+        verified: Tapes found right by earlier calls; products over them are not verified again, and this one is noted.
 
     Returns:
         For each input the products ``(m, *input.shape)``, summed over the outputs, or None where no output depends on
@@ -150,28 +177,48 @@ def batched_vjp(
         RuntimeError: an operation has no derivative.
     """
     count = len(cotangents[0])
+    known = None if verified is None else verified.used(outputs, inputs)
+    if known is not None:
+        found = _in_chunks(outputs, [t for t, own in zip(inputs, known, strict=True) if own], cotangents)
+        # a sum is finite unless an entry is not, or it overflows itself; only then are entries looked at
+        _check_finite(t for t in found if not t.sum().isfinite())
+        return _in_place_of(known, found)
     weights = torch.cos(torch.arange(1, count + 1, dtype=outputs[0].dtype)).to(outputs[0].device)
     combined = [torch.tensordot(weights, cotangent, dims=1) for cotangent in cotangents]
     expected = torch.autograd.grad(outputs, inputs, combined, retain_graph=True, allow_unused=True)
-    used = [t for t, e in zip(inputs, expected, strict=True) if e is not None]
+    known = [e is not None for e in expected]
+    used = [t for t, own in zip(inputs, known, strict=True) if own]
     if not used:
         return [None] * len(inputs)
-    row = sum(t.numel() * t.element_size() for t in (*outputs, *used))
-    chunk = max(1, CHUNK_BYTES // row)
-    if not all(torch.isfinite(e).all() for e in expected if e is not None):
-        raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
-    try:
-        pieces = [
-            _by_vmap(outputs, used, [c[start : start + chunk] for c in cotangents]) for start in range(0, count, chunk)
-        ]
-    except RuntimeError:  # only vmap cannot do it: the product above has shown that there is a derivative
-        pieces = []
-    found = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True)]
     expected_of_used = [e for e in expected if e is not None]
+    _check_finite(expected_of_used)
+    try:
+        found = _in_chunks(outputs, used, cotangents)
+    except RuntimeError:  # only vmap cannot do it: the product above has shown that there is a derivative
+        found = []
     if not found or not all(_agree(weights, p, e) for p, e in zip(found, expected_of_used, strict=True)):
         found = _one_by_one(outputs, used, cotangents)
+    elif verified is not None:
+        verified.add(outputs, inputs, known)
+    return _in_place_of(known, found)
+
+
+def _in_chunks(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    row = sum(t.numel() * t.element_size() for t in (*outputs, *inputs))
+    chunk = max(1, CHUNK_BYTES // row)
+    starts = range(0, len(cotangents[0]), chunk)
+    pieces = [_by_vmap(outputs, inputs, [c[start : start + chunk] for c in cotangents]) for start in starts]
+    return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
+def _check_finite(values: Iterable[Tensor]) -> None:
+    if not all(torch.isfinite(t).all() for t in values):
+        raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
+
+
+def _in_place_of(used: Sequence[bool], found: Sequence[Tensor]) -> list[Tensor | None]:
     rows = iter(found)
-    return [None if e is None else next(rows) for e in expected]
+    return [next(rows) if own else None for own in used]
 
 
 def _by_vmap(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:

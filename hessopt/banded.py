@@ -249,6 +249,8 @@ class BandedNewton(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # states of older versions
         self._structure = None
 
     def _parameters(self) -> list[Tensor]:
@@ -350,8 +352,13 @@ def _network(params: Params, model: nn.Module | None) -> nn.Module:
 
 
 def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
     for name in ("lr", "weight_decay"):
         if not 0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")
     if bool(group["maximize"]) != bool(first["maximize"]):
         raise ValueError("maximize must be the same in all param groups: curvature has one sign for all.")
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("BandedNewton has no complex parameters; use torch.view_as_real.")

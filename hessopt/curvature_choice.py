@@ -46,10 +46,10 @@ class CurvatureChoice:
 
     1. the Gauss-Newton matrix, if the gap is small: mean + standard error < 0.1;
     2. the full Hessian, if the gap is large, mean − standard error > 0.25, and its error is the smaller one — near a
-      minimum it is, being quadratic in d. Where H was found indefinite while the gradient was large, its error must
-      be below 0.7 of the other;
+       minimum it is, being quadratic in d. Where H was found indefinite while the gradient was large, its error must
+       be below 0.7 of the other;
     3. the Gauss-Newton matrix, if the full Hessian's error is more than 1.2 times the other's: this is so far from
-      minima, where T changes along the step as much as it is;
+       minima, where T changes along the step as much as it is;
     4. what the last one took, otherwise.
 
     A gradient is large where ``‖g‖ > ½ |λ| Δ``, with the least Ritz value λ < 0 of conjugate gradients and the radius

@@ -102,7 +102,7 @@ def search_rays(
 
 
 def _search(gain: Callable[[float], float], start: float, most: int, rounding: float) -> Ray:
-    """Double t while that gains more, or changes nothing; otherwise cut it by 4 until there is a gain."""
+    """Double t while that gains a quarter more, or changes nothing; otherwise cut it by 4 until there is a gain."""
     t, best, evaluations = start, gain(start), 1
     while abs(best) <= rounding and evaluations < most:
         t *= 2
@@ -112,7 +112,7 @@ def _search(gain: Callable[[float], float], start: float, most: int, rounding: f
         while evaluations < most:
             further = gain(2 * t)
             evaluations += 1
-            if not further > best:
+            if not further > _GROWTH * best:
                 break
             t, best = 2 * t, further
         return Ray(t, best, evaluations)
@@ -125,6 +125,7 @@ def _search(gain: Callable[[float], float], start: float, most: int, rounding: f
     return Ray(0.0, 0.0, evaluations)
 
 
+_GROWTH = 1.25  # of the gain, for which the step is doubled: less comes from saturation, far from where H was taken
 _SHORTEST = 1e-6  # of t₀; below, it is the rounding of the loss that is searched
 
 

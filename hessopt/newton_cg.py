@@ -305,6 +305,8 @@ class NewtonCG(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # states of older versions
         self._verified = self._told = False
 
     def _first(self) -> Tensor:
@@ -440,6 +442,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str
 
 
 def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
     for name in ("lr", "weight_decay"):
         if not 0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")

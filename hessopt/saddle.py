@@ -38,20 +38,22 @@ class SaddleEscape(Optimizer):
        Hessian-vector products. Other steps are those of the wrapped optimizer, at its cost.
     2. **Direction.** The k smallest eigenpairs by Lanczos iterations that start from those of the last check. For one
        direction, d = −sign(gᵀv)·v. For several, it is the saddle-free Newton step in the space of the eigenvectors,
-       with |λ| in place of λ (Dauphin et al. 2014), but at least t₀ along each. τ is relative to ‖H‖₂, because in deep
-       linear networks of depth 3 and more H itself vanishes at the origin.
+       with ``|λ|`` in place of λ (Dauphin et al. 2014), but at least t₀ along each. τ is relative to ‖H‖₂, because in
+       deep linear networks of depth 3 and more H itself vanishes at the origin.
     3. **Length.** From t₀ (1 % of ‖θ‖, at least 0.01) t is doubled while the loss goes down (or stays the same to
        rounding, as it does next to saddles of high order), or cut by 4 until it does.
        Where the slope does not matter at t₀, that is ``|gᵀd| ≤ ¼ t₀ |dᵀHd|``, both signs are tried and the better one
        is taken: at a symmetric saddle the gradient does not tell (Cor. 86).
-    4. **Whether.** The move is made if the loss goes down by more than ``‖g‖² / 2‖H‖₂``, what the safe step of steepest
-       descent (of length 1/‖H‖₂) gains, and if ``|gᵀd| ≤ ½ |λ₁ t|``, so that it is curvature and not slope that gains
-       it. So the gradient is small *relative to curvature*: negative curvature on a slope, which every network has, is
-       no saddle. Otherwise the parameters stay as they were, bit for bit. A convex function has no negative curvature.
+    4. **Whether.** Only where the gradient is small *relative to curvature*: the safe step of steepest descent, whose
+       length is 1/‖H‖₂, gains ``‖g‖² / 2‖H‖₂``, which must be at most the share of the loss that makes a plateau (1 %).
+       Then the move is made if it gains more than that, and if ``|gᵀd| ≤ ½ |λ₁ t|``, so that it is curvature and not
+       slope that gains it. Negative curvature on a slope, which every network has, is no saddle, and a convex function
+       has none. Otherwise the parameters stay as they were, bit for bit.
     5. **Then** the wrapped optimizer takes its step at the new point, with its state for these parameters emptied
        (momentum and second moments of the saddle), if ``reset_state``.
 
-    Param groups, state and defaults are the wrapped optimizer's own, so learning-rate schedulers take either.
+    Param groups, state and defaults are the wrapped optimizer's own, so learning-rate schedulers take either. Groups
+    whose learning rate is less than 1e-8 of the largest are not moved.
 
     Args:
         base: The optimizer to wrap; any, also one that runs its closure several times, like LBFGS.
@@ -73,7 +75,7 @@ class SaddleEscape(Optimizer):
         ValueError: an argument is out of range.
 
     Source:
-        Escape along negative eigenvectors with both signs: Cor. 86 of arXiv 2604.11639. |H| in the Krylov space:
+        Escape along negative eigenvectors with both signs: Cor. 86 of arXiv 2604.11639. ``|H|`` in the Krylov space:
         Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle point problem in
         high-dimensional non-convex optimization" (2014).
 
@@ -112,6 +114,8 @@ class SaddleEscape(Optimizer):
     ) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}.")
+        if any(p.is_complex() for group in base.param_groups for p in group["params"]):
+            raise ValueError("SaddleEscape has no complex parameters; use torch.view_as_real.")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         for name, value in (("directions", directions), ("max_trials", max_trials)):
@@ -186,12 +190,18 @@ class SaddleEscape(Optimizer):
                 self.escapes += 1
                 if self.reset_state:
                     self.base.state.clear()
+        own = getattr(self.base, "last_step", self) is not self  # one of this package: it takes the closure as it is
         seen: list[float] = []
-        loss = self.base.step(self._for_base(closure, seen))
-        slopes = [p.grad for p in self._trained() if p.grad is not None]
-        norm = math.hypot(*(torch.linalg.vector_norm(slope.detach()).item() for slope in slopes))
-        self.stationarity.observe(seen[0], norm)
-        return loss  # type: ignore[return-value]
+        passed: Any = closure if own else self._for_base(closure, seen)
+        loss: Any = self.base.step(passed)
+        if own:
+            self.stationarity.observe(float(loss), self.base.last_step.gradient_norm)  # type: ignore[attr-defined]
+        else:
+            slopes = [p.grad for p in self._trained() if p.grad is not None]
+            norm = math.hypot(*(torch.linalg.vector_norm(slope.detach()).item() for slope in slopes))
+            self.stationarity.observe(seen[0], norm)
+        result: Tensor = loss
+        return result
 
     def explain(self, graph: Graph) -> dict[str, float]:
         """Which nodes' nonlinearities make the curvature along the last direction of escape: shares of ``vᵀHv``.
@@ -211,7 +221,7 @@ class SaddleEscape(Optimizer):
         vector, start = self._vectors[:, 0], 0
         tangents: dict[str, Tensor] = {}
         names = {id(p): name for name, p in graph.parameters.items()}
-        for p in self._trained():
+        for p in self._moved():
             part = vector[start : start + p.numel()].view(1, *p.shape).to(p.dtype)
             start += p.numel()
             if id(p) not in names:
@@ -255,6 +265,17 @@ class SaddleEscape(Optimizer):
     def _trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
+    def _moved(self) -> list[Tensor]:
+        """What an escape moves: not the groups whose learning rate is next to nothing beside the largest."""
+        largest = max(float(group["lr"]) for group in self.param_groups) if "lr" in self.param_groups[0] else 0.0
+        return [
+            p
+            for group in self.param_groups
+            if largest == 0 or float(group["lr"]) > 1e-8 * largest
+            for p in group["params"]
+            if p.requires_grad
+        ]
+
     def _for_base(self, closure: Closure, seen: list[float]) -> Callable[[], Any]:
         """The closure as optimizers of torch.optim expect it: it calls backward and returns the loss."""
         parameters = self._trained()
@@ -273,7 +294,7 @@ class SaddleEscape(Optimizer):
         return wrapped
 
     def _check(self, closure: Closure) -> CurvatureCheck:
-        parameters = self._trained()
+        parameters = self._moved()
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         runner = ClosureRunner(closure, parameters, self.model)
         try:
@@ -353,12 +374,16 @@ class SaddleEscape(Optimizer):
 
         if not negative.any():  # a Ritz value is a curvature that H has: its error does not matter here
             return check(f"no negative curvature: the smallest eigenvalue is {values[0]:.3g} ± {residual:.1g}")
+        descent = g_norm**2 / (2 * norm)
+        if descent > self.stationarity.plateau * abs(loss):
+            slope_first = f"on a slope: steepest descent gains {descent:.3g} of {abs(loss):.3g}"
+            return check(f"negative curvature {values[0]:.3g} {slope_first}")
         start = first_length(parameters)
         direction = escape_direction(g, values[negative], pairs.vectors[:, :k][:, negative], start)
         slope = float(g @ direction)
         parts = _parts(direction, parameters)
         ray = search_rays(lambda t: gain(t, parts), slope, values[0].item(), start, self.max_trials, rounding)
-        least = max(g_norm**2 / (2 * norm), rounding)
+        least = max(descent, rounding)
         if not (ray.gain > least and 2 * abs(slope) <= abs(values[0].item() * ray.length)):
             reason = f"negative curvature {values[0]:.3g} gains {ray.gain:.3g}, no more than the slope: no saddle"
             return check(reason, slope, ray.evaluations)

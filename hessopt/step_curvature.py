@@ -147,11 +147,11 @@ class StepCurvature:
                     [o for o, _ in pairs], inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
                 )
         lead = (len(cotangents[0]),) if batched else ()
-        return [t.new_zeros(*lead, *t.shape) if f is None else f for t, f in zip(inputs, found, strict=True)]
+        return [t.new_zeros((*lead, *t.shape)) if f is None else f for t, f in zip(inputs, found, strict=True)]
 
     def _parts(self, v: Tensor) -> list[Tensor]:
         return [
-            part.reshape(*v.shape[:-1], *p.shape).to(p.dtype)
+            part.reshape(v.shape[:-1] + p.shape).to(p.dtype)
             for part, p in zip(v.split(self._sizes, dim=-1), self._parameters, strict=True)
         ]
 

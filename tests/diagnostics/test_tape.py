@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagnostics import tape
-from diagnostics.tape import ancestry, batched_vjp, passes_through
+from diagnostics.tape import Verified, ancestry, batched_vjp, passes_through
 from tests.oracle import relative_error
 
 
@@ -110,6 +110,59 @@ def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tape, "CHUNK_BYTES", 200)  # two rows at a time
     pieces = batched_vjp([output], [x], [cotangents])[0]
     assert torch.equal(whole, pieces)
+
+
+class TestVerified:
+    """Products over a tape that was found right are not checked again; all others are."""
+
+    @staticmethod
+    def _single_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Grows by one for each product that is not batched."""
+        seen: list[int] = []
+        original = torch.autograd.grad
+
+        def counted(outputs: object, inputs: object, cotangents: list[Tensor], **options: object) -> object:
+            if not torch._C._functorch.is_batchedtensor(cotangents[0]):
+                seen.append(1)
+            return original(outputs, inputs, cotangents, **options)
+
+        monkeypatch.setattr(torch.autograd, "grad", counted)
+        return seen
+
+    def test_a_tape_is_checked_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, unused = torch.randn(3, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+        output, other = torch.tanh(x), torch.sin(x)
+        cotangents = torch.randn(7, 3, 4)
+        checked, verified = batched_vjp([output], [unused, x], [cotangents]), Verified()
+        seen = self._single_products(monkeypatch)
+        for _ in range(3):
+            nothing, products = batched_vjp([output], [unused, x], [cotangents], verified)
+            assert nothing is None
+            assert torch.equal(products, checked[1])
+        assert len(seen) == 1
+        batched_vjp([other], [unused, x], [cotangents], verified)
+        batched_vjp([output], [x], [cotangents], verified)
+        assert len(seen) == 3
+
+    @pytest.mark.parametrize("operation", [OPERATIONS["cdist"], lambda x: _ExpInPlace.apply(x)], ids=["wrong", "none"])
+    def test_a_tape_that_cannot_be_batched_is_never_trusted(self, operation: Callable[[Tensor], Tensor]) -> None:
+        x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        output, verified = operation(x), Verified()
+        cotangents = torch.randn(5, *output.shape, dtype=torch.float64)
+        single = torch.stack([torch.autograd.grad(output, [x], c, retain_graph=True)[0] for c in cotangents])
+        for _ in range(2):
+            (products,) = batched_vjp([output], [x], [cotangents], verified)
+            assert relative_error(products, single) < 1e-14
+            assert verified.used([output], [x]) is None
+
+    def test_what_is_not_finite_is_refused_all_the_same(self) -> None:
+        x, verified = torch.ones(3, requires_grad=True), Verified()
+        output = x.square()
+        batched_vjp([output], [x], [torch.ones(2, 3)], verified)
+        with pytest.raises(RuntimeError, match="not finite"):
+            batched_vjp([output], [x], [torch.full((2, 3), torch.inf)], verified)
+        (large,) = batched_vjp([output], [x], [torch.full((2, 3), 1e38)], verified)  # only their sum overflows
+        assert large.isfinite().all()
 
 
 def test_products_that_are_not_finite_are_refused() -> None:

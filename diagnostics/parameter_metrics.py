@@ -1,0 +1,156 @@
+"""The metrics of all pairs of groups of parameters from a few Hessian products, with standard errors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diagnostics.errors import DiagnosticsError, MemoryBudgetError
+from diagnostics.graph import Graph
+from diagnostics.operators import HessianOperator
+from diagnostics.pair_estimates import Sampling, estimate_pairs
+from diagnostics.pair_products import Responses
+from diagnostics.parameter_groups import Groups, ParameterGroups
+from diagnostics.probes import Probe, generator_for
+from diagnostics.tables import MetricTable
+
+
+def estimate_parameter_metrics(
+    op: HessianOperator,
+    groups: Groups = None,
+    probes: int = 30,
+    *,
+    generator: torch.Generator | None = None,
+    distribution: Probe = "rademacher",
+    deflate: int = 10,
+    spectral_tolerance: float = 1e-2,
+    spectral_rounds: int = 20,
+    graph: Graph | None = None,
+    distance: Tensor | None = None,
+    memory_limit: int = 8 * 2**30,
+) -> MetricTable:
+    """Resonance, coupling, stable rank and Gauss-Newton gap of every pair of groups of parameters.
+
+    The blocks are ``H[v,w] = ∂²L/∂θ_v∂θ_w`` of the operator's own loss, over all its batches. They are estimated by
+    the same code as those of nodes, :func:`diagnostics.estimate_metrics`, which says how: a product with a probe at
+    group w gives ``H[v,w] r`` of all groups v with its Gauss-Newton and tensor part. Groups of at most ``probes``
+    entries get all unit vectors instead, and are exact.
+
+    With ``deflate=0`` and ``spectral_rounds=0`` responses are not kept, but reduced to norms group by group: for large
+    networks. D is then an upper bound, from ‖H‖₂ within the span of the probes, and its error says by how much it may
+    be off to first order.
+
+    Args:
+        op: The Hessian of a model on one batch or several, of all parameters or of some.
+        groups: None: one group for each module that owns parameters. ``"parameter"``: one for each tensor. Or a mapping
+            from names to names or patterns of parameters. See :class:`diagnostics.parameter_groups.ParameterGroups`,
+            also for tied parameters.
+        probes: m, random probes at each group, at least 3.
+        generator: Source of the probes. None: a new one with seed 0; the global random state is never used.
+        distribution: Of the entries of a probe: ``"rademacher"`` or ``"gaussian"``.
+        deflate: Directions multiplied exactly at each group.
+        spectral_tolerance: Relative growth of ‖H‖₂ in a round at which its iterations end.
+        spectral_rounds: Rounds at most; 0: no iterations.
+        graph: A capture of the same model: the distance of two groups is then that of the nearest two nodes computed
+            from their parameters.
+        distance: The distances themselves, ``(n, n)``. Neither: ``|i − j|`` in the order of the groups.
+        memory_limit: Bytes for probes and responses, by plan.
+
+    Returns:
+        A :class:`diagnostics.MetricTable` whose ``nodes`` are the names of the groups, for
+        :func:`diagnostics.discarded.discarded_share` too.
+
+    Raises:
+        TypeError: ``op`` is not a :class:`diagnostics.HessianOperator`.
+        ValueError: an argument is out of range.
+        DiagnosticsError: groups overlap or are empty, a pattern has no match, or the distances do not fit.
+        MemoryBudgetError: responses would take more than ``memory_limit``.
+    """
+    if not isinstance(op, HessianOperator):
+        raise TypeError(f"op must be a HessianOperator, which gives all parts of a product, got {type(op).__name__}.")
+    sampling = Sampling(probes, distribution, deflate, spectral_tolerance, spectral_rounds)
+    chosen = ParameterGroups(op, groups)
+    distances = _distances(chosen, graph, distance)
+    _check_memory(op, chosen, sampling, memory_limit)
+    products = GroupProducts(op, chosen)
+    with torch.no_grad():
+        estimates = estimate_pairs(products, sampling, generator_for(op, generator))
+    return estimates.table(distances, products.products, products.passes)
+
+
+class GroupProducts:
+    """Products with vectors at a group of parameters, for all groups at once.
+
+    Attributes:
+        names: Of the groups.
+        samples: 1.
+        like: A tensor of the operator's dtype and device.
+        products: Columns multiplied so far.
+        passes: Of them, those for which the Gauss-Newton part was carried back on its own.
+    """
+
+    def __init__(self, op: HessianOperator, groups: ParameterGroups) -> None:
+        self._op, self._groups = op, groups
+        self.names = groups.names
+        self.samples = 1
+        self.like = torch.empty(0, dtype=op.dtype, device=op.device)
+        self.products = self.passes = 0
+
+    def size(self, name: str) -> int:
+        """Entries of the group."""
+        return self._groups.size(name)
+
+    def respond(self, w: str, vectors: Tensor) -> Responses:
+        """G and T times vectors ``(1, d_w, k)`` at group w; k may be 0."""
+        if vectors.shape[2] == 0:
+            nothing = self._gathered(vectors.new_empty(self._groups.space.size, 0))
+            return Responses(vectors, nothing, nothing)
+        self.products += vectors.shape[2]
+        self.passes += vectors.shape[2]
+        _, gn, tensor = self._op.products(self._groups.spread(w, vectors[0]))
+        return Responses(vectors, self._gathered(gn), self._gathered(tensor))
+
+    def total(self, w: str, vectors: Tensor) -> dict[str, Tensor]:
+        """``H[v,w] X`` for all groups v, ``(1, d_w, k) -> (1, d_v, k)``."""
+        self.products += vectors.shape[2]
+        return self._gathered(self._op @ self._groups.spread(w, vectors[0]))
+
+    def _gathered(self, columns: Tensor) -> dict[str, Tensor]:
+        return {v: self._groups.gather(v, columns).unsqueeze(0) for v in self.names}
+
+
+def _distances(groups: ParameterGroups, graph: Graph | None, distance: Tensor | None) -> Tensor:
+    if graph is not None and distance is not None:
+        raise ValueError("give either graph or distance: both say how far groups are apart.")
+    if graph is not None:
+        return groups.graph_distance(graph)
+    if distance is None:
+        return groups.order_distance()
+    n = len(groups.names)
+    if distance.shape != (n, n) or not torch.equal(distance, distance.mT):
+        raise DiagnosticsError(
+            f"distance must be a symmetric ({n}, {n}) tensor for the {n} groups, got shape {tuple(distance.shape)}."
+        )
+    return distance
+
+
+def _check_memory(op: HessianOperator, groups: ParameterGroups, sampling: Sampling, limit: int) -> None:
+    """Refuse what would not fit: responses are G and T of all columns, and H with the spans of the iterations."""
+    vector = op.shape[0] * torch.empty((), dtype=op.dtype).element_size()
+    n, m = len(groups.names), sampling.probes
+    streamed = (6 * m + n) * vector  # of one group: probes, H, G, T and their copies; singular vectors of every pair
+    kept = (3 * n * (m + sampling.deflate) + 6 * m) * vector
+    needed = streamed if sampling.streams else kept
+    if needed > limit:
+        way_out = (
+            ""
+            if sampling.streams
+            else (
+                f"Use deflate=0 and spectral_rounds=0, which keep no responses and take {streamed / 2**30:.2g} GiB; or "
+            )
+        )
+        raise MemoryBudgetError(
+            f"{n} groups with {m} probes each, in vectors of {op.shape[0]} entries, take {needed / 2**30:.2g} GiB, "
+            f"more than the limit of {limit / 2**30:.2g} GiB. {way_out or 'Use '}fewer groups, fewer probes, or a "
+            "larger memory_limit."
+        )
