@@ -71,23 +71,21 @@ def test_everything_that_runs_a_model_does_it_that_way(use: Callable[[nn.Module,
     assert cudnn.enabled
 
 
-def test_the_users_choices_hold_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cudnn, "benchmark", True)
-    monkeypatch.setattr(cudnn, "deterministic", True)
-    monkeypatch.setattr(cudnn, "allow_tf32", True)
-    with twice_differentiable():
-        assert cudnn.enabled
-        assert cudnn.benchmark
-        assert cudnn.deterministic
-        assert not cudnn.allow_tf32
-        with CompositeKernels():
-            nn.GRU(3, 2)(torch.randn(4, 2, 3))
-        assert cudnn.enabled
-    assert cudnn.allow_tf32
-    monkeypatch.setattr(cudnn, "enabled", False)
-    with twice_differentiable():
+def test_the_users_choices_hold_and_are_restored() -> None:
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=True):
+        with twice_differentiable():
+            assert cudnn.enabled
+            assert cudnn.benchmark
+            assert cudnn.deterministic
+            assert not cudnn.allow_tf32
+            with CompositeKernels():
+                nn.GRU(3, 2)(torch.randn(4, 2, 3))
+            assert cudnn.enabled
+        assert cudnn.allow_tf32
+    with cudnn.flags(enabled=False):
+        with twice_differentiable():
+            assert not cudnn.enabled
         assert not cudnn.enabled
-    assert not cudnn.enabled
 
 
 def test_cudnn_is_on_again_after_an_error() -> None:
