@@ -149,7 +149,7 @@ def main() -> None:
                 f"NAG, lr {lr:g}", 200,
                 lambda net, lr=lr: torch.optim.SGD(net.parameters(), lr=lr, momentum=0.95, nesterov=True),
             )
-            for lr in (3e-4, 1e-3, 3e-3)
+            for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
         ),
         ("LBFGS", len(x), lambda net: torch.optim.LBFGS(net.parameters(), line_search_fn="strong_wolfe")),
         *(
