@@ -36,16 +36,21 @@ class Problem:
     Attributes:
         name: What it is.
         make: The network of a seed.
-        loss: Its loss.
+        output: What it computes.
+        loss_of_output: The loss, a function of that.
         saddle: The loss at the saddle; NaN: that at the start.
         least: The least loss.
     """
 
     name: str
     make: Callable[[int], nn.Module]
-    loss: Callable[[nn.Module], Tensor]
+    output: Callable[[nn.Module], Tensor]
+    loss_of_output: Callable[[Tensor], Tensor]
     saddle: float
     least: float
+
+    def loss(self, net: nn.Module) -> Tensor:
+        return self.loss_of_output(self.output(net))
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Point(nn.Module):
         super().__init__()
         self.at = nn.Parameter(torch.tensor([x, y]))
 
+    def forward(self) -> Tensor:
+        return self.at
+
 
 class Factorisation(nn.Module):
     """U Vᵀ of rank 3, next to zero."""
@@ -69,6 +77,9 @@ class Factorisation(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.u, self.v = nn.Parameter(scale * torch.randn(20, 3)), nn.Parameter(scale * torch.randn(15, 3))
+
+    def forward(self) -> Tensor:
+        return self.u @ self.v.mT
 
 
 def small(net: nn.Module, seed: int, scale: float) -> nn.Module:
@@ -114,24 +125,26 @@ def _teacher() -> tuple[Tensor, Tensor]:
     return x, torch.tanh(x @ torch.tensor([[2.0, 0.0, -1.0], [0.0, 2.0, 1.5]])) @ torch.tensor([[1.0], [-1.0], [0.8]])
 
 
-def problems() -> list[Problem]:
+def problems(device: torch.device | str = "cpu") -> list[Problem]:
+    """All problems; ``make`` makes networks on the CPU, the losses are those of networks on ``device``."""
     generator = torch.Generator().manual_seed(0)
-    eye = torch.eye(8)
-    target = torch.diag(torch.linspace(2, 0.5, 8))
-    matrix = torch.randn(20, 3, generator=generator) @ torch.randn(3, 15, generator=generator) / 3
-    images = torch.randn(64, 4, generator=generator) @ torch.randn(4, 16, generator=generator) / 2
-    x, y = _teacher()
+    eye = torch.eye(8).to(device)
+    target = torch.diag(torch.linspace(2, 0.5, 8)).to(device)
+    matrix = (torch.randn(20, 3, generator=generator) @ torch.randn(3, 15, generator=generator) / 3).to(device)
+    images = (torch.randn(64, 4, generator=generator) @ torch.randn(4, 16, generator=generator) / 2).to(device)
+    x, y = (part.to(device) for part in _teacher())
 
-    def plane(net: nn.Module) -> Tensor:
-        a, b = net.get_parameter("at").unbind()
+    def call(net: nn.Module, *inputs: Tensor) -> Tensor:
+        output: Tensor = net(*inputs)
+        return output
+
+    def plane(at: Tensor) -> Tensor:
+        a, b = at.unbind()
         loss: Tensor = a**2 / 2 - b**2 / 2 + b**4 / 4
         return loss
 
-    def linear(net: nn.Module) -> Tensor:
-        return F.mse_loss(net(eye), target)
-
-    def autoencoder(net: nn.Module) -> Tensor:
-        return F.mse_loss(net(images), images)
+    def distance(goal: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda output: F.mse_loss(output, goal)
 
     def deep(_: int, width: int, depth: int) -> nn.Module:
         return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
@@ -141,29 +154,27 @@ def problems() -> list[Problem]:
         layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())]
         return nn.Sequential(*layers[:-1])
 
-    zero = torch.zeros(())
+    zero = torch.zeros((), device=device)
     return [
-        Problem("x²/2 − y²/2 + y⁴/4 from (1, 1e-8)", lambda _: Point(1.0, 1e-8), plane, 0.0, -0.25),
+        Problem("x²/2 − y²/2 + y⁴/4 from (1, 1e-8)", lambda _: Point(1.0, 1e-8), call, plane, 0.0, -0.25),
         Problem(
-            "deep linear, depth 2", lambda s: small(deep(s, 8, 2), s, 1e-4), linear,
-            F.mse_loss(zero.expand(8, 8), target).item(), 0.0,
+            "deep linear, depth 2", lambda s: small(deep(s, 8, 2), s, 1e-4), lambda net: call(net, eye),
+            distance(target), F.mse_loss(zero.expand(8, 8), target).item(), 0.0,
         ),
         Problem(
-            "deep linear, depth 4", lambda s: small(deep(s, 8, 4), s, 3e-2), linear,
-            F.mse_loss(zero.expand(8, 8), target).item(), 0.0,
+            "deep linear, depth 4", lambda s: small(deep(s, 8, 4), s, 3e-2), lambda net: call(net, eye),
+            distance(target), F.mse_loss(zero.expand(8, 8), target).item(), 0.0,
         ),
         Problem(
-            "deep tanh autoencoder 16-12-8-4-8-12-16", lambda s: small(coder(), s, 3e-2), autoencoder,
-            F.mse_loss(images.mean(0).expand_as(images), images).item(), 0.0,
+            "deep tanh autoencoder 16-12-8-4-8-12-16", lambda s: small(coder(), s, 3e-2), lambda net: call(net, images),
+            distance(images), F.mse_loss(images.mean(0).expand_as(images), images).item(), 0.0,
         ),
         Problem(
-            "matrix factorisation 20×15, rank 3",
-            lambda s: small(Factorisation(1.0), s, 1e-5),
-            lambda net: F.mse_loss(net.get_parameter("u") @ net.get_parameter("v").mT, matrix),
-            matrix.square().mean().item(), 0.0,
+            "matrix factorisation 20×15, rank 3", lambda s: small(Factorisation(1.0), s, 1e-5), call,
+            distance(matrix), matrix.square().mean().item(), 0.0,
         ),
         Problem(
-            "MLP 2-8-1 with equal hidden units", twins, lambda net: F.mse_loss(net(x), y), math.nan, 0.0
+            "MLP 2-8-1 with equal hidden units", twins, lambda net: call(net, x), distance(y), math.nan, 0.0
         ),
     ]  # fmt: skip
 
