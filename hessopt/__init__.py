@@ -1,9 +1,23 @@
 """Second-order optimizers for PyTorch networks, each a :class:`torch.optim.Optimizer`."""
 
+from hessopt import memories
 from hessopt.banded import BandedNewton
 from hessopt.closure import LeastSquares
 from hessopt.newton_cg import NewtonCG
+from hessopt.null_boost import NullBoost
+from hessopt.null_project import NullProject
 from hessopt.saddle import SaddleEscape
+from hessopt.spectral_newton import SpectralNewton
 from hessopt.stationarity import Stationarity
 
-__all__ = ["BandedNewton", "LeastSquares", "NewtonCG", "SaddleEscape", "Stationarity"]
+__all__ = [
+    "BandedNewton",
+    "LeastSquares",
+    "NewtonCG",
+    "NullBoost",
+    "NullProject",
+    "SaddleEscape",
+    "SpectralNewton",
+    "Stationarity",
+    "memories",
+]

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.cliques import Bandwidth, Cliques, band_cliques, check_bandwidth
+from diagnostics.cliques import Bandwidth, Cliques, check_bandwidth
+from hessopt.banded_arguments import Params, check_choice, check_count, check_group, network_of
+from hessopt.banded_systems import BandedSystem
+from hessopt.bandwidth_choice import BandwidthChoice, bandwidth_cliques
 from hessopt.closure import Closure, ClosureRunner, Evaluation
-from hessopt.damped_step import DampedStep, search_step, take_step
+from hessopt.damped_step import DampedStep, line_step, search_step, take_step
 from hessopt.damping import NielsenDamping
-from hessopt.errors import ClosureError, NotConvexError
-from hessopt.linear_factors import check_uncoupled, linear_factors
-from hessopt.linear_solve import check_solve_memory, least_damping
-from hessopt.linear_tape import LinearRecorder, LinearTape
-from hessopt.output_curvature import (
-    check_hessian_memory,
-    curvature_roots,
-    output_hessians,
-    residual_roots,
-)
+from hessopt.errors import ClosureError, ModelError
+from hessopt.exact_curvature import ExactCurvature
+from hessopt.factor_choice import FactorChoice, Factors
+from hessopt.layers import Layer, layers_of
+from hessopt.linear_solve import least_damping
+from hessopt.parameter_uses import Use
 from hessopt.quadratic_model import QuadraticModel
-
-Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
 
 class BandedNewton(Optimizer):
@@ -71,21 +69,23 @@ class BandedNewton(Optimizer):
     layers and output that the autograd tape shows. ``bandwidth=0`` is block-diagonal; from ``bandwidth = n - 1`` on,
     with n layers, it is the exact damped Gauss-Newton step, as with ``"full"``.
 
-    **Networks.** Every trained parameter must be the weight or bias of a :class:`torch.nn.Linear` that the closure
-    calls exactly once, on ``(B, d_in)``, and reach the loss only through that layer and the network's output. In
-    between anything is allowed that treats samples separately: activations, skip connections, concatenation,
-    dropout, group norm, control flow. This is checked at every step (that samples do not mix: at the first, and
-    whenever the network's structure or its training mode changes).
+    **Networks.** Any. A layer is a module that owns trained parameters directly. Linear layers, on any leading
+    dimensions, called any number of times, tied, and in derivatives of the network of any order (physics-informed
+    residuals), are never expanded; other functions of a parameter give the rows of a Jacobian sample by sample. Each
+    layer's factor is checked against back-propagation at every step; where the check fails (samples mix, as in
+    batch-norm in training mode; a parameter used through a function of it alone, in an operator in place, inside of
+    ``torch.func``), its rows are back-propagated one by one: exact, N times as dear, and logged as a warning.
 
     **Closure.** See :mod:`hessopt.closure`: it returns the loss, ``(loss, output)`` or a
     :class:`hessopt.LeastSquares`, and may or may not call ``backward()``. If it does, ``.grad`` is the gradient
     (gradient clipping is respected); if not, no ``.grad`` is touched. The loss must be convex in the output.
 
-    **Cost.** With N = batch × outputs (outputs − 1 for the softmax): one N×N Cholesky factorization for each clique
-    and separator, O(N³/3); one N×N×d_out product for each layer and clique; one back-propagation of N / batch vectors
-    at once; one more evaluation of the loss for each trial. A rejected trial repeats the solve and the evaluation
-    only. Memory: two N×N matrices for each clique and separator, as far as ``memory_limit`` permits at once, and N
-    numbers for each pre-activation. No parameter-sized Jacobian is stored. Small batches or few outputs are best.
+    **Cost.** N = batch × outputs (outputs − 1 for the softmax). In sample space, one N×N Cholesky factorization for
+    each clique and separator, N³/3, and one Gram matrix for each layer; in parameter space ``P_C³/3`` for each and
+    ``N P_v P_w`` for the pairs inside the band. Besides, two back-propagations (one of N / batch vectors at once) and one
+    more evaluation of the loss for each trial. A rejected trial repeats the solve and the evaluation only. Memory in
+    numbers: in sample space (n + 4) N² for n layers, less where ``memory_limit`` asks for it; in parameter space
+    N P + 3 P²; N times the pre-activations; and N P_v for every layer without a closed form.
 
     **Precision.** The step is a difference that loses digits when the damping is small: its relative error is
     about ε·‖GGN‖/(λ+ω). Therefore λ is kept above 10·ε·tr(GGN), which matters in float32 and hardly ever in float64.
@@ -93,17 +93,28 @@ class BandedNewton(Optimizer):
     Args:
         params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model=``.
         lr: γ, a factor on the step; at least 0. Default: 1.
-        bandwidth: k, an integer of at least 0, or ``"full"``. Default: 1.
+        bandwidth: k, an integer of at least 0, or ``"full"``, or ``"auto"``: chosen at the first step and at every
+            ``bandwidth_every``-th, by ``bandwidth_rule``, among 0, 1, 2, 4, … up to the interaction radius
+            (:class:`hessopt.bandwidth_choice.BandwidthChoice`). Default: ``"auto"``.
         curvature: ``"ggn"``, the generalized Gauss-Newton matrix.
         model: The network, if ``params`` is not the network itself.
+        factors: Where to solve: ``"sample"``, in the space of the N rows; ``"dense"``, in that of the parameters; or
+            ``"auto"``, where :func:`hessopt.banded_systems.step_operations` counts less. The steps are the same but for
+            rounding. Default: ``"auto"``.
         damping: λ to start from, relative to nothing: in the units of the curvature. Default: 1e-2.
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
         adapt_damping: Evaluate each step and adapt the damping. If False, every step is taken, with the same λ.
+        line_search: Take, of the step's multiples 1, ½, ¼, …, the first that lowers the objective, or a smaller one if
+            it is better still; with ``adapt_damping=False`` and a small damping. For full batches. Default: False.
         max_rejections: Rejected solves until a step gives up; at least 1. Default: 5.
-        min_damping: Lower bound of λ. Default: 1e-10.
+        min_damping: Lower bound of λ. Default: 1e-14.
         max_damping: Upper bound of λ. Default: 1e10.
-        memory_limit: Bytes that the N×N matrices of a solve may take. Default: 4 GiB.
+        bandwidth_rule: ``"gain"``: predicted reduction of the objective by cost of a step; ``"radius"``: k_ε.
+        bandwidth_every: Steps from one decision to the next. Default: 10.
+        epsilon: ε, the coupling of layers that counts as none. Default: 0.1.
+        cost: ``"model"``, operations, so that runs repeat bit for bit; or ``"measured"``, seconds of the solve.
+        memory_limit: Bytes that the matrices of a solve may take. Default: 4 GiB.
 
     Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups).
 
@@ -113,7 +124,7 @@ class BandedNewton(Optimizer):
     Raises:
         ValueError: an argument is out of range, or a parameter is not the network's.
         TypeError: the network is missing.
-        ModelError: a parameter is not a linear layer's, see above.
+        ModelError: the network is compiled, scripted or wrapped for parallel training.
 
     Source:
         docs/banded.md. The damping rule is Nielsen's (:class:`hessopt.damping.NielsenDamping`).
@@ -133,10 +144,13 @@ class BandedNewton(Optimizer):
         "model",
         "bandwidth",
         "curvature",
+        "factors",
         "adapt_damping",
+        "line_search",
         "max_rejections",
         "memory_limit",
         "last_step",
+        "_choice",
         "_initial_damping",
     )
 
@@ -144,39 +158,53 @@ class BandedNewton(Optimizer):
         self,
         params: Params,
         lr: float | Tensor = 1.0,
-        bandwidth: Bandwidth = 1,
+        bandwidth: Bandwidth | Literal["auto"] = "auto",
         curvature: str = "ggn",
         *,
         model: nn.Module | None = None,
+        factors: Factors = "auto",
         damping: float = 1e-2,
         weight_decay: float = 0.0,
         maximize: bool = False,
         adapt_damping: bool = True,
+        line_search: bool = False,
         max_rejections: int = 5,
-        min_damping: float = 1e-10,
+        min_damping: float = 1e-14,
         max_damping: float = 1e10,
+        bandwidth_rule: Literal["gain", "radius"] = "gain",
+        bandwidth_every: int = 10,
+        epsilon: float = 0.1,
+        cost: Literal["model", "measured"] = "model",
         memory_limit: int = 4 * 2**30,
     ) -> None:
-        self.model = _network(params, model)
-        _check_bandwidth(bandwidth)
-        if curvature != "ggn":
-            raise ValueError(f'curvature must be "ggn", got {curvature!r}; no other is available.')
-        if isinstance(max_rejections, bool) or not isinstance(max_rejections, int) or max_rejections < 1:
-            raise ValueError(f"max_rejections must be an integer of at least 1, got {max_rejections!r}.")
+        self.model = network_of(params, model)
+        if bandwidth != "auto":
+            check_bandwidth(bandwidth)
+        check_choice("curvature", curvature, ("ggn",))
+        check_count("max_rejections", max_rejections)
         if memory_limit <= 0:
             raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
         self.bandwidth = bandwidth
         self.curvature = curvature
+        self.factors = factors
+        if line_search and adapt_damping:
+            raise ValueError("line_search=True keeps the damping where it is: pass adapt_damping=False as well.")
         self.adapt_damping = adapt_damping
+        self.line_search = line_search
         self.max_rejections = max_rejections
         self.memory_limit = memory_limit
         self.last_step: DampedStep | None = None
+        self._choice = BandwidthChoice(bandwidth_rule, bandwidth_every, epsilon, cost)
         self._initial_damping = NielsenDamping(damping, minimum=min_damping, maximum=max_damping)
-        self._structure: tuple[Any, ...] | None = None
-        self._cliques = Cliques((), ())
+        self._prepare()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
-        LinearRecorder(self.model, self._parameters())
+        layers_of(self.model, self._parameters())
+
+    def _prepare(self) -> None:
+        """What follows from the arguments and the network alone."""
+        self._factor_choice = FactorChoice(self.factors, self.memory_limit)
+        self._exact = ExactCurvature(self.model, self.memory_limit)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the network, with its own ``lr`` and ``weight_decay`` if wanted."""
@@ -184,7 +212,7 @@ class BandedNewton(Optimizer):
         group = self.param_groups[-1]
         known = set(self.model.parameters())
         try:
-            _check_group(group, self.param_groups[0])
+            check_group(group, self.param_groups[0])
             for position, p in enumerate(group["params"]):
                 if p not in known:
                     raise ValueError(
@@ -206,7 +234,7 @@ class BandedNewton(Optimizer):
 
         Raises:
             ClosureError: the closure is missing or does not give a finite, differentiable loss.
-            ModelError: the network cannot be treated.
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse.
             NotConvexError: the loss is not convex in the output (concave, if maximizing).
             MemoryBudgetError: the solve does not fit into ``memory_limit``.
             SolveError: with ``adapt_damping=False``, the damping is too small for the precision.
@@ -220,23 +248,30 @@ class BandedNewton(Optimizer):
                 "`optimizer.step(lambda: loss_fn(model(x), y))`."
             )
         parameters = self._parameters()
-        recorder = LinearRecorder(self.model, parameters)
+        recorder = self._exact.recorder(parameters)
         runner = ClosureRunner(closure, parameters, self.model)
-        with recorder.recording():
-            evaluation = runner.evaluate()
-        tape = recorder.tape(evaluation.loss, evaluation.output)
-        gradients = self._gradients(evaluation, tape)
-        cliques = self._examine(evaluation, tape)
-        model = self._quadratic_model(evaluation, tape, gradients)
+        try:
+            with recorder.recording():
+                evaluation = runner.evaluate()
+            layers = self._exact.layers(recorder.uses)
+            gradients = self._gradients(evaluation, layers)
+            structure = self._exact.structure(evaluation, layers, recorder.uses)
+            model = self._quadratic_model(evaluation, layers, gradients, recorder.uses, structure.rows)
+        finally:
+            recorder.forget()
         loss = evaluation.loss.detach()
-        del evaluation, tape, recorder  # free what is left of the tape before the solves
+        del evaluation  # free what is left of the tape before the solves
         damping = self._damping(least_damping(model.factors))
-        solve = partial(model.step, cliques=cliques, memory_limit=self.memory_limit)
+        system = self._factor_choice.system(model, structure.distances, self.bandwidth)
+        cliques = self._cliques(structure.distances, model, system, damping.value)
+        solve = partial(model.step, cliques=cliques, system=system)
+        maximize = self.param_groups[0]["maximize"]
         if self.adapt_damping:
-            maximize = self.param_groups[0]["maximize"]
             self.last_step = search_step(
                 model, solve, runner.trial_loss, loss, damping, max_rejections=self.max_rejections, maximize=maximize
             )
+        elif self.line_search:
+            self.last_step = line_step(model, solve, runner.trial_loss, loss, damping.value, maximize=maximize)
         else:
             self.last_step = take_step(model, solve, loss, damping.value)
         state = self.state[parameters[0]]
@@ -251,7 +286,7 @@ class BandedNewton(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", False)  # states of older versions
-        self._structure = None
+        self._prepare()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -265,21 +300,37 @@ class BandedNewton(Optimizer):
             damping.load_state_dict(state)
         return damping
 
-    def _examine(self, evaluation: Evaluation, tape: LinearTape) -> Cliques:
-        """Cliques of the network's layers; where its structure is new, after a check that samples do not mix."""
-        modes = tuple(module.training for module in self.model.modules())
-        structure = (tuple(layer.name for layer in tape.layers), tape.edges, evaluation.is_least_squares, modes)
-        if structure != self._structure:
-            loss = None if evaluation.is_least_squares else evaluation.loss
-            check_uncoupled(tape.layers, evaluation.output, loss)
-            whole = self.bandwidth == "full" or self.bandwidth >= len(tape.layers) - 1
-            self._cliques = band_cliques(tape.distances(), "full" if whole else self.bandwidth)
-            self._structure = structure
-        return self._cliques
+    def _cliques(
+        self, distances: NDArray[np.float64], model: QuadraticModel, system: BandedSystem, damping: float
+    ) -> Cliques:
+        """Cliques of this step's bandwidth, which is chosen first if it is time."""
+        if self.bandwidth != "auto":
+            return bandwidth_cliques(distances, self.bandwidth)
+        state = self.state.get(self._parameters()[0], {})
+        chosen = self._choice.bandwidth(state, distances, model, system, damping)
+        self.state[self._parameters()[0]]["bandwidth"] = chosen
+        return bandwidth_cliques(distances, chosen)
 
-    def _gradients(self, evaluation: Evaluation, tape: LinearTape) -> list[list[Tensor]]:
+    def _quadratic_model(
+        self,
+        evaluation: Evaluation,
+        layers: Sequence[Layer],
+        gradients: list[list[Tensor]],
+        uses: Sequence[Use],
+        rows: Sequence[Tensor | None],
+    ) -> QuadraticModel:
+        sign, dtype, group_of = _sign(self.param_groups[0]), gradients[0][0].dtype, self._group_of()
+        return QuadraticModel(
+            parameters=[layer.parameters for layer in layers],
+            factors=self._exact.factors(evaluation, layers, uses, rows, sign, dtype),
+            gradients=gradients,
+            lr=[[float(group_of[p]["lr"]) for p in layer.parameters] for layer in layers],
+            weight_decay=[[float(group_of[p]["weight_decay"]) for p in layer.parameters] for layer in layers],
+        )
+
+    def _gradients(self, evaluation: Evaluation, layers: Sequence[Layer]) -> list[list[Tensor]]:
         """Gradient of the objective (to be minimized) for each layer."""
-        parameters = [p for layer in tape.layers for p in layer.parameters]
+        parameters = [p for layer in layers for p in layer.parameters]
         slopes = (
             [p.grad for p in parameters]
             if evaluation.backward_called
@@ -290,6 +341,11 @@ class BandedNewton(Optimizer):
         dtype = reduce(torch.promote_types, (t.dtype for t in [*parameters, evaluation.output]), torch.float32)
         gradients: dict[Tensor, Tensor] = {}
         for p, slope in zip(parameters, slopes, strict=True):
+            if slope is not None and slope.layout != torch.strided:
+                raise ModelError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, of which there is no Jacobian; "
+                    "build its layer with sparse=False."
+                )
             group = group_of[p]
             decay = group["weight_decay"] * p.detach().to(dtype)
             gradients[p] = decay if slope is None else decay + _sign(group) * slope.detach().to(dtype)
@@ -298,29 +354,7 @@ class BandedNewton(Optimizer):
                     "the gradient is not finite at the current parameters, which were left as they are, although the "
                     "loss is. torch.autograd.set_detect_anomaly(True) finds the operation."
                 )
-        return [[gradients[p] for p in layer.parameters] for layer in tape.layers]
-
-    def _quadratic_model(
-        self, evaluation: Evaluation, tape: LinearTape, gradients: list[list[Tensor]]
-    ) -> QuadraticModel:
-        output, layers, sign = evaluation.output, tape.layers, _sign(self.param_groups[0])
-        if evaluation.is_least_squares:
-            if sign < 0:
-                raise NotConvexError("a sum of squares is not concave in its residuals, so it cannot be maximized.")
-            roots = residual_roots(output)
-        else:
-            check_hessian_memory(output, self.memory_limit)
-            roots = curvature_roots(sign * output_hessians(evaluation.loss, output), output.dtype)
-        roots = roots.to(gradients[0][0].dtype)
-        check_solve_memory(roots.shape[0] * roots.shape[1], roots.dtype, self.memory_limit)
-        group_of = self._group_of()
-        return QuadraticModel(
-            parameters=[layer.parameters for layer in layers],
-            factors=linear_factors(layers, output, roots),
-            gradients=gradients,
-            lr=[[float(group_of[p]["lr"]) for p in layer.parameters] for layer in layers],
-            weight_decay=[[float(group_of[p]["weight_decay"]) for p in layer.parameters] for layer in layers],
-        )
+        return [[gradients[p] for p in layer.parameters] for layer in layers]
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
         return {p: group for group in self.param_groups for p in group["params"]}
@@ -328,37 +362,3 @@ class BandedNewton(Optimizer):
 
 def _sign(group: dict[str, Any]) -> int:
     return -1 if group["maximize"] else 1
-
-
-def _check_bandwidth(bandwidth: object) -> None:
-    if bandwidth == "auto":
-        raise ValueError('bandwidth="auto" is not available yet; choose an integer of at least 0 or "full".')
-    check_bandwidth(bandwidth)
-
-
-def _network(params: Params, model: nn.Module | None) -> nn.Module:
-    if model is None and isinstance(params, nn.Module):
-        return params
-    if model is None:
-        raise TypeError(
-            "BandedNewton needs the network itself: pass it in place of the parameters, `BandedNewton(model)`, "
-            "or besides them, `BandedNewton(model.parameters(), model=model)`."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(params, nn.Module) and params is not model:
-        raise ValueError("params and model are two different networks; pass one of them.")
-    return model
-
-
-def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
-    for name in ("lr", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")
-    if bool(group["maximize"]) != bool(first["maximize"]):
-        raise ValueError("maximize must be the same in all param groups: curvature has one sign for all.")
-    for p in group["params"]:
-        if p.is_complex():
-            raise ValueError("BandedNewton has no complex parameters; use torch.view_as_real.")

@@ -137,6 +137,65 @@ def take_step(model: QuadraticModel, solve: Callable[[float], Step], loss: Tenso
     return DampedStep(loss.item(), None, model.gradient_norm(), predicted, None, None, damping, True, 1, 1)
 
 
+@torch.no_grad()
+def line_step(
+    model: QuadraticModel,
+    solve: Callable[[float], Step],
+    evaluate: Callable[[], float],
+    loss: Tensor,
+    damping: float,
+    *,
+    maximize: bool = False,
+) -> DampedStep:
+    """Change the parameters along the step for the given damping, as far as is best among 1, ½, ¼, ….
+
+    Lengths are halved until the objective goes down, and then for as long as it goes down further. If it does not down
+    to 2⁻³⁰, the parameters stay what they were, bit for bit. ``ratio``, ``predicted_reduction`` and
+    ``actual_reduction`` are those of the length that was taken.
+
+    Args:
+        model: The quadratic model at the current parameters, which it refers to.
+        solve: ``solve(λ)``, the step for a damping.
+        evaluate: The loss at the parameters as they are when it is called.
+        loss: The loss at the current parameters.
+        damping: λ.
+        maximize: The objective is minus the loss (plus the penalty of the weight decay).
+
+    Raises:
+        SolveError: the solve failed. The parameters are what they were.
+
+    Source:
+        Müller and Zeinhofer, "Achieving high accuracy with PINNs via energy natural gradient descent" (2023), whose
+        line search this is.
+    """
+    before, runs = loss.item(), 1
+    saved = [[p.clone() for p in parameters] for parameters in model.parameters]
+    step = solve(damping)
+    best: tuple[float, float, float] | None = None  # reduction, loss, length
+    for halvings in range(31 if any(bool(d.any()) for layer in step for d in layer) else 0):
+        scaled = [[d * 0.5**halvings for d in layer] for layer in step]
+        penalty = model.penalty_change(scaled)
+        try:
+            _add(model, scaled)
+            trial_loss = evaluate()
+        finally:
+            _restore(model, saved)
+        runs += 1
+        actual = (trial_loss - before if maximize else before - trial_loss) - penalty
+        if actual > (0.0 if best is None else best[0]):
+            best = actual, trial_loss, 0.5**halvings
+        elif best is not None:
+            break
+    norm = model.gradient_norm()
+    if best is None:
+        return DampedStep(before, None, norm, model.predicted_reduction(step), None, None, damping, False, 1, runs)
+    taken = [[d * best[2] for d in layer] for layer in step]
+    predicted = model.predicted_reduction(taken)
+    _add(model, taken)
+    ratio = best[0] / predicted if predicted > 0 else None
+    return DampedStep(before, best[1], norm, predicted, best[0], ratio, damping, True, 1, runs)
+
+
 def _add(model: QuadraticModel, step: Sequence[Sequence[Tensor]]) -> None:
     for pair in zip(model.parameters, step, strict=True):
         for p, d in zip(*pair, strict=True):

@@ -1,9 +1,8 @@
-"""Solving with the banded preconditioner, in the space of samples."""
+"""Solving with the banded preconditioner, in the space of samples or in that of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,30 +10,7 @@ from torch import Tensor
 from diagnostics.cliques import Cliques
 from diagnostics.errors import MemoryBudgetError
 from hessopt.errors import SolveError
-
-
-class Factor(Protocol):
-    """A square-root factor ``Ĵ_v ∈ R^{N×P_v}`` of one layer's curvature, which need not be formed.
-
-    Steps and gradients are lists with one tensor for each trained parameter of the layer; ``damping`` is a list with
-    the (constant) diagonal of D for each.
-    """
-
-    @property
-    def size(self) -> int:
-        """N."""
-
-    def gram(self, damping: Sequence[float]) -> Tensor:
-        """``Ĵ D⁻¹ Ĵᵀ``, ``(N, N)``."""
-
-    def trace(self) -> Tensor:
-        """``‖Ĵ‖²_F``, the trace of the layer's curvature."""
-
-    def jvp(self, step: Sequence[Tensor]) -> Tensor:
-        """``Ĵ s``, ``(N,)``."""
-
-    def vjp(self, y: Tensor) -> list[Tensor]:
-        """``Ĵᵀ y`` for y ``(N,)``."""
+from hessopt.sample_factors import Factor
 
 
 def banded_solve(
@@ -44,6 +20,7 @@ def banded_solve(
     cliques: Cliques,
     *,
     memory_limit: int = 4 * 2**30,
+    gram: Callable[[int, Sequence[float]], Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """Apply the inverse of the maximum-determinant completion of the banded, damped curvature to a gradient.
 
@@ -65,6 +42,7 @@ def banded_solve(
         damping: D, for each layer a list of positive numbers.
         cliques: Cliques and separators of the layers that interact, from :func:`diagnostics.cliques.band_cliques`.
         memory_limit: Bytes that the N×N matrices may take. Cliques are treated together as far as it permits.
+        gram: ``gram(v, damping)``, Γ_v from where it is kept already. Default: the factors' own.
 
     Returns:
         The step, in the shape of ``gradients``; to be subtracted from the parameters.
@@ -83,15 +61,18 @@ def banded_solve(
     terms = [(clique, 1) for clique in cliques.cliques] + [(separator, -1) for separator in cliques.separators]
     y = torch.zeros_like(q)
     at_once = check_solve_memory(q.shape[1], q.dtype, memory_limit)
+    if gram is not None and q.device.type == "cpu":
+        at_once = 1  # LAPACK factorizes one matrix after the other anyway, and nothing is computed twice
     for start in range(0, len(terms), at_once):
         part = terms[start : start + at_once]
-        matrices = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).repeat(len(part), 1, 1)
+        matrices = q.new_zeros(len(part), q.shape[1], q.shape[1])
+        matrices.diagonal(dim1=1, dim2=2).fill_(1)
         for v, factor in enumerate(factors):
             holders = [i for i, (members, _) in enumerate(part) if v in members]
             if holders:
-                gram = factor.gram(damping[v])
+                product = factor.gram(damping[v]) if gram is None else gram(v, damping[v])
                 for i in holders:
-                    matrices[i] += gram
+                    matrices[i] += product
         right_sides = torch.stack([q[list(members)].sum(dim=0) for members, _ in part])
         # LAPACK factorizes one matrix after the other anyway; in one batch it would only take more memory.
         together = 1 if q.device.type == "cpu" else len(part)

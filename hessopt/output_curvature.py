@@ -6,8 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from diagnostics.coupling import mixes_samples
 from diagnostics.errors import MemoryBudgetError
-from hessopt.errors import NotConvexError
+from hessopt.errors import ModelError, NotConvexError
 
 
 def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
 
     Args:
         loss: Scalar ℓ on the tape of ``output``; a sum over samples of functions of ``z_b`` alone, as the means and
-            sums of PyTorch's losses are (see :func:`hessopt.linear_factors.check_uncoupled`).
+            sums of PyTorch's losses are (see :func:`check_separable`).
         output: z, ``(B, …)``, with K entries a sample; not a leaf without grad.
 
     Returns:
@@ -92,6 +93,21 @@ def check_hessian_memory(output: Tensor, limit: int) -> None:
         raise MemoryBudgetError(
             f"the loss's second derivatives for {batch} samples with {width} outputs each need {needed / 2**30:.1f} "
             f"GiB, more than the limit of {limit / 2**30:.1f} GiB. Use a smaller batch or raise memory_limit."
+        )
+
+
+def check_separable(loss: Tensor, output: Tensor) -> None:
+    """Check that ``∂ℓ/∂z_b`` depends on ``z_b`` alone, by :func:`diagnostics.coupling.mixes_samples`.
+
+    Raises:
+        ModelError: the loss couples samples.
+    """
+    (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
+    if gradient.requires_grad and mixes_samples([gradient], [output]):
+        raise ModelError(
+            "the loss is not a sum or mean over samples of a loss of each sample alone (a root of a mean, a "
+            "contrastive loss), so its curvature couples the samples. Use a loss that is such a sum, e.g. the "
+            "mean-squared error instead of its root, or let the closure return `hessopt.LeastSquares(residuals)`."
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.cliques import Cliques
-from hessopt.linear_solve import Factor, banded_solve
+from hessopt.banded_systems import BandedSystem
+from hessopt.sample_factors import Factor
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class QuadraticModel:
     lr: Sequence[Sequence[float]]
     weight_decay: Sequence[Sequence[float]]
 
-    def step(self, damping: float, cliques: Cliques, memory_limit: int) -> list[list[Tensor]]:
+    def step(self, damping: float, cliques: Cliques, system: BandedSystem) -> list[list[Tensor]]:
         """The change of the parameters by the banded solve with diagonal ``damping + ω``, times ``-lr``."""
         diagonal = [[damping + decay for decay in decays] for decays in self.weight_decay]
-        solution = banded_solve(self.factors, self.gradients, diagonal, cliques, memory_limit=memory_limit)
+        solution = system.solve(self.gradients, diagonal, cliques)
         return [[-lr * s for lr, s in zip(*pair, strict=True)] for pair in zip(self.lr, solution, strict=True)]
 
     def gradient_norm(self) -> float:

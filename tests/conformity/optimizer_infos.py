@@ -15,7 +15,11 @@ from torch.testing._internal.common_optimizers import ErrorOptimizerInput, Optim
 
 from hessopt.banded import BandedNewton
 from hessopt.newton_cg import NewtonCG
+from hessopt.null_boost import NullBoost
+from hessopt.null_project import NullProject
 from hessopt.saddle import SaddleEscape
+from hessopt.spectral_map import NewtonSchulz
+from hessopt.spectral_newton import SpectralNewton
 
 Closure = Callable[[], Tensor]
 
@@ -51,6 +55,16 @@ def banded_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     ]
 
 
+def spectral_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
+    return [
+        *newton_inputs(device),
+        OptimizerInput(None, {"alpha": 1.0, "delta": 0.0}, "exact Muon"),
+        OptimizerInput(None, {"alpha": 1.0, "newton_schulz": NewtonSchulz(), "nesterov": False}, "Newton-Schulz"),
+        OptimizerInput(None, {"alpha": {"conv": 0.5, "linear": 1.5}, "form": "published", "delta": 1.0}, "by type"),
+        OptimizerInput(None, {"alpha": "online", "update_every": 4}, "online"),
+    ]
+
+
 def _own_errors(*wrong: tuple[dict[str, Any], str]) -> Callable[[Any, Any], list[ErrorOptimizerInput]]:
     def inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         own = [
@@ -70,6 +84,15 @@ newton_cg_errors = _own_errors(
     ({"max_products": 0}, "max_products must be an integer"),
 )
 banded_errors = _own_errors(*BAD_RATE, ({"bandwidth": -1}, "integer of at least 0"), ({"damping": 0.0}, "damping must"))
+
+spectral_errors = _own_errors(
+    *BAD_RATE,
+    ({"alpha": -1.0}, "alpha must be"),
+    ({"delta": -0.1}, "delta must be"),
+    ({"momentum": 1.0}, "momentum must lie in"),
+    ({"form": "free"}, "form must be"),
+    ({"update_every": 0}, "update_every must be"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,12 +146,36 @@ def _banded(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return BandedNewton(params, model=net, **kwargs)
 
 
+def _spectral(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return SpectralNewton(params, **kwargs)
+
+
+def _spectral_module(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return SpectralNewton(params, model=net, **kwargs)
+
+
 def _saddle_sgd(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return SaddleEscape(SGD(params, **kwargs), model=net)
 
 
 def _saddle_adam(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return SaddleEscape(Adam(params, **kwargs))
+
+
+def _boost_sgd(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return NullBoost(SGD(params, **kwargs), model=net, every=3, krylov=6)
+
+
+def _boost_adam(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return NullBoost(Adam(params, **kwargs), mode="random_krylov", every=3, krylov=6)
+
+
+def _project_adam(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    base = Adam(params, **kwargs)
+    like = base.param_groups[0]["params"][0]
+    size = sum(p.numel() for group in base.param_groups for p in group["params"])
+    basis = torch.randn(size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return NullProject(base, None if like.is_complex() else basis.to(like))
 
 
 def _eager(inputs: Callable[..., list[OptimizerInput]]) -> Callable[..., list[OptimizerInput]]:
@@ -142,6 +189,8 @@ SUBJECTS = {
         Subject(_info("NewtonCG", newton_cg_inputs, newton_cg_errors), _newton_cg),
         Subject(_info("NewtonCG(model=)", newton_cg_module_inputs, newton_cg_errors), _newton_cg_module),
         Subject(_info("BandedNewton", banded_inputs, banded_errors), _banded, needs_linear=True, concave=True),
+        Subject(_info("SpectralNewton", spectral_inputs, spectral_errors), _spectral),
+        Subject(_info("SpectralNewton(model=)", spectral_inputs, spectral_errors), _spectral_module),
         Subject(
             _info("SaddleEscape(SGD)", _eager(theirs.optim_inputs_func_sgd), theirs.optim_error_inputs_func_sgd),
             _saddle_sgd,
@@ -149,6 +198,18 @@ SUBJECTS = {
         Subject(
             _info("SaddleEscape(Adam)", _eager(theirs.optim_inputs_func_adam), theirs.optim_error_inputs_func_adam),
             _saddle_adam,
+        ),
+        Subject(
+            _info("NullBoost(SGD)", _eager(theirs.optim_inputs_func_sgd), theirs.optim_error_inputs_func_sgd),
+            _boost_sgd,
+        ),
+        Subject(
+            _info("NullBoost(Adam)", _eager(theirs.optim_inputs_func_adam), theirs.optim_error_inputs_func_adam),
+            _boost_adam,
+        ),
+        Subject(
+            _info("NullProject(Adam)", _eager(theirs.optim_inputs_func_adam), theirs.optim_error_inputs_func_adam),
+            _project_adam,
         ),
     )
 }

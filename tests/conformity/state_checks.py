@@ -179,6 +179,6 @@ def test_non_empty_state(subject: Subject, device: torch.device) -> None:
         optimizer = subject.build(task.parameters(), task.net, **kwargs)
         optimizer.step(task.closure(optimizer))
         state = optimizer.state_dict()
-        assert state["state"] or state.get("saddle_escape")
+        assert state["state"] or state.keys() - {"state", "param_groups"}  # a wrapper's own
         for own in optimizer.state.values():
             assert len(own) > 0

@@ -63,7 +63,8 @@ NOT_APPLICABLE: dict[str, str] = {
 """Checks that apply to none of ours."""
 
 NOT_FOR: dict[tuple[str, str], str] = {
-    ("test_foreach_matches_forloop", name): NO_FLAG for name in ("NewtonCG", "NewtonCG(model=)", "BandedNewton")
+    ("test_foreach_matches_forloop", name): NO_FLAG
+    for name in ("NewtonCG", "NewtonCG(model=)", "BandedNewton", "SpectralNewton", "SpectralNewton(model=)")
 }
 """Checks that do not apply to one of ours."""
 

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hessopt import BandedNewton, LeastSquares
-from hessopt.linear_factors import LinearFactor, linear_factors
-from hessopt.linear_tape import LinearRecorder, LinearTape
+from hessopt.closure import Evaluation
+from hessopt.exact_curvature import ExactCurvature, Structure
+from hessopt.layer_factors import layer_factors
+from hessopt.layers import Layer
 from hessopt.output_curvature import curvature_roots, output_hessians
+from hessopt.parameter_uses import Use
+from hessopt.sample_factors import Factor
 
 LossFn = Callable[[Tensor], Tensor]
 
@@ -148,18 +152,34 @@ def unflat(vector: Tensor, like: Sequence[Sequence[Tensor]]) -> list[list[Tensor
     return [[next(parts).reshape(t.shape) for t in layer] for layer in like]
 
 
-def record(net: nn.Module, x: Tensor, loss_fn: LossFn) -> tuple[LinearTape, Tensor, Tensor]:
+@dataclass
+class Tape:
+    """What one evaluation shows: layers, the uses of their parameters, and their graph."""
+
+    layers: tuple[Layer, ...]
+    uses: list[Use]
+    structure: Structure
+
+    def distances(self) -> Any:
+        return self.structure.distances
+
+
+def record(net: nn.Module, x: Tensor, loss_fn: LossFn) -> tuple[Tape, Tensor, Tensor]:
     """Tape, loss and output of one evaluation."""
-    recorder = LinearRecorder(net, net.parameters())
+    exact = ExactCurvature(net, 2**30)
+    recorder = exact.recorder(list(net.parameters()))
     with recorder.recording():
         z = net(x)
         loss = loss_fn(z)
-    return recorder.tape(loss, z), loss, z
+    layers = exact.layers(recorder.uses)
+    evaluation = Evaluation(loss, (loss, z), False)
+    return Tape(layers, recorder.uses, exact.structure(evaluation, layers, recorder.uses)), loss, z
 
 
-def factors_of(net: nn.Module, x: Tensor, loss_fn: LossFn) -> tuple[LinearTape, list[LinearFactor]]:
+def factors_of(net: nn.Module, x: Tensor, loss_fn: LossFn) -> tuple[Tape, list[Factor]]:
     tape, loss, z = record(net, x, loss_fn)
-    return tape, linear_factors(tape.layers, z, curvature_roots(output_hessians(loss, z)))
+    roots = curvature_roots(output_hessians(loss, z))
+    return tape, layer_factors(tape.layers, tape.uses, tape.structure.rows, z, roots).factors
 
 
 def losses(outputs: int) -> dict[str, Callable[[Tensor], Tensor]]:

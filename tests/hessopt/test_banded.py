@@ -206,7 +206,7 @@ def test_fixed_damping_runs_the_closure_once() -> None:
         optimizer.step(counted)
     assert count == 3
     assert optimizer.last_step.closure_runs == 1
-    assert optimizer.state[net[0].weight] == {"step": 3, "damping": 1e-2, "growth": 2.0}
+    assert optimizer.state[net[0].weight] == {"step": 3, "damping": 1e-2, "growth": 2.0, "bandwidth": 3}
 
 
 def test_singular_solve_raises_with_fixed_damping_and_is_damped_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
 from hessopt import BandedNewton
@@ -26,7 +26,12 @@ RTOL = 1e-8
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bandwidth": "auto"}, 'bandwidth="auto" is not available yet; choose an integer of at least 0 or "full"'),
+        ({"factors": "kronecker"}, "factors must be one of .*got 'kronecker'"),
+        ({"bandwidth_rule": "best"}, "bandwidth_rule must be one of .*got 'best'"),
+        ({"bandwidth_every": 0}, "bandwidth_every must be an integer of at least 1, got 0"),
+        ({"cost": "guessed"}, "cost must be one of .*got 'guessed'"),
+        ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
+        ({"line_search": True}, "pass adapt_damping=False"),
         ({"bandwidth": -1}, 'integer of at least 0 or "full", got -1'),
         ({"bandwidth": 1.5}, 'integer of at least 0 or "full", got 1.5'),
         ({"curvature": "hessian"}, "curvature must be \"ggn\", got 'hessian'"),
@@ -74,11 +79,6 @@ def test_bad_groups_are_not_kept() -> None:
         assert len(optimizer.param_groups) == 1
 
 
-def test_networks_that_cannot_be_treated_are_refused_at_construction() -> None:
-    with pytest.raises(ModelError, match=r"parameter '1.weight' belongs to a LayerNorm"):
-        BandedNewton(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -89,7 +89,7 @@ def test_networks_that_cannot_be_treated_are_refused_at_construction() -> None:
         (lambda net, z: z.square().mean() * float("nan"), ClosureError, "loss is nan"),
         (lambda net, z: None, ClosureError, "returned None"),
         (lambda net, z: z.square(), ClosureError, r"shape \(6, 2\)"),
-        (lambda net, z: (z.square().mean(), z.sum(dim=0)), ModelError, r"output .* has shape \(2,\)"),
+        (lambda net, z: (z.sum().square(), z.sum()), ModelError, r"output .* has shape \(\)"),
         (lambda net, z: (z - z).sum().sqrt() + z.square().mean(), ClosureError, "the gradient is not finite"),
     ],
 )
@@ -99,19 +99,6 @@ def test_closures_that_cannot_be_treated(make: Callable[[Dag, Tensor], Any], err
     with pytest.raises(error, match=message):
         BandedNewton(net).step(lambda: make(net, net(x)))
     assert torch.equal(flat(trained(net)), before)
-
-
-def test_coupled_samples() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 1)).double()
-    optimizer, x = BandedNewton(net), batch()[0]
-    with pytest.raises(ModelError, match="depends on other samples"):
-        optimizer.step(lambda: net(x).square().mean())
-    net.eval()
-    optimizer.step(lambda: net(x).square().mean())
-    net.train()
-    with pytest.raises(ModelError, match="depends on other samples"):
-        optimizer.step(lambda: net(x).square().mean())
 
 
 def test_maximizing_what_is_not_concave() -> None:

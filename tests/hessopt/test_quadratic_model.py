@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diagnostics.cliques import band_cliques
+from hessopt.banded_systems import SampleSystem
 from hessopt.quadratic_model import QuadraticModel
 from tests.hessopt.reference import batch, dense, factors_of, flat, skip, unflat
 
@@ -38,7 +39,8 @@ def test_step_reduction_and_penalty() -> None:
     model = QuadraticModel(parameters, factors, unflat(gradient, parameters), lr, decay)
     assert model.gradient_norm() == pytest.approx(float(gradient.norm()), rel=RTOL)
 
-    step = model.step(0.03, band_cliques(tape.distances(), "full"), 2**30)
+    system = SampleSystem(factors, [[p.shape for p in own] for own in parameters], 2**30)
+    step = model.step(0.03, band_cliques(tape.distances(), "full"), system)
     solution = torch.linalg.solve(expected.ggn + torch.diag(omega + 0.03), gradient)
     assert torch.allclose(flat(step), -spread(lr) * solution, rtol=1e-8, atol=1e-12)
 

@@ -51,6 +51,14 @@ def mnist(folder: Path, train: int, test: int) -> Images:
 @lru_cache(maxsize=4)
 def cifar10(folder: Path, train: int, test: int) -> Images:
     """The first ``train`` and ``test`` images, ``(N, 3, 32, 32)``, each channel standardised, and their classes."""
+    pixels, labels, test_pixels, test_labels = cifar10_pixels(folder, train, test)
+    inputs, test_inputs = (p.permute(0, 3, 1, 2).float() / 255 for p in (pixels, test_pixels))
+    deviation, mean = torch.std_mean(inputs, dim=(0, 2, 3), keepdim=True)
+    return (inputs - mean) / deviation, labels, (test_inputs - mean) / deviation, test_labels
+
+
+def cifar10_pixels(folder: Path, train: int = 50000, test: int = 10000) -> Images:
+    """The first ``train`` and ``test`` images as they are stored, uint8 ``(N, 32, 32, 3)``, and their classes."""
     packed, batches = folder / "cifar10.npz", folder / "cifar-10-batches-py"
     if packed.exists():
         found = arrays(packed, IMAGE_KEYS)
@@ -61,10 +69,25 @@ def cifar10(folder: Path, train: int, test: int) -> Images:
         found = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
     else:
         raise FileNotFoundError(f"neither {packed} nor {batches} exists: pass the folder of CIFAR-10 as `--data DIR`.")
-    pixels, labels, test_pixels, test_labels = _first(found, train, test)
-    inputs, test_inputs = (p.permute(0, 3, 1, 2).float() / 255 for p in (pixels, test_pixels))
-    deviation, mean = torch.std_mean(inputs, dim=(0, 2, 3), keepdim=True)
-    return (inputs - mean) / deviation, labels, (test_inputs - mean) / deviation, test_labels
+    return _first(found, train, test)
+
+
+def cifar100_pixels(folder: Path) -> tuple[Images, str]:
+    """All images of CIFAR-100 that the folder has (``cifar100*.npz`` or ``cifar-100-python``), and which these are."""
+    packed, whole = sorted(folder.glob("cifar100*.npz")), folder / "cifar-100-python"
+    if whole.is_dir():
+        x, y = _cifar_batch(whole / "train", b"fine_labels")
+        x_test, y_test = _cifar_batch(whole / "test", b"fine_labels")
+        found: Mapping[str, Array] = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
+        name = "CIFAR-100"
+    elif packed:
+        found, name = arrays(packed[0], IMAGE_KEYS), packed[0].stem
+    else:
+        raise FileNotFoundError(
+            f"neither {whole} nor cifar100*.npz in {folder} exists: pass the folder by `--data`."
+        )
+    images = _first(found, len(found["x_train"]), len(found["x_test"]))
+    return images, f"{name}, {len(images[0])} training images"
 
 
 @lru_cache(maxsize=8)
@@ -132,7 +155,7 @@ def _idx(path: Path) -> Array:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes)
 
 
-def _cifar_batch(path: Path) -> tuple[Array, Array]:
+def _cifar_batch(path: Path, labels: bytes = b"labels") -> tuple[Array, Array]:
     with path.open("rb") as file:
         found = pickle.load(file, encoding="bytes")
-    return found[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(found[b"labels"])
+    return found[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(found[labels])

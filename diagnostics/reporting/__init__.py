@@ -1,0 +1,1 @@
+"""The parts of a report: what is computed for it, how it is checked, printed and kept."""

@@ -1,0 +1,173 @@
+"""Sections about parameters: the spectrum of H, Gauss-Newton and tensor part, and what a banded H discards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.discarded import discarded_share
+from diagnostics.lanczos import extreme_eigenpairs
+from diagnostics.metrics import coupling, gn_gap, stable_rank
+from diagnostics.parameter_groups import ParameterGroups
+from diagnostics.parameter_metrics import estimate_parameter_metrics
+from diagnostics.reporting.node_sections import tabulated
+from diagnostics.reporting.workbench import Workbench
+from diagnostics.spectral_density import SpectralDensity, spectral_density
+from diagnostics.tables import MetricTable
+
+
+def spectrum(bench: Workbench) -> dict[str, Any]:
+    """Eigenvalues of the parameters' H, GN and T: extreme ones, m⁻, trace and density."""
+    op = bench.operator
+    loss, gradient = op.loss_and_gradient()
+    section: dict[str, Any] = {"parameters": op.shape[0], "loss": loss.item(), "gradient_norm": gradient.norm().item()}
+    if bench.dense:
+        parts = dict(zip(("H", "GN", "T"), bench.matrices, strict=True))
+        found = {name: _all_eigenvalues(matrix) for name, matrix in parts.items()}
+    else:
+        found = {name: _estimated(bench, name) for name in ("H", "GN", "T")}
+    largest, smallest = found["H"]["largest"], found["H"]["smallest"]
+    sharpness = max(largest, 0.0)
+    hvp = op @ gradient
+    squared = gradient.square().sum()
+    return section | {
+        "exact": bench.dense,
+        "products": None if bench.dense else sum(part["products"] for part in found.values()),
+        **found,
+        "sharpness": sharpness,
+        "stable_lr": 2 / sharpness if sharpness > 0 else None,
+        "negative_ratio": max(-smallest, 0.0) / sharpness if sharpness > 0 else None,
+        "curvature_along_gradient": ((gradient * hvp).sum() / squared).item() if squared > 0 else None,
+    }
+
+
+def _all_eigenvalues(matrix: Tensor) -> dict[str, Any]:
+    values = torch.linalg.eigvalsh(matrix)
+    n = len(values)
+    density = SpectralDensity(values.unsqueeze(0), torch.full_like(values, 1 / n).unsqueeze(0), n, n, n, True)
+    return _of_density(density) | {
+        "largest": values[-1].item(),
+        "largest_residual": 0.0,
+        "smallest": values[0].item(),
+        "smallest_residual": 0.0,
+        "converged": True,
+        "products": n,
+    }
+
+
+def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
+    op, light = bench.part(name), bench.light
+    generator = bench.generator(f"spectrum of {name}")
+    end = "largest" if name == "GN" else "both"
+    most = {"H": 12, "GN": 8, "T": 8}[name] if light else 60
+    pairs = extreme_eigenpairs(op, which=end, rtol=1e-3, max_products=most, generator=generator)  # type: ignore[arg-type]
+    smallest, largest = (0, -1) if pairs.values[0] <= pairs.values[-1] else (-1, 0)
+    ends: dict[str, Any] = {
+        "largest": pairs.values[largest].item(),
+        "largest_residual": pairs.residuals[largest].item(),
+        "smallest": pairs.values[smallest].item() if end == "both" else None,
+        "smallest_residual": pairs.residuals[smallest].item() if end == "both" else None,
+        "converged": pairs.converged,
+        "products": pairs.products,
+    }
+    if light and name != "H":
+        return dict.fromkeys(_of_density(None)) | ends
+    probes, steps = (2, 8) if light else (15, 30)
+    density = spectral_density(op, probes=probes, steps=steps, batch=1 if light else 10, generator=generator)
+    return _of_density(density) | ends | {"products": pairs.products + density.products}
+
+
+def _of_density(density: SpectralDensity | None) -> dict[str, Any]:
+    if density is None:
+        return dict.fromkeys(
+            ("trace", "trace_error", "negative_mass", "negative_mass_error", "absolute_sum", "negative_fraction")
+        ) | {"density": None}
+    trace, mass = density.spectral_sum(lambda x: x), density.negative_mass()
+    absolute = density.spectral_sum(torch.abs)
+    return {
+        "trace": trace.item(),
+        "trace_error": trace.standard_error.item(),
+        "negative_mass": mass.item(),
+        "negative_mass_error": mass.standard_error.item(),
+        "absolute_sum": absolute.item(),
+        "negative_fraction": density.fraction_below().item(),
+        "density": {
+            "values": density.nodes.flatten(),
+            "weights": (density.weights / len(density.nodes)).flatten(),
+            "probes": len(density.nodes),
+            "steps": density.steps,
+        },
+    }
+
+
+def parameters(bench: Workbench) -> dict[str, Any]:
+    """The metrics of the parameters' blocks, grouped by node, and what a banded approximation discards."""
+    groups, distance = by_node(bench)
+    if bench.dense:
+        table = dense_group_metrics(bench, groups, distance)
+    else:
+        probes = max(3, bench.probes // 3) if bench.light else bench.probes
+        table = estimate_parameter_metrics(
+            bench.operator,
+            groups,
+            probes,
+            generator=bench.generator("parameters"),
+            deflate=0,
+            spectral_rounds=0,
+            distance=distance,
+            memory_limit=bench.settings.memory_limit,
+        )
+    finite = distance[distance.isfinite()].unique().tolist()
+    discarded = []
+    for k in finite:
+        share = discarded_share(table, k)
+        row: dict[str, Any] = {"bandwidth": k}
+        for part in ("total", "gn", "tensor"):
+            estimate = getattr(share, part)
+            row |= {part: estimate.item(), f"{part}_error": estimate.standard_error.item()}
+        discarded.append(row)
+    sizes = [sum(bench.graph.parameters[n].numel() for n in names) for names in groups.values()]
+    return tabulated(table) | {"sizes": sizes, "groups": list(groups.values()), "discarded": discarded}
+
+
+def by_node(bench: Workbench) -> tuple[dict[str, Sequence[str]], Tensor]:
+    """Parameters by the first node that is computed from them, and the distances of these nodes, ``(n, n)``."""
+    graph, known = bench.graph, set(bench.operator.space.parameters)
+    groups: dict[str, Sequence[str]] = {}
+    for node in graph:
+        own = [name for name in node.parameters if name in known]
+        known -= set(own)
+        if own:
+            groups[node.name] = own
+    order = [node.name for node in graph]
+    index = torch.tensor([order.index(name) for name in groups], dtype=torch.long)
+    return groups, graph.distances[index][:, index]
+
+
+def dense_group_metrics(bench: Workbench, groups: dict[str, Sequence[str]], distance: Tensor) -> MetricTable:
+    """The same table from the matrices themselves."""
+    chosen = ParameterGroups(bench.operator, groups)
+    index = {name: chosen.index(name) for name in chosen.names}
+    n = len(index)
+
+    def norms(matrix: Tensor) -> Tensor:
+        blocks = [matrix[index[v]][:, index[w]] for v in index for w in index]
+        return torch.stack([torch.linalg.matrix_norm(block) for block in blocks]).reshape(n, n)
+
+    total, gn, tensor = bench.matrices
+    resonance, gn_norm, tensor_norm = norms(total), norms(gn), norms(tensor)
+    at = resonance.diagonal()
+    ranks = [[stable_rank(total[index[v]][:, index[w]]) for w in index] for v in index]
+    return MetricTable(
+        nodes=tuple(index),
+        resonance=resonance,
+        coupling=coupling(resonance, at.unsqueeze(1), at.unsqueeze(0)),
+        stable_rank=torch.stack([torch.stack(row) for row in ranks]),
+        gn_gap=gn_gap(tensor_norm, gn_norm),
+        gn_norm=gn_norm,
+        tensor_norm=tensor_norm,
+        distance=distance,
+    )

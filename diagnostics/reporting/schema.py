@@ -1,0 +1,225 @@
+"""The schema of a report, and a check that names the key that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diagnostics.errors import DiagnosticsError
+
+SCHEMA = "hessopt-diagnostics/1"
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """The kind, or null."""
+
+    kind: Any
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """A list of the kind."""
+
+    kind: Any
+
+
+@dataclass(frozen=True)
+class MapOf:
+    """An object with any keys, whose values are of the kind."""
+
+    kind: Any
+
+
+@dataclass(frozen=True)
+class Optional:
+    """An entry that may be absent."""
+
+    kind: Any
+
+
+class _Number:
+    """A number, null for NaN, or ``"Infinity"`` or ``"-Infinity"``."""
+
+
+class _Matrix:
+    """Rows of numbers, as many as there are nodes in the same object, each as long."""
+
+
+NUMBER, MATRIX = _Number(), _Matrix()
+NUMBERS = ListOf(NUMBER)
+_METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
+_LEVELS = ("measured", "jacobian", "path", "depth", "count", "geometric")
+_BY_DISTANCE = ("distance", "resonance", "coupling", "stable_rank", "gn_gap", "gap_ratio")
+
+_TABLE: dict[str, Any] = {
+    "exact": bool,
+    "nodes": ListOf(str),
+    **dict.fromkeys((*_METRICS, "distance"), MATRIX),
+    "errors": Maybe(dict.fromkeys(_METRICS, ListOf(NUMBERS))),
+    "probes": Maybe(int),
+    "products": Maybe(int),
+    "gap_ratio": NUMBER,
+    "gap_ratio_error": NUMBER,
+    "by_distance": ListOf({"pairs": int, **dict.fromkeys(_BY_DISTANCE, NUMBER), "errors": Maybe(MapOf(NUMBER))}),
+}
+_PART = {
+    **dict.fromkeys(
+        (
+            *("largest", "largest_residual", "smallest", "smallest_residual", "trace", "trace_error"),
+            *("negative_mass", "negative_mass_error", "absolute_sum", "negative_fraction"),
+        ),
+        NUMBER,
+    ),
+    "converged": bool,
+    "products": int,
+    "density": Maybe({"values": NUMBERS, "weights": NUMBERS, "probes": int, "steps": int}),
+}
+_NODE = {
+    "name": str,
+    "kind": Maybe(str),
+    "shape": ListOf(int),
+    "entries": int,
+    "parents": ListOf(str),
+    "children": ListOf(str),
+    "parameters": ListOf(str),
+    "parameter_count": int,
+    "chosen": bool,
+    "output": bool,
+    "bends": bool,
+}
+SECTIONS: dict[str, Any] = {
+    "network": {
+        "loss": NUMBER,
+        "batch_size": int,
+        "coupled": bool,
+        "batch_norm_in_training": bool,
+        "nodes": ListOf(_NODE),
+        "edges": ListOf(ListOf(str)),
+        "unused_parameters": ListOf(str),
+    },
+    "metrics": _TABLE,
+    "sources": {
+        "exact": bool,
+        "sources": ListOf(str),
+        "share": NUMBERS,
+        "share_error": Maybe(NUMBERS),
+        "norm_ratio": NUMBERS,
+        "negative_share": Maybe(NUMBERS),
+        "gn_negative_share": NUMBER,
+        "negative_mass": NUMBER,
+        "tensor_norm": NUMBER,
+        "probes": Maybe(int),
+    },
+    "bounds": {
+        "bottlenecks": ListOf({"node": str, "entries": int, "width": int, "cut": ListOf(str)}),
+        "gains": Maybe(
+            {"children": int, **dict.fromkeys(("rho", "rho_mean", "branch", "margin", "sharp_margin"), NUMBER)}
+        ),
+        "lyapunov": Maybe({"path": ListOf(str), "norm": NUMBER, "qr": NUMBER, "steps": int}),
+        "a_priori_radius": NUMBER,
+        "resonance": Maybe({"nodes": ListOf(str), **dict.fromkeys(_LEVELS, MATRIX)}),
+        "ranks": Maybe({"nodes": ListOf(str), "part": str, "bound": MATRIX, "rank": MATRIX, "stable": MATRIX}),
+        "reason": Maybe(str),
+    },
+    "spectrum": {
+        "parameters": int,
+        "loss": NUMBER,
+        "gradient_norm": NUMBER,
+        "exact": bool,
+        "products": Maybe(int),
+        **dict.fromkeys(("H", "GN", "T"), _PART),
+        **dict.fromkeys(("sharpness", "stable_lr", "negative_ratio", "curvature_along_gradient"), NUMBER),
+    },
+    "parameters": {
+        **_TABLE,
+        "sizes": ListOf(int),
+        "groups": ListOf(ListOf(str)),
+        "discarded": ListOf(
+            dict.fromkeys(
+                ("bandwidth", "total", "total_error", "gn", "gn_error", "tensor", "tensor_error"),
+                NUMBER,
+            )
+        ),
+    },
+}
+_VERDICT = {
+    "rule": str,
+    "wording": str,
+    "level": str,
+    "nodes": ListOf(str),
+    "text": str,
+    "figures": MapOf(NUMBER),
+    "significant": bool,
+}
+DOCUMENT: dict[str, Any] = {
+    "schema": str,
+    "name": str,
+    "torch": str,
+    "model": {"class": str, "parameters": int, "trainable": int, "dtype": str, "device": str, "training": bool},
+    "data": {"batches": Maybe(int), "batch_size": int, "inputs": ListOf(ListOf(int))},
+    "options": {"seed": int, "probes": int, "epsilon": NUMBER},
+    "plan": {"exact": bool, "reason": str, "bytes": int, "operations": int, "nodes": str},
+    "sections": {name: section if name == "network" else Optional(section) for name, section in SECTIONS.items()},
+    "skipped": MapOf(str),
+    "seconds": MapOf(NUMBER),
+    "verdicts": ListOf(_VERDICT),
+}
+
+
+def check(data: Any, where: str) -> None:
+    """Raise a DiagnosticsError that names the first key at which ``data`` is not a report of this schema."""
+    if not isinstance(data, Mapping) or "schema" not in data:
+        raise DiagnosticsError(f'{where}: no report, it has no key "schema".')
+    if data["schema"] != SCHEMA:
+        raise DiagnosticsError(f'{where}: schema is {data["schema"]!r}, and this version reads "{SCHEMA}".')
+    _check(data, DOCUMENT, where, 0)
+
+
+def _check(value: Any, kind: Any, where: str, size: int) -> None:
+    if isinstance(kind, Maybe):
+        if value is not None:
+            _check(value, kind.kind, where, size)
+    elif isinstance(kind, dict):
+        _check_object(value, kind, where)
+    elif isinstance(kind, MapOf):
+        if not isinstance(value, Mapping):
+            raise _wrong(where, "an object", value)
+        for key, entry in value.items():
+            _check(entry, kind.kind, f"{where}.{key}", size)
+    elif isinstance(kind, ListOf):
+        if not isinstance(value, list):
+            raise _wrong(where, "a list", value)
+        for i, entry in enumerate(value):
+            _check(entry, kind.kind, f"{where}[{i}]", size)
+    elif isinstance(kind, _Matrix):
+        _check(value, ListOf(NUMBERS), where, size)
+        if len(value) != size or any(len(row) != size for row in value):
+            raise DiagnosticsError(f"{where}: expected {size} × {size} numbers, one for each pair of nodes.")
+    elif isinstance(kind, _Number):
+        infinite = isinstance(value, str) and value in ("Infinity", "-Infinity")
+        if value is not None and not infinite and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise _wrong(where, "a number or null", value)
+    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _wrong(where, {str: "a string", int: "an integer", bool: "true or false"}[kind], value)
+
+
+def _check_object(value: Any, kind: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise _wrong(where, "an object", value)
+    for key in value:
+        if key not in kind:
+            raise DiagnosticsError(f"{where}.{key}: no such key in the schema {SCHEMA}.")
+    nodes = value.get("nodes")
+    size = len(nodes) if isinstance(nodes, list) else 0
+    for key, entry in kind.items():
+        if key in value:
+            _check(value[key], entry.kind if isinstance(entry, Optional) else entry, f"{where}.{key}", size)
+        elif not isinstance(entry, Optional):
+            raise DiagnosticsError(f"{where}.{key}: missing.")
+
+
+def _wrong(where: str, expected: str, value: Any) -> DiagnosticsError:
+    shown = repr(value)
+    return DiagnosticsError(f"{where}: expected {expected}, got {shown if len(shown) < 40 else type(value).__name__}.")

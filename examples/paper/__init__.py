@@ -1,0 +1,1 @@
+"""The tables and figures of arXiv 2604.11639, reproduced and corrected."""

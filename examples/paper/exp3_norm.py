@@ -1,0 +1,17 @@
+"""Experiment 3 with layer norm (Table 4).
+
+    python examples/paper/exp3_norm.py --data DIR [--seeds 42 43 44] [--epochs N]
+    python examples/paper/exp3_norm.py --quick
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples import each other by name
+
+from paper.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    main("exp3_norm", __doc__)

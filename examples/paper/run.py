@@ -1,0 +1,128 @@
+"""Runs one experiment for several seeds: train, measure at init, mid and final, store."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from paper.experiments import EXPERIMENTS, Experiment, Variant
+from paper.images import Data, cifar10, cifar100, generated, toy_regression
+from paper.measurement import Batch, Rows, accuracy, row
+from paper.networks import Network
+from paper.store import Store
+from paper.training import train, train_alone
+
+
+def load(experiment: Experiment, folder: Path | None, seed: int) -> Data:
+    if experiment.data == "toy":
+        return toy_regression(seed)
+    if folder is None:
+        return generated(classes=experiment.classes)
+    return cifar10(folder) if experiment.data == "cifar10" else cifar100(folder)
+
+
+def run(
+    experiment: Experiment, seeds: Sequence[int], store: Store, folder: Path | None = None, epochs: int | None = None
+) -> None:
+    """Add what is missing of the experiment's variants and seeds to the store."""
+    schedule = experiment.schedule if epochs is None else replace(experiment.schedule, epochs=epochs)
+    if experiment.data != "toy" and folder is None:
+        schedule = replace(schedule, epochs=0)  # labels are random: nothing to learn
+    shared = None if experiment.data == "toy" else load(experiment, folder, 0)
+    for variant in tqdm(experiment.variants, desc=experiment.name, disable=None):
+        data = {seed: shared or load(experiment, folder, seed) for seed in seeds}
+        runs = {
+            seed: {
+                "experiment": experiment.name,
+                "variant": variant,
+                "seed": seed,
+                "epochs": schedule.epochs,
+                "data": data[seed].origin,
+            }
+            for seed in seeds
+        }
+        missing = [seed for seed in seeds if not store.has(runs[seed])]
+        if not missing:
+            continue
+        networks = [_initialised(experiment, variant, seed) for seed in missing]
+        start = time.perf_counter()
+        if experiment.alone:
+            augment = crop_and_flip if experiment.augmented else None
+            single = [
+                train_alone(network, data[seed], experiment.loss, schedule, seed, str(variant), augment)
+                for network, seed in zip(networks, missing, strict=True)
+            ]
+            phases = {phase: [found[phase] for found in single] for phase in single[0]}
+        else:
+            phases = {
+                phase: list(found)
+                for phase, found in train(
+                    networks, [data[s] for s in missing], experiment.loss, schedule, missing, str(variant)
+                ).items()
+            }
+        seconds = (time.perf_counter() - start) / len(missing)
+        for i, seed in enumerate(missing):
+            rows: Rows = [{"phase": "final", **row("training_seconds", seconds)}]
+            for phase, trained in phases.items():
+                network = trained[i]
+                assert isinstance(network, Network)
+                rows += [{"phase": phase, **r} for r in measure(experiment, variant, network, data[seed], seed)]
+            store.add(runs[seed], rows)
+
+
+def measure(experiment: Experiment, variant: Variant, network: Network, data: Data, seed: int) -> Rows:
+    batch = Batch(data.x_test[: experiment.batch], data.y_test[: experiment.batch])
+    network.eval()
+    return [*experiment.measure(network, batch, variant, seed), *accuracy(network, data.x_test, data.y_test)]
+
+
+def _initialised(experiment: Experiment, variant: Variant, seed: int) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return experiment.build(variant)
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crops of the images padded by 4, half of them mirrored."""
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, len(x)), generator=generator)
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    columns = torch.arange(32) + left[:, None]
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    rows = torch.arange(32) + top[:, None]
+    every = torch.arange(len(x))[:, None, None, None]
+    channels = torch.arange(3)[None, :, None, None]
+    return padded[every, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of CIFAR (.npz or torchvision's layout)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
+    parser.add_argument("--epochs", type=int, help="other than the paper's")
+    parser.add_argument("--quick", action="store_true", help="generated images, initialisation only, three seeds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder of results.jsonl and figures")
+    return parser
+
+
+def main(name: str, description: str | None, variants: Sequence[Variant] | None = None) -> None:
+    """What the scripts do: run, then print the tables."""
+    from paper.tables import report  # after the arguments, so that --help is quick
+
+    options: Any = arguments(description).parse_args()
+    torch.set_num_threads(options.threads)
+    store = Store(options.out / f"{name}.jsonl")
+    folder = None if options.quick else options.data
+    if folder is None and not options.quick and EXPERIMENTS[name].data != "toy":
+        raise SystemExit("pass --data DIR with CIFAR, or --quick for what needs none.")
+    run(EXPERIMENTS[name], options.seeds[:3] if options.quick else options.seeds, store, folder, options.epochs)
+    print(report(name, store.rows))

@@ -1,0 +1,436 @@
+"""Kronecker-factored curvature inside a band of layers, gathered by hooks: the mini-batch engine of BandedNewton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from diagnostics.cliques import Bandwidth, band_cliques, check_bandwidth
+from hessopt.errors import ClosureError, ModelError
+from hessopt.kronecker_factors import KroneckerFactors, Matrices
+from hessopt.kronecker_inverse import KroneckerInverse
+from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
+from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
+from hessopt.kronecker_seeds import (
+    LOSSES,
+    REDUCTIONS,
+    Columns,
+    Loss,
+    Reduction,
+    declared_columns,
+    hessian_columns,
+)
+from hessopt.taper import clique_taper
+
+CURVATURES = ("fisher", "ggn", "empirical")
+
+
+@dataclass
+class Direction:
+    """Solution of ``P d = g``.
+
+    Attributes:
+        steps: d for each parameter, valid until the next call.
+        flat: What these are views of: a buffer for the Kronecker blocks, and the rest's.
+        decrement: ``gᵀd``, without dimensions, on the device; equal to ``dᵀ P d`` (up to rounding).
+        failed: Whether conjugate gradients failed and d is the block-diagonal step, on the device.
+    """
+
+    steps: list[Tensor]
+    flat: list[Tensor]
+    decrement: Tensor
+    failed: Tensor
+
+
+class KroneckerBand:
+    r"""Running Kronecker factors of the curvature of all layers, and of pairs of layers within a band.
+
+    .. math::
+       M_{vw} = A_{vw} \otimes G_{vw}, \quad A_{vw} = E[x_v x_w^\top], \quad G_{vw} = E[\hat\jmath_v \hat\jmath_w^\top],
+       \quad P = t \circ M + \mathrm{blockdiag}(\text{factored damping}) \succeq \lambda I
+
+    with the layers' inputs x (1 appended for the bias) and back-propagated columns ĵ of the loss's output curvature;
+    t is the taper of :func:`hessopt.taper.clique_taper`, t = 1 with ``"full"``, and no pairs with bandwidth 0.
+
+    **Use.** Call the network, back-propagate the loss, then :meth:`direction` with the gradients. What is due is
+    gathered by hooks in the network's forward pass (``curvature="empirical"``: in its backward pass). With a loss that
+    is not declared, call :meth:`gather` between the forward and the backward pass. Of several forward passes between
+    two calls of :meth:`direction`, the first one with gradients enabled counts.
+
+    **Layers.** Linear on any leading dimensions, convolutions (all options, one pair of factors a group), embeddings
+    (frequency of tokens ⊗ features), affine maps of normalisations and lone biases (exact blocks of the per-sample
+    gradients). A layer that is called several times, or whose parameters several layers share: calls count as
+    positions, so A is averaged over calls and G is summed. Every other parameter has a diagonal, the running mean
+    of the squared back-propagated batch column (``E (Σ_b ĵ_b)²``, which is the diagonal of the curvature where columns
+    of samples are independent and centred; with ``"empirical"``, B times the squared gradient). See :meth:`report`.
+
+    **Memory**, in numbers: twice ``Σ_v g (a² + o²) + Σ_(v,w) (a_v a_w + o_v o_w)`` (a or o in place of a squared
+    diagonal factor; one sum over blocks, one over pairs inside the band) for averages and inverses, and the number of
+    parameters for other parameters' diagonals; see :meth:`memory`.
+
+    Args:
+        model: The network.
+        parameters: Parameters to precondition; all on one device.
+        bandwidth: k, or ``"full"``.
+        curvature: ``"fisher"``: Monte-Carlo columns; ``"ggn"``: root of the output Hessian times random signs, or
+            exact; ``"empirical"``: the gradients of the samples, for which no extra backward pass is needed.
+        loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, or None, then :meth:`gather` takes the loss.
+        reduction: Of the loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum over all, divided by B).
+        columns: K, columns of the output curvature a sample, or ``"exact"``.
+        damping: λ in units of :attr:`scale`.
+        decay: Weight of the past in running averages.
+        factor_every: Steps between updates of factors.
+        inverse_every: Steps between inversions.
+        iterations: Conjugate-gradient iterations (bandwidth ≥ 1).
+        sharing: ``"expand"`` or ``"reduce"``, for linear layers with several positions a sample.
+        max_size: Factors with more rows are diagonal.
+        seed: Of the random columns.
+
+    Attributes:
+        scale: Trace of the loss's output curvature, mean over the samples of the first batch: what makes λ (and the
+            optimizer's trust region) independent of the loss's units. With ``"empirical"`` it is 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+        ModelError: no parameter to train, or parameters on several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        bandwidth: Bandwidth = 0,
+        *,
+        curvature: Literal["fisher", "ggn", "empirical"] = "fisher",
+        loss: Loss | None = None,
+        reduction: Reduction = "mean",
+        columns: Columns = 1,
+        damping: float = 2e-3,
+        decay: float = 0.9,
+        factor_every: int = 10,
+        inverse_every: int = 40,
+        iterations: int = 3,
+        sharing: Sharing = "expand",
+        max_size: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        check_bandwidth(bandwidth)
+        _check_choice("curvature", curvature, CURVATURES)
+        _check_choice("reduction", reduction, REDUCTIONS)
+        _check_choice("sharing", sharing, ("expand", "reduce"))
+        if loss is not None:
+            _check_choice("loss", loss, LOSSES)
+        for name, value in (
+            ("factor_every", factor_every), ("inverse_every", inverse_every), ("iterations", iterations),
+            ("max_size", max_size), *([] if columns == "exact" else [("columns", columns)]),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if not 0 < damping < float("inf"):
+            raise ValueError(f"damping must be a positive number, got {damping!r}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay!r}.")
+        if columns == "exact" and curvature == "fisher":
+            raise ValueError('columns="exact" is curvature="ggn"; Monte-Carlo columns have a number.')
+        self.model, self.bandwidth, self.curvature, self.loss, self.reduction = (
+            model, bandwidth, curvature, loss, reduction,
+        )  # fmt: skip
+        self.columns, self.damping, self.decay, self.sharing = columns, damping, decay, sharing
+        self.factor_every, self.inverse_every, self.iterations = factor_every, inverse_every, iterations
+        self.cross = True
+        self.scale = 1.0
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise ModelError("none of the parameters requires grad, so there is nothing to train.")
+        self.device = self.parameters[0].device
+        if any(p.device != self.device for p in self.parameters):
+            raise ModelError("the trained parameters are on several devices; move the network to one.")
+        self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.blocks, self.others = plan_blocks(model, self.parameters, max_size)
+        self.steps = 0
+        self.excluded: list[int] = []
+        self.distances: NDArray[np.float64] | None = None
+        self.factors: KroneckerFactors | None = None
+        self.inverse: KroneckerInverse | None = None
+        self.diagonals: dict[Tensor, Tensor] = {}
+        self._recorder = Recorder(self.blocks, curvature == "empirical")
+        self._output_hook = model.register_forward_hook(self._see_output)
+        self._samples = 0
+        self._recorder.start()
+
+    @property
+    def absolute_damping(self) -> float:
+        """λ in the curvature's own units."""
+        return self.damping * self.scale
+
+    def detach(self) -> None:
+        """Remove all hooks from the network."""
+        self._recorder.remove()
+        self._output_hook.remove()
+
+    def gather(self, loss: Tensor, output: Tensor) -> None:
+        """Update the factors from a loss on its tape, if an update is due. The tape is retained.
+
+        Args:
+            loss: A sum or mean over samples.
+            output: ``(B, …)``, what the loss is a function of.
+        """
+        if self._recorder.active and self.curvature != "empirical":
+            columns = hessian_columns(loss, output, self.columns, self.generator)
+            self._back_propagate(output, columns)
+
+    def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        if not self._recorder.active or not torch.is_grad_enabled():
+            return
+        if self.curvature == "empirical":
+            leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            if leaves:
+                self._samples = _batch(leaves[0])
+                self._structure(self._recorder.calls, leaves[0])
+                self._recorder.active = False
+            return
+        if self.loss is None:
+            return
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"the network returns {type(output).__name__}, and the loss's curvature is of one tensor. Leave out "
+                "loss= and call gather(loss, output), or wrap the network in a module that returns the tensor."
+            )
+        if output.requires_grad:
+            columns = declared_columns(
+                self.loss, self.reduction, output.detach(), self.columns, self.curvature == "fisher", self.generator
+            )
+            self._back_propagate(output, columns)
+
+    def _back_propagate(self, output: Tensor, columns: Tensor) -> None:
+        calls = self._recorder.stop()
+        self._samples = _batch(output)
+        if self.factors is None:
+            # The only synchronisation with the device; a loss without curvature here has no scale.
+            self.scale = float(columns.square().sum()) or 1.0
+        self._structure(calls, output)
+        others = list(self.diagonals)
+        if others:
+            # So that columns of different samples are independent and centred, and the squared sum is unbiased.
+            signs = torch.randint(0, 2, columns.shape[:2], generator=self.generator, device=self.device)
+            columns = columns * signs.mul_(2).sub_(1).view(*signs.shape, *[1] * (columns.ndim - 2))
+        cotangents, slopes = back_propagate(output, columns, calls, others)
+        with torch.no_grad():
+            weight = self._update(calls, cotangents)
+            for p, slope in zip(others, slopes, strict=True):
+                if slope is not None:
+                    self.diagonals[p].lerp_(slope.to(self.dtype).square().sum(0), weight)
+
+    @torch.no_grad()
+    def _structure(self, calls: Sequence[Call], output: Tensor) -> None:
+        """At the first batch: which blocks there are, and which of them are in the band."""
+        if self.factors is not None:
+            return
+        called = {call.block for call in calls}
+        for number, block in enumerate(self.blocks):
+            if number not in called:
+                self.others.update(dict.fromkeys(block.parameters, "its layer was not called at the first step"))
+        self._build(sorted(called), block_distances(calls, output.grad_fn, len(self.blocks)))
+
+    def _build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
+        self.called, self.distances = list(called), distances
+        inside = distances[np.ix_(self.called, self.called)]
+        taper = clique_taper(band_cliques(inside, self.bandwidth), len(inside)) if len(inside) else np.zeros((0, 0))
+        blocks = [self.blocks[i] for i in self.called]
+        self.factors = KroneckerFactors(blocks, torch.from_numpy(taper), self.dtype, self.device)
+        self.inverse = KroneckerInverse(self.factors, self.iterations)
+        self._gradient, matrices = self.factors.blank()
+        self._views = self.factors.views(matrices)
+        self._steps = self.factors.views(self.inverse._parts)
+        self.diagonals = {p: torch.zeros_like(p, dtype=self.dtype) for p in self.parameters if p not in self._views}
+
+    def _update(self, calls: Sequence[Call], cotangents: Sequence[Tensor | None]) -> float:
+        """Average in one batch; returns the weight."""
+        assert self.factors is not None
+        found: dict[int, list[Rows]] = {}
+        for call, j in zip(calls, cotangents, strict=True):
+            if call.block in self.called and j is not None:
+                row = self.blocks[call.block].rows(call.module, call.input, j, self.sharing, self.dtype)
+                found.setdefault(call.block, []).append(row)
+        rows = [_merge(found[i]) if i in found else None for i in self.called]
+        self.excluded = self.factors.update(rows, self.decay, self._samples, self.cross)
+        return max(1 - self.decay, 1 / self.factors.updates)
+
+    @torch.no_grad()
+    def direction(self, gradients: Sequence[Tensor | None]) -> Direction:
+        """Precondition a gradient; then get ready to gather in the next forward pass, if that is due.
+
+        Args:
+            gradients: Of ``parameters``, in that order; None counts as zero.
+
+        Raises:
+            ClosureError: nothing was gathered yet.
+        """
+        if self.curvature == "empirical" and self._recorder.calls:
+            self._collect(gradients)
+        if self.factors is None or self.inverse is None or not self.factors.updates:
+            raise ClosureError(
+                "no curvature was gathered: call the network with gradients enabled before each step, and declare the "
+                f"loss, loss={' | '.join(map(repr, LOSSES))}, or pass a closure."
+            )
+        if not self.inverse.ready or due(self.steps, self.inverse_every):
+            self.inverse.refresh(self.absolute_damping)
+        self._fill(gradients)
+        flat, decrement, failed = self.inverse.solve(self._gradient)
+        views, steps, flats = self._steps, [], [flat]
+        for p, g in zip(self.parameters, gradients, strict=True):
+            if p in views:
+                steps.append(views[p])
+                continue
+            d = torch.zeros_like(p, dtype=self.dtype)
+            if g is not None:
+                slope = g.to(self.dtype)
+                d = slope / (self.diagonals[p] + self.absolute_damping)
+                decrement = decrement + (slope * d).sum()
+            steps.append(d)
+            flats.append(d)
+        self.steps += 1
+        if due(self.steps, self.factor_every):
+            self._recorder.start()
+        return Direction(steps, flats, decrement, failed)
+
+    def _fill(self, gradients: Sequence[Tensor | None]) -> None:
+        targets, sources = [], []
+        for p, g in zip(self.parameters, gradients, strict=True):
+            if p in self._views:
+                if g is None:
+                    self._views[p].zero_()
+                else:
+                    targets.append(self._views[p])
+                    sources.append(g)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    @torch.no_grad()
+    def quadratic(self, steps: Sequence[Tensor]) -> Tensor:
+        """``sᵀ (t ∘ M) s``, undamped, for a step in the form of ``parameters``; without dimensions, on the device."""
+        assert self.factors is not None
+        self._fill(steps)
+        matrices: Matrices = self.factors.matrices(self._gradient)
+        total = self._gradient @ torch.cat([y.flatten() for y in self.factors.product(matrices)])
+        for p, s in zip(self.parameters, steps, strict=True):
+            if p not in self._views:
+                total = total + (self.diagonals[p] * s.to(self.dtype).square()).sum()
+        return total
+
+    def _collect(self, gradients: Sequence[Tensor | None]) -> None:
+        """Update from the cotangents that the ordinary backward pass left; a mean loss has 1/B in them."""
+        calls = self._recorder.stop()
+        scale = 1.0 if self.reduction == "sum" else float(self._samples)
+        cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0) * scale**0.5 for c in calls]
+        weight = self._update(calls, cotangents)
+        for p, g in zip(self.parameters, gradients, strict=True):
+            if p in self.diagonals and g is not None:
+                self.diagonals[p].lerp_(g.to(self.dtype).square() * scale, weight)
+
+    def memory(self) -> int:
+        """Bytes of factors, inverses and diagonals by the formula above; 0 before the first batch."""
+        if self.factors is None:
+            return 0
+        numbers = sum(p.numel() for p in self.diagonals)
+        for block in self.factors.blocks:
+            g, o, a = block.shape
+            numbers += 2 * g * (o if block.diagonal[0] else o * o) + 2 * g * (a if block.diagonal[1] else a * a)
+        for pairs in self.factors.pairs:
+            for v, w in pairs.blocks:
+                (_, o_v, a_v), (_, o_w, a_w) = self.factors.blocks[v].shape, self.factors.blocks[w].shape
+                numbers += 2 * (a_v * a_w + o_v * o_w)
+        return numbers * self.dtype.itemsize
+
+    def report(self) -> dict[str, str]:
+        """How each parameter is treated, by its name in the network."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        found = {names.get(p, "?"): f"diagonal: {why}" for p, why in self.others.items()}
+        for number, block in enumerate(self.blocks):
+            g, o, a = block.shape
+            sides = [f"diagonal {n}" if d else f"{n}×{n}" for n, d in zip((a, o), block.diagonal[::-1], strict=True)]
+            text = f"{block.kind}: {' ⊗ '.join(sides)}" + (f", {g} groups" if g > 1 else "")
+            if self.factors is not None and self.bandwidth != 0 and number in self.called:
+                if not block.coupled:
+                    text += "; not coupled to other layers"
+                elif self.called.index(number) in self.excluded:
+                    text += "; not coupled to other layers: its rows are not those of the batch's samples"
+            for p in block.parameters:
+                found.setdefault(names[p], text)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, as tensors and plain numbers."""
+        state: dict[str, Any] = {
+            "steps": self.steps, "damping": self.damping, "scale": self.scale, "generator": self.generator.get_state(),
+            "active": self._recorder.active,
+        }  # fmt: skip
+        if self.factors is not None and self.inverse is not None and self.distances is not None:
+            state.update(
+                called=list(self.called),
+                distances=torch.from_numpy(self.distances),
+                updates=self.factors.updates,
+                ready=self.inverse.ready,
+                excluded=list(self.excluded),
+                tensors=[t.clone() for t in [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()]],
+            )
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state, of a network and arguments like this one's.
+
+        Raises:
+            ValueError: the state is of another network or bandwidth.
+        """
+        self.steps, self.damping, self.scale = int(state["steps"]), float(state["damping"]), float(state["scale"])
+        self.generator.set_state(state["generator"].cpu())
+        self._recorder.stop()
+        if state["active"]:
+            self._recorder.start()
+        if "tensors" not in state:
+            self.factors, self.inverse = None, None
+            return
+        for number, block in enumerate(self.blocks):
+            if number not in state["called"]:
+                self.others.update(dict.fromkeys(block.parameters, "its layer was not called at the first step"))
+        self._build(state["called"], state["distances"].cpu().numpy())
+        assert self.factors is not None
+        assert self.inverse is not None
+        self.factors.updates, self.inverse.ready = int(state["updates"]), bool(state["ready"])
+        self.excluded = list(state["excluded"])
+        own = [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()]
+        if [t.shape for t in own] != [t.shape for t in state["tensors"]]:
+            raise ValueError("the state's factors are of another network or bandwidth than this optimizer's.")
+        for mine, saved in zip(own, state["tensors"], strict=True):
+            mine.copy_(saved)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether to refresh at this step (the first is 0): every so many steps, and at powers of two before the first."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+def _batch(output: Tensor) -> int:
+    return output.shape[0] if output.ndim else 1
+
+
+def _merge(rows: Sequence[Rows]) -> Rows:
+    """Rows of several calls: their positions, one after the other."""
+    if len(rows) == 1:
+        return rows[0]
+    return Rows(torch.cat([row.inputs for row in rows], dim=2), torch.cat([row.cotangents for row in rows], dim=3))
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -1,0 +1,137 @@
+"""What optimizers share that wrap another one: its groups, its state, its closure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hessopt.closure import Closure, ClosureRunner, Evaluation, LeastSquares
+from hessopt.errors import ModelError
+
+
+class OptimizerWrapper(Optimizer):
+    """Base class: param groups, state and defaults are the wrapped optimizer's own, so schedulers take either.
+
+    Subclasses name what they keep in ``_OWN`` (for copies and pickles), set it between :meth:`_begin` and
+    ``super().__init__``-like :meth:`_finish`, and implement ``step``, ``_own_state`` and ``_load_own_state``.
+
+    Attributes:
+        base: The wrapped optimizer.
+        model: The network, whose buffers belong to the loss; or None.
+    """
+
+    _OWN: ClassVar[tuple[str, ...]] = ()
+    _KEY: ClassVar[str]
+    base: Optimizer
+    model: nn.Module | None
+
+    def _begin(self, base: Optimizer, model: nn.Module | None) -> None:
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}.")
+        if any(p.is_complex() for group in base.param_groups for p in group["params"]):
+            raise ValueError(f"{type(self).__name__} has no complex parameters; use torch.view_as_real.")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self._constructing = True
+        self.base = base
+        self.model = model
+
+    def _finish(self) -> None:
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self._constructing = False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's own."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        if not self.__dict__.get("_constructing"):
+            self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's own."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not self.__dict__.get("_constructing"):
+            self.base.state = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        if not self.__dict__.get("_constructing"):
+            self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, and this one's own under a key of its own."""
+        return {**super().state_dict(), self._KEY: self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave; one of the wrapped optimizer alone will do as well."""
+        own = state_dict.get(self._KEY)
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != self._KEY})
+        if own is not None:
+            self._load_own_state(own)
+
+    def _own_state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base", "model", *self._OWN)
+        return {**{name: self.__dict__[name] for name in names}, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" in state:
+            self.__dict__.update(state, _constructing=False)
+            super().__setstate__({})
+        else:  # from load_state_dict
+            self.base.__setstate__(state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
+
+    def _parameters(self) -> list[Tensor]:
+        """All of the groups, in their order."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _for_base(self, closure: Closure, before_base: Callable[[Evaluation], None]) -> Callable[[], Any]:
+        """The closure as optimizers of torch.optim expect it: it leaves gradients behind and returns the loss.
+
+        Args:
+            closure: See :mod:`hessopt.closure`.
+            before_base: Called after each run, with gradients in ``.grad``.
+        """
+        trained = [p for p in self._parameters() if p.requires_grad]
+
+        def wrapped() -> Tensor:
+            evaluation = ClosureRunner(closure, trained, self.model).evaluate()
+            if not evaluation.backward_called:
+                gradients = torch.autograd.grad(evaluation.loss, trained, allow_unused=True, retain_graph=True)
+                for p, gradient in zip(trained, gradients, strict=True):
+                    p.grad = gradient
+            refuse_sparse(trained)
+            before_base(evaluation)
+            result = evaluation.result
+            return (result.loss if isinstance(result, LeastSquares) else evaluation.loss).detach()
+
+        return wrapped
+
+
+def refuse_sparse(parameters: list[Tensor]) -> None:
+    """Raise :class:`hessopt.errors.ModelError` if a gradient is sparse."""
+    for p in parameters:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise ModelError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and subspaces of parameters are "
+                "dense: use Embedding(…, sparse=False)."
+            )

@@ -1,0 +1,233 @@
+"""Verdicts: each rule on a network built for it, none on one that is not, and all of them in the docs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import diagnostics
+from diagnostics.verdict_rules import RULES
+from diagnostics.verdicts import judge
+from tests.reporting_networks import chain, labelled
+
+DOCS = Path(__file__).parents[2] / "docs" / "verdicts.md"
+Report = diagnostics.Report
+
+
+def _report(model: nn.Module, batch: Any = None, loss: Any = F.cross_entropy, **options: Any) -> Report:
+    return diagnostics.diagnose(model, labelled(6, 3) if batch is None else batch, loss, **options)
+
+
+def _saddle() -> Report:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 0.02
+    return _report(model, loss=lambda z, _: z.sum() + 1e-3 * z.square().sum())
+
+
+def _bent_saddle() -> Report:
+    return _report(chain([6, 7, 5, 3], gain=1.5), loss=lambda z, _: z.sum())
+
+
+class _Unused(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.spare = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class _Dead(nn.Module):
+    """One of two branches is switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.off, self.out = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.out(torch.tanh(self.on(x)) + torch.relu(self.off(x) - 1e6))
+        return z
+
+
+def _scaled(factor: float) -> Report:
+    """Five linear layers that each multiply by ``factor``: R(v,v) falls by its square from layer to layer."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5))).double()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(factor * torch.eye(4))
+    return _report(model, (torch.randn(8, 4).double(), torch.randn(8, 4).double()), F.mse_loss)
+
+
+def _linear_widths(*widths: int) -> Report:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).double()
+    return _report(model, labelled(widths[0], widths[-1], 32))
+
+
+def _decoupled() -> Report:
+    """A layer whose output hardly matters beyond the next: coupling falls below ε at distance 2."""
+    torch.manual_seed(0)
+    model = chain([12, 12, 12, 12, 3])
+    with torch.no_grad():
+        for i in range(1, 3):  # nearly orthogonal directions: most of what comes in is mapped to almost nothing
+            model[i][0].weight.copy_(torch.diag(torch.tensor([1e-3] * 11 + [1.0])).roll(i, 0))
+    return _report(model, labelled(12, 3, 64))
+
+
+def _fitted(noise: float) -> Report:
+    """Targets that are the model's outputs, up to noise."""
+    model, x = chain([6, 6, 6, 3], gain=3.0), labelled(6, 3, 64)[0]
+    return _report(model, (x, model(x).detach() + noise * torch.ones(64, 3)), F.mse_loss)
+
+
+class _Split(nn.Module):
+    """Two layers in a row of which the second reads little of the first, so that blocks are almost block-diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.second(x)], 1)
+
+
+CASES: dict[tuple[str, str], Callable[[], Report]] = {
+    ("coupled-samples", "batch_norm"): lambda: _report(
+        nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    ),
+    ("coupled-samples", "other"): lambda: _report(chain([6, 5, 3]), loss=lambda z, _: (z @ z.T).square().mean()),
+    ("unused-parameters", "unused"): lambda: _report(_Unused().double()),
+    ("dead-node", "dead"): lambda: _report(_Dead().double()),
+    ("resonance-over-depth", "vanishing"): lambda: _scaled(0.5),
+    ("resonance-over-depth", "exploding"): lambda: _scaled(2.0),
+    ("negative-curvature", "negative"): _saddle,
+    ("negative-curvature", "made_by"): _bent_saddle,
+    ("gauss-newton-misses", "misses"): lambda: _report(chain([6, 7, 7, 7, 3], nn.GELU)),
+    ("one-source", "source"): lambda: _report(chain([6, 7, 7, 7, 3], nn.GELU)),
+    ("one-module", "module"): lambda: _scaled(1.0),
+    ("piecewise-linear", "flat"): lambda: _report(chain([6, 7, 5, 3], nn.ReLU)),
+    ("piecewise-linear", "no_signal"): lambda: _fitted(0.0),
+    ("bottleneck", "bottleneck"): lambda: _linear_widths(6, 12, 2, 12, 3),
+    ("bandwidth", "full"): lambda: _scaled(1.0),
+    ("bandwidth", "banded"): _decoupled,
+    ("block-diagonal", "loses"): _saddle,
+    ("block-diagonal", "suffices"): lambda: _report(
+        _Split().double(), (torch.randn(8, 6).double(), torch.randn(8, 8).double()), F.mse_loss
+    ),
+    ("geometric-stability", "stable"): lambda: _scaled(0.5),
+}
+
+
+@pytest.mark.parametrize(("rule", "wording"), CASES, ids=["/".join(case) for case in CASES])
+def test_a_network_for_each_wording(rule: str, wording: str) -> None:
+    report = CASES[rule, wording]()
+    found = {(verdict.rule, verdict.wording): verdict for verdict in report.verdicts}
+    assert (rule, wording) in found, str(report)
+    verdict = found[rule, wording]
+    assert verdict.text in " ".join(str(report).split())
+    assert verdict.significant
+    assert all(node in {n["name"] for n in report.sections["network"]["nodes"]} for node in verdict.nodes)
+
+
+def test_every_wording_has_a_network() -> None:
+    assert set(CASES) == {(rule.id, wording) for rule in RULES for wording in rule.wordings}
+
+
+def test_a_network_without_verdicts() -> None:
+    report = _fitted(0.02)
+    assert len(report.sections) == 6
+    assert report.verdicts == (), [str(verdict) for verdict in report.verdicts]
+
+
+def test_the_figures_are_those_of_the_sections() -> None:
+    report = _linear_widths(6, 12, 2, 12, 3)
+    (verdict,) = [v for v in report.verdicts if v.rule == "bottleneck"]
+    assert verdict.nodes == ("1",)
+    assert verdict.figures["width"] == 2
+    measured = report.table().stable_rank[1]
+    assert verdict.figures["measured"] == pytest.approx(measured.max().item())
+    assert measured.max() <= 2
+    missed = _report(chain([6, 7, 7, 7, 3], nn.GELU))
+    (verdict,) = [v for v in missed.verdicts if v.rule == "gauss-newton-misses"]
+    gap = missed.table().gn_gap.diagonal()
+    assert verdict.figures["share"] == pytest.approx((1 / (1 + gap.square())).min().item())
+    assert set(verdict.nodes) == {missed.table().nodes[i] for i in range(len(gap)) if gap[i] > 1}
+
+
+def _with_errors(report: Report, name: str, error: float) -> dict[str, Any]:
+    """The report as an estimate with 10 probes, one metric of which has this standard error."""
+    data = copy.deepcopy(report.data)
+    metrics = data["sections"]["metrics"]
+    n = len(metrics["nodes"])
+    zeros = {m: [[0.0] * n for _ in range(n)] for m in ("resonance", "coupling", "stable_rank", "gn_gap")}
+    metrics |= {
+        "exact": False,
+        "probes": 10,
+        "errors": zeros | {"gn_norm": zeros["gn_gap"], "tensor_norm": zeros["gn_gap"]},
+    }
+    metrics["errors"] = copy.deepcopy(metrics["errors"])
+    metrics["errors"][name] = [[error] * n for _ in range(n)]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("rule", "wording", "metric"),
+    [
+        ("gauss-newton-misses", "misses", "gn_gap"),
+        ("one-module", "module", "coupling"),
+        ("resonance-over-depth", "vanishing", "resonance"),
+        ("bandwidth", "banded", "coupling"),
+    ],
+)
+def test_what_is_within_the_interval_is_marked(rule: str, wording: str, metric: str) -> None:
+    report = CASES[rule, wording]()
+    for error, significant in ((1e-9, True), (10.0, False)):
+        (verdict,) = [v for v in judge(_with_errors(report, metric, error)) if v.rule == rule]
+        assert verdict.significant == significant
+        assert ("not significant" in str(verdict)) != significant
+
+
+def test_uncertain_shares_are_marked() -> None:
+    for case, keys in ((("block-diagonal", "loses"), ("parameters", "discarded")), (("one-source", "source"), ())):
+        data = copy.deepcopy(CASES[case]().data)
+        if keys:
+            data["sections"]["parameters"]["probes"] = 3
+            data["sections"]["parameters"]["discarded"][0]["total_error"] = 1.0
+        else:
+            section = data["sections"]["sources"]
+            section |= {"probes": 3, "share_error": [1.0] * len(section["sources"])}
+        (verdict,) = [v for v in judge(data) if v.rule == case[0]]
+        assert not verdict.significant
+
+
+def test_rules_whose_sections_are_missing_are_passed_over() -> None:
+    report = _report(chain([6, 7, 5, 3], nn.GELU), sections=["network"])
+    assert report.verdicts == ()
+    assert "none of the rules applies" in str(report)
+
+
+def test_docs_state_every_rule_with_its_condition_and_reference() -> None:
+    text = " ".join(DOCS.read_text(encoding="utf-8").split())
+    for rule in RULES:
+        assert f"## {rule.id}" in text
+        part = text.split(f"## {rule.id} ", 1)[1].split(" ## ", 1)[0]
+        assert rule.condition in part, rule.id
+        assert rule.reference in part, rule.id
+        for wording in rule.wordings.values():
+            assert " ".join(wording.split()) in part, rule.id
+
+
+def test_order_is_by_level() -> None:
+    levels = [verdict.level for verdict in _bent_saddle().verdicts]
+    assert levels == sorted(levels, key=["warning", "advice", "note"].index)

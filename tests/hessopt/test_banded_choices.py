@@ -1,0 +1,272 @@
+"""bandwidth="auto" and the space of the solves."""
+
+import copy
+import io
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diagnostics.cliques import band_cliques
+from diagnostics.errors import MemoryBudgetError
+from hessopt import BandedNewton, LeastSquares
+from hessopt.banded_systems import ParameterSystem, SampleSystem, step_operations
+from hessopt.bandwidth_choice import Candidate, candidates, coupling_radius, most_gain
+from tests.hessopt.reference import (
+    LAMBDA,
+    batch,
+    chain,
+    closure_of,
+    dags,
+    dense,
+    factors_of,
+    flat,
+    losses,
+    regression,
+    relative,
+    skip,
+    step_of,
+    unflat,
+)
+
+RTOL = 1e-8
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(dags(), st.sampled_from([0, 1, 2, "full"]))
+def test_both_spaces_give_the_same_step(net: Any, bandwidth: Any) -> None:
+    x = batch()[0]
+    tape, factors = factors_of(net, x, losses(net(x).shape[1])["mse"])
+    parameters = [list(layer.parameters) for layer in tape.layers]
+    shapes = [[p.shape for p in own] for own in parameters]
+    expected = dense(net, x, losses(net(x).shape[1])["mse"], [dict(net.named_modules())[o.name] for o in tape.layers])
+    gradients = unflat(expected.gradient, parameters)
+    damping = [[0.05 + 0.01 * v, 0.2][: len(own)] for v, own in enumerate(parameters)]
+    cliques = band_cliques(tape.distances(), bandwidth)
+    systems = [kind(factors, shapes, 2**30) for kind in (SampleSystem, ParameterSystem)]
+    a, b = (flat(system.solve(gradients, damping, cliques)) for system in systems)
+    assert torch.allclose(a, b, rtol=RTOL, atol=1e-12)
+    again = [flat(system.solve(gradients, [[0.1] * len(own) for own in parameters], cliques)) for system in systems]
+    assert torch.allclose(*again, rtol=RTOL, atol=1e-12)
+    blocks = torch.stack([torch.stack([expected.ggn[s, t].norm() for t in expected.slices]) for s in expected.slices])
+    for system in systems:
+        assert torch.allclose(system.block_norms(), blocks, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("factors", ["sample", "dense"])
+@pytest.mark.parametrize("bandwidth", [0, "full"])
+def test_chosen_space_gives_the_dense_solve(factors: Any, bandwidth: Any) -> None:
+    net = skip()
+    expected = dense(net, batch()[0], losses(2)["mse"])
+    matrix = expected.ggn + LAMBDA * torch.eye(len(expected.ggn), dtype=torch.float64)
+    if bandwidth == 0:
+        matrix = torch.block_diag(*(matrix[s, s] for s in expected.slices))
+    step = step_of(net, closure_of(net, "mse"), bandwidth=bandwidth, factors=factors)
+    assert relative(step, -torch.linalg.solve(matrix, expected.gradient)) < RTOL
+
+
+def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hessopt.factor_choice"):
+        for width, space in ((2, "dense"), (40, "sample")):
+            caplog.clear()
+            net, x = chain(2, width=width, outputs=1), batch(40)[0]
+            optimizer = BandedNewton(net, bandwidth=0)
+            for _ in range(2):
+                optimizer.step(lambda net=net, x=x: net(x).square().mean())
+            assert [r.getMessage().split(":")[0] for r in caplog.records] == [f'factors="{space}"']
+    chain_of_two = band_cliques(np.array([[0.0, 1.0], [1.0, 0.0]]), 0)
+    # six passes of 10 rows; Gram matrices 10²·min(P, 2√P) and two systems 10³/3; blocks 10 P² and P³/3
+    assert step_operations(10, [16, 25], chain_of_two, dense=False) == pytest.approx(60 * 41 + 100 * 18 + 2 * 1000 / 3)
+    blocks = 10 * (16**2 + 25**2) + (16**3 + 25**3) / 3
+    assert step_operations(10, [16, 25], chain_of_two, dense=True) == pytest.approx(60 * 41 + blocks)
+
+
+def test_dense_memory_is_refused() -> None:
+    net, closure = regression()
+    with pytest.raises(MemoryBudgetError, match='Use factors="sample" or raise memory_limit'):
+        BandedNewton(net, factors="dense", memory_limit=500_000).step(closure)
+    BandedNewton(net, memory_limit=500_000).step(closure)  # "auto" takes the other space
+
+
+def path(count: int) -> np.ndarray:
+    index = np.arange(float(count))
+    return np.abs(index[:, None] - index)
+
+
+def test_candidates() -> None:
+    assert candidates(path(1), 0) == [0]
+    assert candidates(path(2), 1) == [0, 1]
+    assert candidates(path(7), 6) == [0, 1, 2, 4, 6]
+    assert candidates(path(9), 8) == [0, 1, 2, 4, 8]
+    assert candidates(path(9), 3) == [0, 1, 2, 4]
+    assert candidates(path(9), 2) == [0, 1, 2]
+    assert candidates(path(9), 0) == [0]
+    apart = path(3)
+    apart[0, 1:] = apart[1:, 0] = np.inf
+    assert candidates(apart, np.inf) == [0, 1, 2]
+
+
+def test_coupling_radius() -> None:
+    norms = torch.tensor([[4.0, 1.0, 0.1], [1.0, 1.0, 0.5], [0.1, 0.5, 1.0]])
+    # couplings 0.5, 0.05 and 0.5
+    assert coupling_radius(norms, path(3), 0.4) == 1
+    assert coupling_radius(norms, path(3), 0.04) == 2
+    assert coupling_radius(norms, path(3), 0.6) == 0
+    assert coupling_radius(torch.zeros(3, 3), path(3), 0.1) == 0
+
+
+def test_most_gain_with_hysteresis() -> None:
+    found = [Candidate(0, 1.0, 1.0), Candidate(1, 2.1, 2.0), Candidate(2, 9.0, 4.0), Candidate(4, -1.0, 1e-3)]
+    assert most_gain(found, None, 0.1) == 2
+    assert most_gain(found, 0, 0.1) == 2
+    assert most_gain(found[:2], 0, 0.1) == 0
+    assert most_gain(found[:2], None, 0.1) == 1
+    assert most_gain(found[:2], 2, 0.1) == 1
+    assert most_gain([Candidate(0, 0.0, 0.0)], None, 0.1) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"bandwidth_rule": "radius"}, {"cost": "measured"}])
+def test_auto_decides_logs_and_keeps(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    net, closure = regression()
+    optimizer = BandedNewton(net, bandwidth="auto", bandwidth_every=3, **options)
+    with caplog.at_level(logging.INFO, logger="hessopt.bandwidth_choice"):
+        values = [optimizer.step(closure).item() for _ in range(7)]
+    assert len(caplog.records) == 3
+    assert "interaction radius" in caplog.records[0].getMessage()
+    assert optimizer.state[net[0].weight]["bandwidth"] in (0, 1, 2, 3)
+    assert values[-1] < values[0]
+
+
+def test_radius_rule_is_the_radius() -> None:
+    net, closure = regression()
+    steps = []
+    for epsilon in (1e-9, 0.999999):
+        net, closure = regression()
+        optimizer = BandedNewton(net, bandwidth="auto", bandwidth_rule="radius", epsilon=epsilon)
+        optimizer.step(closure)
+        steps.append(optimizer.state[net[0].weight]["bandwidth"])
+    assert steps == [3, 0]
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_resume_with_auto_bit_for_bit(through_file: bool) -> None:
+    net, closure = regression()
+    optimizer = BandedNewton(net, bandwidth="auto", bandwidth_every=3)
+    for _ in range(4):
+        optimizer.step(closure)
+    saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+    if through_file:
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+    else:
+        saved = copy.deepcopy(saved)
+    other, again = regression(seed=9)
+    resumed = BandedNewton(other, bandwidth="auto", bandwidth_every=3)
+    other.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    for _ in range(5):
+        assert optimizer.step(closure).item() == resumed.step(again).item()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+    assert optimizer.state_dict()["state"] == resumed.state_dict()["state"]
+
+
+@pytest.mark.parametrize("factors", ["sample", "dense"])
+def test_rescaling_of_adjacent_relu_layers_changes_nothing(factors: Any) -> None:
+    """The full Gauss-Newton step without damping does not depend on how a function is parametrized."""
+    changes = []
+    for scale in (1.0, 3.0):
+        net = chain(3, width=4, outputs=1, in_place=True)
+        x = batch(5)[0]
+        with torch.no_grad():
+            net.layers[0].weight *= scale
+            net.layers[0].bias *= scale
+            net.layers[1].weight /= scale
+        y = torch.linspace(-1, 1, 5, dtype=torch.float64).unsqueeze(1)
+        before = net(x).detach()
+        direction = {p: p.detach().clone() for p in net.parameters()}
+        BandedNewton(net, bandwidth="full", factors=factors, damping=1e-9, adapt_damping=False).step(
+            lambda net=net, x=x, y=y: LeastSquares(net(x) - y)
+        )
+        # the change of the function to first order
+        step = {name: p.detach() - direction[p] for name, p in net.named_parameters()}
+        old = {name: direction[p] for name, p in net.named_parameters()}
+        jacobians = torch.func.jacrev(lambda values, n=net, x=x: torch.func.functional_call(n, values, (x,)))(old)
+        assert torch.equal(before, torch.func.functional_call(net, old, (x,)))
+        changes.append(sum(torch.tensordot(jacobians[name], step[name], dims=step[name].ndim) for name in step))
+    assert relative(changes[1], changes[0]) < 1e-5
+    assert changes[0].norm() > 1e-2
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_line_search(maximize: bool) -> None:
+    net, closure = regression()
+    sign = -1 if maximize else 1
+    options = {"adapt_damping": False, "line_search": True, "damping": 1e-8, "maximize": maximize}
+    optimizer = BandedNewton(net, weight_decay=1e-3, **options)
+    for _ in range(15):
+        before = flat([list(net.parameters())]).detach().clone()
+        loss = optimizer.step(lambda: sign * closure())
+        step, after = optimizer.last_step, flat([list(net.parameters())]).detach()
+        penalty = 5e-4 * (after.square().sum() - before.square().sum())
+        reduction = sign * (loss - sign * closure()) - penalty
+        assert step.accepted
+        assert step.actual_reduction == pytest.approx(reduction.item(), rel=1e-6, abs=1e-13)
+        assert reduction > 0
+        assert step.closure_runs >= 2
+    # no better length is next to the one that was taken
+    assert step.damping == 1e-8
+
+
+def test_line_search_that_finds_nothing_leaves_the_parameters() -> None:
+    net, closure = regression()
+    before, count = [p.detach().clone() for p in net.parameters()], 0
+
+    def rises() -> Tensor:
+        nonlocal count
+        count += 1
+        return closure() + count
+
+    optimizer = BandedNewton(net, adapt_damping=False, line_search=True)
+    optimizer.step(rises)
+    assert not optimizer.last_step.accepted
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert count == optimizer.last_step.closure_runs == 32
+
+
+def test_networks_of_other_layers_train(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)
+    ).double()
+    x = torch.randn(12, 1, 4, 4, dtype=torch.float64)
+    labels = torch.arange(12) % 3
+    optimizer = BandedNewton(net)
+    with caplog.at_level(logging.WARNING, logger="hessopt.exact_curvature"):
+        values = [optimizer.step(lambda: nn.functional.cross_entropy(net(x), labels)).item() for _ in range(15)]
+    assert values[-1] < 0.05 * values[0]
+    assert [r.getMessage()[:44] for r in caplog.records] == ["no closed form for layers '0', '1' (samples "]
+    assert net[1].num_batches_tracked == 15
+
+
+def test_tape_is_freed() -> None:
+    import weakref
+
+    net, x = regression()[0], torch.randn(64, 2, dtype=torch.float64)
+    outputs = []
+
+    def closure() -> LeastSquares:
+        inner = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(net(inner).sum(), inner, create_graph=True)
+        outputs.append(weakref.ref(slope.grad_fn))
+        outputs.append(weakref.ref(inner))
+        return LeastSquares(slope[:, 0] - 1)
+
+    BandedNewton(net, adapt_damping=False).step(closure)
+    assert outputs[1]() is None
