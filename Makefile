@@ -4,12 +4,15 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEVICE ?= cpu
+DATA   ?= data
+PAPER   = exp1 exp1_deep exp1b exp2 exp3 exp3_norm exp4 exp5 exp6 ablation_probes
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment would race
-.PHONY: help demo test test-slow test-gpu snippets lint types docs bench bench-large dev clean
+.PHONY: help demo test test-slow test-gpu snippets lint types docs bench bench-large ablation ablation-full \
+	paper paper-quick theories dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +52,26 @@ bench-large: $(VENV)/.stamp-examples ## time products and estimates on ResNet-18
 	$(BIN)/python examples/benchmark_resnet.py --device $(DEVICE)
 	$(BIN)/python examples/benchmark_resnet.py --device $(DEVICE) --batch 128
 
+ablation: $(VENV)/.stamp-ablation ## compare optimizers on small problems (minutes); writes docs/ablation.md
+	$(BIN)/python examples/ablation run examples/ablation/studies/quick.toml
+	$(BIN)/python examples/ablation report
+
+ablation-full: $(VENV)/.stamp-ablation ## the same on all problems (an hour); DATA is the folder of the data sets
+	$(BIN)/python examples/ablation run examples/ablation/studies/full.toml --data $(DATA)
+	$(BIN)/python examples/ablation report
+
+paper-quick: $(VENV)/.stamp-examples ## the paper's tables at initialisation, on generated images
+	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick || exit 1; done
+
+paper: $(VENV)/.stamp-examples ## the paper's tables; DATA is the folder of CIFAR
+	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --data $(DATA) || exit 1; done
+
+theories: $(VENV)/.stamp-examples ## the three other theories, with their controls; DATA is the folder of the data sets
+	$(BIN)/python examples/theories/alignment.py --data $(DATA)
+	$(BIN)/python examples/theories/spectral_newton.py --data $(DATA)
+	$(BIN)/python examples/theories/conservation.py
+	$(BIN)/python examples/theories/null_cone.py --data $(DATA)
+
 dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
 	$(BIN)/pre-commit install
 
@@ -69,6 +92,7 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml
 	@touch $@
 
 $(VENV)/.stamp-examples: INSTALL = --editable ".[examples]"
+$(VENV)/.stamp-ablation: INSTALL = --editable ".[ablation]"
 $(VENV)/.stamp-test:     INSTALL = --editable . --group test
 $(VENV)/.stamp-lint:     INSTALL = --editable ".[examples]" --group lint
 $(VENV)/.stamp-docs:     INSTALL = --editable ".[docs]"

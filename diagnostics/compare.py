@@ -20,7 +20,7 @@ from diagnostics.reporting.values import encode
 from diagnostics.tables import format_table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 SCHEMA = "hessopt-diagnostics-comparison/1"
 
@@ -98,7 +98,7 @@ class Comparison:
         reports, changes = [report.data for report in self.reports], {"rows": self.rows, "verdicts": self.verdicts}
         Path(path).write_text(page(reports, self.names, encode(changes)), encoding="utf-8")
 
-    def plot(self) -> Figure:
+    def plot(self) -> MatplotlibFigure:
         """C, R and Gap by distance, and the spectral density of H, a line for each report; needs matplotlib."""
         from diagnostics.reporting.plot import plot_comparison
 

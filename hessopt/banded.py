@@ -101,7 +101,8 @@ class BandedNewton(Optimizer):
         factors: Where to solve: ``"sample"``, in the space of the N rows; ``"dense"``, in that of the parameters; or
             ``"auto"``, where :func:`hessopt.banded_systems.step_operations` counts less. The steps are the same but for
             rounding. Default: ``"auto"``.
-        damping: λ to start from, relative to nothing: in the units of the curvature. Default: 1e-2.
+        damping: λ to start from, relative to nothing: in the units of the curvature. Default: 1e-2; with
+            ``line_search``, where it stays constant, 50 ε tr(GGN), anew at each step.
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
         adapt_damping: Evaluate each step and adapt the damping. If False, every step is taken, with the same λ.
@@ -152,6 +153,7 @@ class BandedNewton(Optimizer):
         "last_step",
         "_choice",
         "_initial_damping",
+        "_relative_damping",
     )
 
     def __init__(
@@ -163,7 +165,7 @@ class BandedNewton(Optimizer):
         *,
         model: nn.Module | None = None,
         factors: Factors = "auto",
-        damping: float = 1e-2,
+        damping: float | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         adapt_damping: bool = True,
@@ -187,15 +189,15 @@ class BandedNewton(Optimizer):
         self.bandwidth = bandwidth
         self.curvature = curvature
         self.factors = factors
-        if line_search and adapt_damping:
-            raise ValueError("line_search=True keeps the damping where it is: pass adapt_damping=False as well.")
         self.adapt_damping = adapt_damping
         self.line_search = line_search
         self.max_rejections = max_rejections
         self.memory_limit = memory_limit
         self.last_step: DampedStep | None = None
         self._choice = BandwidthChoice(bandwidth_rule, bandwidth_every, epsilon, cost)
-        self._initial_damping = NielsenDamping(damping, minimum=min_damping, maximum=max_damping)
+        self._relative_damping = line_search and damping is None
+        value = min(max(1e-2, min_damping), max_damping) if damping is None else damping
+        self._initial_damping = NielsenDamping(value, minimum=min_damping, maximum=max_damping)
         self._prepare()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
@@ -261,17 +263,18 @@ class BandedNewton(Optimizer):
             recorder.forget()
         loss = evaluation.loss.detach()
         del evaluation  # free what is left of the tape before the solves
-        damping = self._damping(least_damping(model.factors))
+        least = least_damping(model.factors, residuals=model.residuals is not None)
+        damping = self._damping(least, 5 * least_damping(model.factors))
         system = self._factor_choice.system(model, structure.distances, self.bandwidth)
         cliques = self._cliques(structure.distances, model, system, damping.value)
         solve = partial(model.step, cliques=cliques, system=system)
         maximize = self.param_groups[0]["maximize"]
-        if self.adapt_damping:
+        if self.line_search:
+            self.last_step = line_step(model, solve, runner.trial_loss, loss, damping.value, maximize=maximize)
+        elif self.adapt_damping:
             self.last_step = search_step(
                 model, solve, runner.trial_loss, loss, damping, max_rejections=self.max_rejections, maximize=maximize
             )
-        elif self.line_search:
-            self.last_step = line_step(model, solve, runner.trial_loss, loss, damping.value, maximize=maximize)
         else:
             self.last_step = take_step(model, solve, loss, damping.value)
         state = self.state[parameters[0]]
@@ -291,12 +294,14 @@ class BandedNewton(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _damping(self, least: float) -> NielsenDamping:
+    def _damping(self, least: float, search: float) -> NielsenDamping:
         start = self._initial_damping
         minimum = min(max(start.minimum, least), start.maximum)
         damping = replace(start, value=max(start.value, minimum), minimum=minimum)
         state = self.state.get(self._parameters()[0])
-        if state:
+        if self._relative_damping:
+            damping.value = min(max(search, minimum), damping.maximum)
+        elif state:
             damping.load_state_dict(state)
         return damping
 
@@ -326,7 +331,16 @@ class BandedNewton(Optimizer):
             gradients=gradients,
             lr=[[float(group_of[p]["lr"]) for p in layer.parameters] for layer in layers],
             weight_decay=[[float(group_of[p]["weight_decay"]) for p in layer.parameters] for layer in layers],
+            residuals=self._residuals(evaluation, dtype),
         )
+
+    def _residuals(self, evaluation: Evaluation, dtype: torch.dtype) -> Tensor | None:
+        """The residuals in the order of the factors' rows, if the gradient is that of their squares alone."""
+        decays = any(group["weight_decay"] for group in self.param_groups)
+        if not evaluation.is_least_squares or evaluation.backward_called or decays:
+            return None
+        residuals = evaluation.output.detach().to(dtype)
+        return residuals.reshape(len(residuals), -1).T.reshape(-1)
 
     def _gradients(self, evaluation: Evaluation, layers: Sequence[Layer]) -> list[list[Tensor]]:
         """Gradient of the objective (to be minimized) for each layer."""

@@ -22,9 +22,16 @@ class BandedSystem(Protocol):
     """Solves with the maximum-determinant completion of ``ĴᵀĴ + D``; what does not depend on D is kept."""
 
     def solve(
-        self, gradients: Sequence[Sequence[Tensor]], damping: Sequence[Sequence[float]], cliques: Cliques
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        damping: Sequence[Sequence[float]],
+        cliques: Cliques,
+        residuals: Tensor | None = None,
     ) -> Parts:
-        """The inverse of the completion times a gradient. D is constant on each parameter."""
+        """The inverse of the completion times a gradient, ``Ĵᵀ r`` if residuals r are given.
+
+        D is constant on each parameter.
+        """
 
     def block_norms(self) -> Tensor:
         """``‖Ĵ_vᵀ Ĵ_w‖_F`` of all pairs of layers, ``(n, n)``."""
@@ -59,10 +66,22 @@ class SampleSystem:
         self._grams: dict[int, Tensor] = {}
 
     def solve(
-        self, gradients: Sequence[Sequence[Tensor]], damping: Sequence[Sequence[float]], cliques: Cliques
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        damping: Sequence[Sequence[float]],
+        cliques: Cliques,
+        residuals: Tensor | None = None,
     ) -> Parts:
         """The inverse of the completion times a gradient."""
-        return banded_solve(self.factors, gradients, damping, cliques, memory_limit=self._left, gram=self._gram)
+        return banded_solve(
+            self.factors,
+            gradients,
+            damping,
+            cliques,
+            memory_limit=self._left,
+            gram=self._gram,
+            residuals=residuals,
+        )
 
     def block_norms(self) -> Tensor:
         """``‖Ĵ_vᵀ Ĵ_w‖_F = √⟨Γ_v, Γ_w⟩``."""
@@ -107,7 +126,11 @@ class ParameterSystem:
         self._rows = [factor.matrix() for factor in factors]
 
     def solve(
-        self, gradients: Sequence[Sequence[Tensor]], damping: Sequence[Sequence[float]], cliques: Cliques
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        damping: Sequence[Sequence[float]],
+        cliques: Cliques,
+        residuals: Tensor | None = None,
     ) -> Parts:
         """The inverse of the completion times a gradient."""
         flat = [torch.cat([g.reshape(-1) for g in own]) for own in gradients]

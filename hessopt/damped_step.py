@@ -14,6 +14,7 @@ from hessopt.quadratic_model import QuadraticModel
 
 Step = list[list[Tensor]]
 
+_MOST_SOLVES = 6
 ACCEPTANCE = 1e-4
 """Least ratio of actual to predicted reduction at which a step is accepted."""
 
@@ -162,7 +163,7 @@ def line_step(
         maximize: The objective is minus the loss (plus the penalty of the weight decay).
 
     Raises:
-        SolveError: the solve failed. The parameters are what they were.
+        SolveError: the solve failed, also with 10⁵ times the damping. The parameters are what they were.
 
     Source:
         Müller and Zeinhofer, "Achieving high accuracy with PINNs via energy natural gradient descent" (2023), whose
@@ -170,7 +171,17 @@ def line_step(
     """
     before, runs = loss.item(), 1
     saved = [[p.clone() for p in parameters] for parameters in model.parameters]
-    step = solve(damping)
+    solves = 0
+    while True:
+        solves += 1
+        try:
+            step = solve(damping)
+        except SolveError:
+            if solves == _MOST_SOLVES:
+                raise
+            damping *= 10
+        else:
+            break
     best: tuple[float, float, float] | None = None  # reduction, loss, length
     for halvings in range(31 if any(bool(d.any()) for layer in step for d in layer) else 0):
         scaled = [[d * 0.5**halvings for d in layer] for layer in step]
@@ -188,12 +199,13 @@ def line_step(
             break
     norm = model.gradient_norm()
     if best is None:
-        return DampedStep(before, None, norm, model.predicted_reduction(step), None, None, damping, False, 1, runs)
+        predicted = model.predicted_reduction(step)
+        return DampedStep(before, None, norm, predicted, None, None, damping, False, solves, runs)
     taken = [[d * best[2] for d in layer] for layer in step]
     predicted = model.predicted_reduction(taken)
     _add(model, taken)
     ratio = best[0] / predicted if predicted > 0 else None
-    return DampedStep(before, best[1], norm, predicted, best[0], ratio, damping, True, 1, runs)
+    return DampedStep(before, best[1], norm, predicted, best[0], ratio, damping, True, solves, runs)
 
 
 def _add(model: QuadraticModel, step: Sequence[Sequence[Tensor]]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -19,18 +20,11 @@ from hessopt.kronecker_factors import KroneckerFactors, Matrices
 from hessopt.kronecker_inverse import KroneckerInverse
 from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
 from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
-from hessopt.kronecker_seeds import (
-    LOSSES,
-    REDUCTIONS,
-    Columns,
-    Loss,
-    Reduction,
-    declared_columns,
-    hessian_columns,
-)
+from hessopt.kronecker_report import numbers_kept, treatment
+from hessopt.kronecker_seeds import LOSSES, Columns, Loss, Reduction, declared_columns, hessian_columns
+from hessopt.mini_batch import check_curvature, check_engine
 from hessopt.taper import clique_taper
-
-CURVATURES = ("fisher", "ggn", "empirical")
+from hessopt.weak_hooks import WeakHooks
 
 
 @dataclass
@@ -95,6 +89,7 @@ class KroneckerBand:
         seed: Of the random columns.
 
     Attributes:
+        probe: Factors of another bandwidth that are averaged as well, with equal weights, or None.
         scale: Trace of the loss's output curvature, mean over the samples of the first batch: what makes λ (and the
             optimizer's trust region) independent of the loss's units. With ``"empirical"`` it is 1.
 
@@ -123,23 +118,11 @@ class KroneckerBand:
         seed: int = 0,
     ) -> None:
         check_bandwidth(bandwidth)
-        _check_choice("curvature", curvature, CURVATURES)
-        _check_choice("reduction", reduction, REDUCTIONS)
-        _check_choice("sharing", sharing, ("expand", "reduce"))
-        if loss is not None:
-            _check_choice("loss", loss, LOSSES)
-        for name, value in (
-            ("factor_every", factor_every), ("inverse_every", inverse_every), ("iterations", iterations),
-            ("max_size", max_size), *([] if columns == "exact" else [("columns", columns)]),
-        ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if not 0 < damping < float("inf"):
-            raise ValueError(f"damping must be a positive number, got {damping!r}.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay!r}.")
-        if columns == "exact" and curvature == "fisher":
-            raise ValueError('columns="exact" is curvature="ggn"; Monte-Carlo columns have a number.')
+        check_curvature(curvature, columns, damping)
+        check_engine(
+            loss=loss, reduction=reduction, columns=columns, decay=decay, factor_every=factor_every,
+            inverse_every=inverse_every, iterations=iterations, sharing=sharing, max_size=max_size, seed=seed,
+        )  # fmt: skip
         self.model, self.bandwidth, self.curvature, self.loss, self.reduction = (
             model, bandwidth, curvature, loss, reduction,
         )  # fmt: skip
@@ -162,8 +145,12 @@ class KroneckerBand:
         self.factors: KroneckerFactors | None = None
         self.inverse: KroneckerInverse | None = None
         self.diagonals: dict[Tensor, Tensor] = {}
+        self.probe: KroneckerFactors | None = None
+        self.rows: list[int] = []
+        self._seed = seed
         self._recorder = Recorder(self.blocks, curvature == "empirical")
-        self._output_hook = model.register_forward_hook(self._see_output)
+        self._hooks = WeakHooks(self, "_see_output")
+        self._hooks.attach(model)
         self._samples = 0
         self._recorder.start()
 
@@ -175,7 +162,26 @@ class KroneckerBand:
     def detach(self) -> None:
         """Remove all hooks from the network."""
         self._recorder.remove()
-        self._output_hook.remove()
+        self._hooks.remove()
+
+    @property
+    def waits(self) -> bool:
+        """Whether an update is due that only :meth:`gather` can make."""
+        return self._recorder.active and self.loss is None and self.curvature != "empirical"
+
+    def begin(self) -> None:
+        """Forget forward passes that were not followed by a step."""
+        if self._recorder.active:
+            self._recorder.start()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gather nothing inside of this context."""
+        active, self._recorder.active = self._recorder.active, False
+        try:
+            yield
+        finally:
+            self._recorder.active = active
 
     def gather(self, loss: Tensor, output: Tensor) -> None:
         """Update the factors from a loss on its tape, if an update is due. The tape is retained.
@@ -188,7 +194,7 @@ class KroneckerBand:
             columns = hessian_columns(loss, output, self.columns, self.generator)
             self._back_propagate(output, columns)
 
-    def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
         if not self._recorder.active or not torch.is_grad_enabled():
             return
         if self.curvature == "empirical":
@@ -243,15 +249,23 @@ class KroneckerBand:
 
     def _build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
         self.called, self.distances = list(called), distances
-        inside = distances[np.ix_(self.called, self.called)]
-        taper = clique_taper(band_cliques(inside, self.bandwidth), len(inside)) if len(inside) else np.zeros((0, 0))
-        blocks = [self.blocks[i] for i in self.called]
-        self.factors = KroneckerFactors(blocks, torch.from_numpy(taper), self.dtype, self.device)
-        self.inverse = KroneckerInverse(self.factors, self.iterations)
-        self._gradient, matrices = self.factors.blank()
-        self._views = self.factors.views(matrices)
-        self._steps = self.factors.views(self.inverse._parts)
+        factors = self.blank_factors(self.bandwidth)
+        self.take(self.bandwidth, factors, KroneckerInverse(factors, self.iterations))
         self.diagonals = {p: torch.zeros_like(p, dtype=self.dtype) for p in self.parameters if p not in self._views}
+
+    def blank_factors(self, bandwidth: Bandwidth) -> KroneckerFactors:
+        """Factors for another bandwidth, without a batch in them."""
+        assert self.distances is not None
+        inside = self.distances[np.ix_(self.called, self.called)]
+        taper = clique_taper(band_cliques(inside, bandwidth), len(inside)) if len(inside) else np.zeros((0, 0))
+        return KroneckerFactors([self.blocks[i] for i in self.called], torch.from_numpy(taper), self.dtype, self.device)
+
+    def take(self, bandwidth: Bandwidth, factors: KroneckerFactors, inverse: KroneckerInverse) -> None:
+        """Go on with these factors of the same blocks."""
+        self.bandwidth, self.factors, self.inverse = bandwidth, factors, inverse
+        self._gradient, matrices = factors.blank()
+        self._views = factors.views(matrices)
+        self._steps = factors.views(inverse._parts)
 
     def _update(self, calls: Sequence[Call], cotangents: Sequence[Tensor | None]) -> float:
         """Average in one batch; returns the weight."""
@@ -262,7 +276,10 @@ class KroneckerBand:
                 row = self.blocks[call.block].rows(call.module, call.input, j, self.sharing, self.dtype)
                 found.setdefault(call.block, []).append(row)
         rows = [_merge(found[i]) if i in found else None for i in self.called]
+        self.rows = [0 if row is None else row.cotangents.shape[2] * row.cotangents.shape[3] for row in rows]
         self.excluded = self.factors.update(rows, self.decay, self._samples, self.cross)
+        if self.probe is not None:
+            self.probe.update(rows, 1.0, self._samples)
         return max(1 - self.decay, 1 / self.factors.updates)
 
     @torch.no_grad()
@@ -303,6 +320,11 @@ class KroneckerBand:
             self._recorder.start()
         return Direction(steps, flats, decrement, failed)
 
+    def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The part of a gradient that blocks have, as a vector, valid until the next call."""
+        self._fill(gradients)
+        return self._gradient
+
     def _fill(self, gradients: Sequence[Tensor | None]) -> None:
         targets, sources = [], []
         for p, g in zip(self.parameters, gradients, strict=True):
@@ -341,32 +363,11 @@ class KroneckerBand:
         """Bytes of factors, inverses and diagonals by the formula above; 0 before the first batch."""
         if self.factors is None:
             return 0
-        numbers = sum(p.numel() for p in self.diagonals)
-        for block in self.factors.blocks:
-            g, o, a = block.shape
-            numbers += 2 * g * (o if block.diagonal[0] else o * o) + 2 * g * (a if block.diagonal[1] else a * a)
-        for pairs in self.factors.pairs:
-            for v, w in pairs.blocks:
-                (_, o_v, a_v), (_, o_w, a_w) = self.factors.blocks[v].shape, self.factors.blocks[w].shape
-                numbers += 2 * (a_v * a_w + o_v * o_w)
-        return numbers * self.dtype.itemsize
+        return numbers_kept(self.factors, list(self.diagonals)) * self.dtype.itemsize
 
     def report(self) -> dict[str, str]:
         """How each parameter is treated, by its name in the network."""
-        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        found = {names.get(p, "?"): f"diagonal: {why}" for p, why in self.others.items()}
-        for number, block in enumerate(self.blocks):
-            g, o, a = block.shape
-            sides = [f"diagonal {n}" if d else f"{n}×{n}" for n, d in zip((a, o), block.diagonal[::-1], strict=True)]
-            text = f"{block.kind}: {' ⊗ '.join(sides)}" + (f", {g} groups" if g > 1 else "")
-            if self.factors is not None and self.bandwidth != 0 and number in self.called:
-                if not block.coupled:
-                    text += "; not coupled to other layers"
-                elif self.called.index(number) in self.excluded:
-                    text += "; not coupled to other layers: its rows are not those of the batch's samples"
-            for p in block.parameters:
-                found.setdefault(names[p], text)
-        return found
+        return treatment(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors and plain numbers."""
@@ -381,25 +382,47 @@ class KroneckerBand:
                 updates=self.factors.updates,
                 ready=self.inverse.ready,
                 excluded=list(self.excluded),
+                rows=list(self.rows),
+                bandwidth=self.bandwidth,
                 tensors=[t.clone() for t in [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()]],
             )
+            if self.probe is not None:
+                state["probe"] = {"updates": self.probe.updates, "tensors": [t.clone() for t in self.probe.tensors]}
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], *, auto: bool = False, widest: Bandwidth = 0
+    ) -> None:
         """Take up a state, of a network and arguments like this one's.
+
+        Args:
+            state: The state.
+            auto: Take its bandwidth as well.
+            widest: Bandwidth of a probe in the state.
 
         Raises:
             ValueError: the state is of another network or bandwidth.
         """
+        mismatch = "the state's factors are of another network or bandwidth than this optimizer's."
+        if not auto and state.get("bandwidth", self.bandwidth) != self.bandwidth:
+            raise ValueError(mismatch)
         self.steps, self.damping, self.scale = int(state["steps"]), float(state["damping"]), float(state["scale"])
-        self.generator.set_state(state["generator"].cpu())
+        saved = state["generator"].cpu()
+        if saved.shape == self.generator.get_state().shape:
+            self.generator.set_state(saved)
+        else:
+            self.generator.manual_seed(self._seed)  # of another kind of device: no state of this one's
         self._recorder.stop()
         if state["active"]:
             self._recorder.start()
+        self.probe = None
         if "tensors" not in state:
             self.factors, self.inverse = None, None
             return
+        if any(not 0 <= number < len(self.blocks) for number in state["called"]):
+            raise ValueError(mismatch)
+        self.bandwidth = state["bandwidth"]
         for number, block in enumerate(self.blocks):
             if number not in state["called"]:
                 self.others.update(dict.fromkeys(block.parameters, "its layer was not called at the first step"))
@@ -407,11 +430,15 @@ class KroneckerBand:
         assert self.factors is not None
         assert self.inverse is not None
         self.factors.updates, self.inverse.ready = int(state["updates"]), bool(state["ready"])
-        self.excluded = list(state["excluded"])
-        own = [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()]
-        if [t.shape for t in own] != [t.shape for t in state["tensors"]]:
-            raise ValueError("the state's factors are of another network or bandwidth than this optimizer's.")
-        for mine, saved in zip(own, state["tensors"], strict=True):
+        self.excluded, self.rows = list(state["excluded"]), list(state["rows"])
+        own, tensors = [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()], state["tensors"]
+        if "probe" in state:
+            self.probe = self.blank_factors(widest)
+            self.probe.updates = int(state["probe"]["updates"])
+            own, tensors = [*own, *self.probe.tensors], [*tensors, *state["probe"]["tensors"]]
+        if [t.shape for t in own] != [t.shape for t in tensors]:
+            raise ValueError(mismatch)
+        for mine, saved in zip(own, tensors, strict=True):
             mine.copy_(saved)
 
 
@@ -429,8 +456,3 @@ def _merge(rows: Sequence[Rows]) -> Rows:
     if len(rows) == 1:
         return rows[0]
     return Rows(torch.cat([row.inputs for row in rows], dim=2), torch.cat([row.cotangents for row in rows], dim=3))
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

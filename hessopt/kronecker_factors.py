@@ -127,6 +127,19 @@ class KroneckerFactors:
         parts = [t for stack in self.stacks for t in stack.factors]
         return parts + [t for pairs in self.pairs for t in (pairs.inputs, pairs.outputs)]
 
+    def adopt(self, other: KroneckerFactors) -> None:
+        """Copy the averages of the same blocks with another band, where this one has them."""
+        for stack, theirs in zip(self.stacks, other.stacks, strict=True):
+            stack.inputs.copy_(theirs.inputs)
+            stack.outputs.copy_(theirs.outputs)
+        place = {pair: (p, i) for p in other.pairs for i, pair in enumerate(p.blocks)}
+        for pairs in self.pairs:
+            for i, pair in enumerate(pairs.blocks):
+                source, j = place[pair]
+                pairs.inputs[i].copy_(source.inputs[j])
+                pairs.outputs[i].copy_(source.outputs[j])
+        self.updates = other.updates
+
     def blank(self) -> tuple[Tensor, Matrices]:
         """A zero vector, and its views as matrices."""
         sizes = [prod(stack.shape) for stack in self.stacks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diagnostics.tape import Function
 from hessopt.kronecker_layers import Block
+from hessopt.weak_hooks import WeakHooks
 
 
 @dataclass(eq=False)
@@ -50,11 +51,10 @@ class Recorder:
         self.active = False
         self.catch = catch
         self.calls: list[Call] = []
-        self._handles = [
-            module.register_forward_hook(self._hook(number), prepend=True, with_kwargs=True)
-            for number, block in enumerate(blocks)
-            for module in block.modules
-        ]
+        self._hooks = WeakHooks(self, "record")
+        for number, block in enumerate(blocks):
+            for module in block.modules:
+                self._hooks.attach(module, number, prepend=True)
 
     def start(self) -> None:
         """Record the calls from here on."""
@@ -67,25 +67,24 @@ class Recorder:
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
 
-    def _hook(self, number: int) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self.active or not isinstance(output, Tensor) or not output.requires_grad:
-                return
-            x = args[0] if args else kwargs["input"]
-            call = Call(number, module, x.detach(), x.grad_fn, get_gradient_edge(output))
-            if self.catch:
+    def record(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note a call of a layer of block ``number``: the forward hook."""
+        if not self.active or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        x = args[0] if args else kwargs["input"]
+        call = Call(number, module, x.detach(), x.grad_fn, get_gradient_edge(output))
+        if self.catch:
 
-                def catch(gradients: Sequence[Tensor | None]) -> None:
-                    if call.cotangent is None:
-                        call.cotangent = gradients[call.edge.output_nr]
+            def catch(gradients: Sequence[Tensor | None]) -> None:
+                if call.cotangent is None:
+                    call.cotangent = gradients[call.edge.output_nr]
 
-                call.edge.node.register_prehook(catch)
-            self.calls.append(call)
-
-        return record
+            call.edge.node.register_prehook(catch)
+        self.calls.append(call)
 
 
 def block_distances(calls: Sequence[Call], output: Function | None, count: int) -> NDArray[np.float64]:

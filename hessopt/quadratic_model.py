@@ -26,6 +26,7 @@ class QuadraticModel:
         gradients: g, the gradient of the objective, ``ω θ`` included.
         lr: Factor on the step.
         weight_decay: ω.
+        residuals: r, ``(N,)``, where ``g = Ĵᵀ r``; None if that is not known.
     """
 
     parameters: Sequence[Sequence[Tensor]]
@@ -33,11 +34,12 @@ class QuadraticModel:
     gradients: Sequence[Sequence[Tensor]]
     lr: Sequence[Sequence[float]]
     weight_decay: Sequence[Sequence[float]]
+    residuals: Tensor | None = None
 
     def step(self, damping: float, cliques: Cliques, system: BandedSystem) -> list[list[Tensor]]:
         """The change of the parameters by the banded solve with diagonal ``damping + ω``, times ``-lr``."""
         diagonal = [[damping + decay for decay in decays] for decays in self.weight_decay]
-        solution = system.solve(self.gradients, diagonal, cliques)
+        solution = system.solve(self.gradients, diagonal, cliques, self.residuals)
         return [[-lr * s for lr, s in zip(*pair, strict=True)] for pair in zip(self.lr, solution, strict=True)]
 
     def gradient_norm(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -9,11 +10,12 @@ from typing import Any
 
 import networkx as nx
 
-from diagnostics.reporting.charts import finite, pair_text
+from diagnostics.reporting.charts import finite
+from diagnostics.reporting.pair_charts import pair_text
 from diagnostics.reporting.text import short
 
 LEAST_COUPLING = 0.05
-MOST_HIGHWAYS = 150
+MOST_HIGHWAYS = 60
 _ROW, _LETTER, _HEIGHT, _GAP = 46.0, 7.3, 26.0, 26.0
 
 
@@ -44,8 +46,9 @@ class DrawnEdge:
     start: str
     end: str
     path: str
-    coupling: float = 0.0
     about: str = ""
+    width: float = 0.0
+    opacity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Drawing:
 
 
 def drawing(sections: Mapping[str, Any]) -> Drawing:
-    """The network, inputs on top, in layers of longest paths; highways where C ≥ 0.05, the 150 strongest of them."""
+    """The network, inputs on top, in layers of longest paths; highways where C ≥ 0.05, the 60 strongest of them."""
     nodes = {node["name"]: node for node in sections["network"]["nodes"]}
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(nodes)
@@ -115,18 +118,23 @@ def _highways(metrics: Any, drawn: Mapping[str, DrawnNode]) -> tuple[list[DrawnE
     pairs = [(finite(metrics["coupling"][i][j]) or 0.0, i, j) for i, j in combinations(range(len(names)), 2)]
     coupled = sorted(p for p in pairs if p[0] >= LEAST_COUPLING and names[p[1]] in drawn and names[p[2]] in drawn)
     kept = coupled[-MOST_HIGHWAYS:]  # the strongest last, on top of the others
-    return [_highway(drawn[names[i]], drawn[names[j]], c, pair_text(metrics, i, j)) for c, i, j in kept], len(coupled)
+    thin = 1.0 if len(kept) <= MOST_HIGHWAYS / 2 else 0.6
+    arcs = [_highway(drawn[names[i]], drawn[names[j]], min(c, 1.0), thin, pair_text(metrics, i, j)) for c, i, j in kept]
+    return arcs, len(coupled)
 
 
-def _highway(a: DrawnNode, b: DrawnNode, coupling: float, about: str) -> DrawnEdge:
+def _highway(a: DrawnNode, b: DrawnNode, coupling: float, thin: float, about: str) -> DrawnEdge:
     reach = max(a.right, b.right) + _bulge(abs(b.y - a.y) / _ROW) / 0.75
     path = f"M{a.right:.1f} {a.y:.1f}C{reach:.1f} {a.y:.1f} {reach:.1f} {b.y:.1f} {b.right:.1f} {b.y:.1f}"
-    return DrawnEdge(a.name, b.name, path, min(coupling, 1.0), about)
+    if a.y == b.y:  # side by side: above what lies between
+        top, above = a.y - a.height / 2, a.y - a.height / 2 - 12
+        path = f"M{a.x:.1f} {top:.1f}C{a.x:.1f} {above:.1f} {b.x:.1f} {above:.1f} {b.x:.1f} {top:.1f}"
+    return DrawnEdge(a.name, b.name, path, about, thin * (1 + 6 * coupling), thin * (0.12 + 0.68 * coupling))
 
 
 def _bulge(rows: float) -> float:
     """How far an arc over so many layers goes aside: ever more slowly, or deep networks would be all arcs."""
-    return 16 + 26 * float(rows) ** 0.6
+    return 16 + 26 * math.pow(rows, 0.6)
 
 
 def _about(node: Mapping[str, Any]) -> str:

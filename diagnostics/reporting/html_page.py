@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from diagnostics.reporting import charts
+from diagnostics.reporting import charts, pair_charts
 from diagnostics.reporting.charts import METRICS, Chart, shown
 from diagnostics.reporting.formats import library
 from diagnostics.reporting.graph_drawing import LEAST_COUPLING, drawing
@@ -15,6 +15,7 @@ from diagnostics.reporting.values import number
 from diagnostics.verdict_rules import RULES
 
 _LEVELS = {"warning": ("!", "Warning"), "advice": ("→", "Advice"), "note": ("·", "Note")}
+_FIRST_VERDICTS = 8
 _TABLES = {"metrics": "Pairs of nodes", "parameters": "Pairs of parameter blocks"}
 
 
@@ -40,14 +41,15 @@ def page(
     )  # fmt: skip
     environment.filters |= {"shown": shown, "count": lambda value: f"{value:,}"}
     views = [_view(report, name, i, reports) for i, (report, name) in enumerate(zip(reports, names, strict=True))]
-    figures = {"charts": [c for view in views for c in view["charts"]], "hover": {}}
+    figures: dict[str, Any] = {"charts": [c for view in views for c in view["charts"]], "hover": {}}
     for i, view in enumerate(views):
         figures["hover"] |= {f"r{i}-{table['section']}": table["hover"] for table in view["tables"]}
     text: str = environment.get_template("page.html").render(
-        title=names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
+        title=names[0] if len(names) == 1 else f"{len(names)} reports",
         views=views,
         comparison=None if comparison is None else _comparison(comparison),
         levels=_LEVELS,
+        first=_FIRST_VERDICTS,
         metrics=METRICS,
         least=LEAST_COUPLING,
         css=source["page.css"],
@@ -66,7 +68,7 @@ def _view(report: Mapping[str, Any], name: str, index: int, reports: Sequence[Ma
     epsilon = number(report["options"]["epsilon"])
     for table in tables:
         levels = bounds if table["section"] == "metrics" else None
-        table["by_distance"] = charts.by_distance(sections[table["section"]], epsilon, levels, table["id"])
+        table["by_distance"] = pair_charts.by_distance(sections[table["section"]], epsilon, levels, table["id"])
     singles = {
         "spectrum": charts.spectra(sections["spectrum"]) if "spectrum" in sections else [],
         "sources": charts.source_bars(sections["sources"]) if "sources" in sections else [],
@@ -95,8 +97,8 @@ def _view(report: Mapping[str, Any], name: str, index: int, reports: Sequence[Ma
 def _table(section: Mapping[str, Any], key: str, prefix: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     name = f"{prefix}-{key}"
     shared = [r["sections"][key] for r in reports if key in r["sections"]]
-    tops = {metric: max(charts.top(s[metric]) for s in shared) or 1.0 for metric in METRICS}
-    maps = charts.heat_maps(section, tops, name)
+    tops = {metric: max(pair_charts.top(s[metric]) for s in shared) or 1.0 for metric in METRICS}
+    maps = pair_charts.heat_maps(section, tops, name)
     for chart in maps:
         chart["hover"] = name
     n, errors = len(section["nodes"]), section["errors"]
@@ -111,7 +113,7 @@ def _table(section: Mapping[str, Any], key: str, prefix: str, reports: Sequence[
         for j in range(i, n)
     ]
     return {"id": name, "section": key, "title": _TABLES[key], "maps": maps, "rows": rows, "exact": section["exact"],
-            "gap": shown(section["gap_ratio"], section["gap_ratio_error"]), "hover": charts.hover_texts(section),
+            "gap": shown(section["gap_ratio"], section["gap_ratio_error"]), "hover": pair_charts.hover_texts(section),
             "probes": section["probes"]}  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.reporting.charts import METRICS, bounds_by_distance, finite
+from diagnostics.reporting.charts import METRICS, finite
 from diagnostics.reporting.formats import library
+from diagnostics.reporting.pair_charts import bounds_by_distance
 from diagnostics.reporting.text import short
 from diagnostics.reporting.values import number
 

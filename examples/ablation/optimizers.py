@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import hessopt
 from ablation.baselines.gradient import adahessian, adamw, muon, psgd, sgd, shampoo, soap
 from ablation.baselines.kfac import kfac
 from ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
-from ablation.contender import ClosureStep, Contender, Settings, Stepper, trained
-from ablation.task import Task
+from ablation.contender import ClosureStep, Contender, Settings, Stepper, need_full_batch, trained
+from ablation.task import Batch, Task
+from hessopt.kronecker_newton import KroneckerNewton
 
 
 def newton_cg(task: Task, **settings: Any) -> Stepper:
@@ -21,6 +23,34 @@ def newton_cg(task: Task, **settings: Any) -> Stepper:
 
 def banded_newton(task: Task, **settings: Any) -> Stepper:
     return ClosureStep(task, hessopt.BandedNewton(task.model, **settings))
+
+
+def banded_search(task: Task, **settings: Any) -> Stepper:
+    """With the line search: for full batches of residuals."""
+    need_full_batch(task)
+    return ClosureStep(task, hessopt.BandedNewton(task.model, line_search=True, **settings))
+
+
+def banded_kronecker(task: Task, **settings: Any) -> Stepper:
+    """The mini-batch form."""
+    return KroneckerStep(task, KroneckerNewton(task.model, **settings))
+
+
+class KroneckerStep:
+    """Hands the loss and what it is a function of over to the optimizer."""
+
+    def __init__(self, task: Task, optimizer: KroneckerNewton) -> None:
+        self.task = task
+        self.optimizer = optimizer
+
+    def step(self, batch: Batch) -> float:
+        def closure() -> tuple[Tensor, Tensor]:
+            found = self.task.evaluate_loss(batch)
+            return (found.loss, found.residuals) if isinstance(found, hessopt.LeastSquares) else found
+
+        loss = self.optimizer.step(closure)
+        assert loss is not None
+        return loss.item()
 
 
 def escape_adamw(task: Task, *, lr: float = 1e-3, **settings: Any) -> Stepper:
@@ -35,7 +65,8 @@ def escape_sgd(task: Task, *, lr: float = 0.01, momentum: float = 0.9, **setting
 
 def rates(*values: float) -> list[Settings]:
     """Learning rates with a cosine schedule over the budget, then the same constant."""
-    return [{"lr": lr, "schedule": "cosine"} for lr in values] + [{"lr": lr} for lr in values]
+    scheduled: list[Settings] = [{"lr": lr, "schedule": "cosine"} for lr in values]
+    return [*scheduled, *({"lr": lr} for lr in values)]
 
 
 def each(**values: Sequence[Any]) -> list[Settings]:
@@ -98,11 +129,32 @@ _ALL = [
         banded_newton,
         [
             {},
-            {"bandwidth": "full"},
-            {"bandwidth": 0},
-            {"bandwidth": "full", "damping": 1.0},
             {"damping": 1.0},
+            {"bandwidth": 0},
+            {"bandwidth": 1},
+            {"bandwidth": "full"},
             {"bandwidth": 2},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "banded_search",
+        "BandedNewton, line search",
+        banded_search,
+        [{}, {"bandwidth": 0}, {"damping": 1e-6}, {"damping": 1e-3}, {"bandwidth": 1}, {"bandwidth": "full"}],
+        ours=True,
+    ),
+    Contender(
+        "banded_kronecker",
+        "BandedNewton, Kronecker",
+        banded_kronecker,
+        [
+            {},
+            {"trust": 1e-3},
+            {"bandwidth": 1},
+            {"trust": 5e-5},
+            {"bandwidth": "full"},
+            {"trust": 1e-3, "bandwidth": 1},
         ],
         ours=True,
     ),

@@ -10,7 +10,6 @@ from ablation.problems.data import cifar10_pixels, cifar100_pixels
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-
 FIRST_TEST_LABELS = "3880661631095798578670495240966545924195465609397698038877467363"
 """Of CIFAR-10."""
 
@@ -54,7 +53,8 @@ def generated(train: int = 2000, test: int = 500, classes: int = 10) -> Data:
     x = (0.5 * smooth / smooth.std()).clamp(-1, 1)
     y = torch.randint(classes, (train + test,), generator=generator)
     if classes == 10:
-        y[train : train + 64] = torch.tensor([int(digit) for digit in FIRST_TEST_LABELS])
+        known = [int(digit) for digit in FIRST_TEST_LABELS[:test]]
+        y[train : train + len(known)] = torch.tensor(known)
     return Data(x[:train], y[:train], x[train:], y[train:], "generated images")
 
 

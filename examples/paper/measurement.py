@@ -27,7 +27,7 @@ class Batch:
     y: Tensor
 
 
-def row(quantity: str, value: float, distance: int | None = None) -> dict[str, Any]:
+def row(quantity: str, value: float | Tensor, distance: int | None = None) -> dict[str, Any]:
     return {"quantity": quantity, "distance": distance, "value": float(value)}
 
 

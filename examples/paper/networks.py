@@ -196,7 +196,7 @@ class ToyPerceptron(Network):
 class ConvolutionalNetwork(Network):
     """ResNet-18 in torchvision's layout on 32×32 images, with or without its skip connections."""
 
-    nodes = ("maxpool", "layer1", "layer2", "layer3", "layer4")
+    nodes: tuple[str, ...] = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 
     def __init__(self, activation: str, skips: bool) -> None:
         super().__init__()

@@ -231,11 +231,11 @@ def test_print_opens_details_on_white(opened: Callable[..., Any], tmp_path: Path
     page = opened(color_scheme="dark")
     assert page.locator("#r0 details[open]").count() == 0
     page.emulate_media(media="print")
-    assert page.locator("#r0 details:not([open])").count() == 0
+    playwright.expect(page.locator("#r0 details:not([open])")).to_have_count(0)
     assert _background(page) == 255
     assert page.locator(".bar").is_hidden()
     page.pdf(path=tmp_path / "page.pdf", format="A4")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     page.emulate_media(media="screen", color_scheme="dark")
-    assert page.locator("#r0 details[open]").count() == 0
+    playwright.expect(page.locator("#r0 details[open]")).to_have_count(0)
     assert _background(page) < 60

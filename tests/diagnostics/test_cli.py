@@ -181,7 +181,7 @@ def _fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str
         ({"loss": "net.py:model2"}, "has no 'model2'"),
         ({"checkpoint": "absent.pt"}, "there is no checkpoint absent.pt"),
         ({"nodes": "layer9"}, "no module of Sequential is called or matches 'layer9'"),
-        ({"out": "report.pdf"}, "reports are written as .json, .csv, .txt"),
+        ({"out": "report.xls"}, "reports are written as .json, .csv, .txt"),
         ({"out": "absent/report.json"}, "there is no folder absent"),
         ({"sections": "graph"}, "sections must be some of"),
         ({"device": "warp"}, "--device warp"),

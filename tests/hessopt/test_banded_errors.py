@@ -31,7 +31,6 @@ RTOL = 1e-8
         ({"bandwidth_every": 0}, "bandwidth_every must be an integer of at least 1, got 0"),
         ({"cost": "guessed"}, "cost must be one of .*got 'guessed'"),
         ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
-        ({"line_search": True}, "pass adapt_damping=False"),
         ({"bandwidth": -1}, 'integer of at least 0 or "full", got -1'),
         ({"bandwidth": 1.5}, 'integer of at least 0 or "full", got 1.5'),
         ({"curvature": "hessian"}, "curvature must be \"ggn\", got 'hessian'"),

@@ -41,7 +41,7 @@ def test_closures_with_and_without_backward_give_the_same_steps(loss: str) -> No
         for _ in range(5):
             optimizer.step(with_backward(net, closure) if backward else closure)
         ends.append(flat(trained(net)).detach())
-    assert torch.equal(*ends)
+    assert relative(*ends) < RTOL  # the gradient is known as Ĵᵀr only where the closure leaves it to the optimizer
 
 
 def test_gradients_are_not_touched() -> None:

@@ -38,7 +38,7 @@
       margin: map ? { l: 8, r: 8, t: 8, b: 8 } : { l: 52, r: 12, t: 12, b: 44 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("--soft") },
-      hoverlabel: { align: "left", bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--ink"), size: 13 } },
+      hoverlabel: { align: "left", bgcolor: color("--raised"), bordercolor: color("--line"), font: { family: getComputedStyle(document.body).fontFamily, color: color("--ink"), size: 13 } },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemsizing: "constant", entrywidth: 124 },
       showlegend: !map && chart.data.some((trace) => trace.showlegend !== false) && chart.data.length > 1,
       dragmode: false, hovermode: "closest",

@@ -83,9 +83,7 @@ def cifar100_pixels(folder: Path) -> tuple[Images, str]:
     elif packed:
         found, name = arrays(packed[0], IMAGE_KEYS), packed[0].stem
     else:
-        raise FileNotFoundError(
-            f"neither {whole} nor cifar100*.npz in {folder} exists: pass the folder by `--data`."
-        )
+        raise FileNotFoundError(f"neither {whole} nor cifar100*.npz in {folder} exists: pass the folder by `--data`.")
     images = _first(found, len(found["x_train"]), len(found["x_test"]))
     return images, f"{name}, {len(images[0])} training images"
 

@@ -1,0 +1,84 @@
+"""What a Kronecker engine does with each parameter, what it keeps, and what a step of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hessopt.kronecker_factors import KroneckerFactors
+
+if TYPE_CHECKING:
+    from hessopt.kronecker_band import KroneckerBand
+
+
+def numbers_kept(factors: KroneckerFactors, diagonals: Sequence[Tensor]) -> int:
+    """Entries of factors, inverses and diagonals.
+
+    ``2 Σ_v g (a² + o²) + 2 Σ_(v,w) (a_v a_w + o_v o_w)``, a or o in place of a squared diagonal factor, and the
+    diagonals.
+    """
+    numbers = sum(p.numel() for p in diagonals)
+    for block in factors.blocks:
+        g, o, a = block.shape
+        numbers += 2 * g * (o if block.diagonal[0] else o * o) + 2 * g * (a if block.diagonal[1] else a * a)
+    for v, w in _pairs(factors):
+        (_, o_v, a_v), (_, o_w, a_w) = factors.blocks[v].shape, factors.blocks[w].shape
+        numbers += 2 * (a_v * a_w + o_v * o_w)
+    return numbers
+
+
+def treatment(band: KroneckerBand) -> dict[str, str]:
+    """How each parameter is treated, by its name in the network."""
+    names: dict[Tensor, str] = {p: name for name, p in band.model.named_parameters()}
+    found = {names.get(p, "?"): f"diagonal: {why}" for p, why in band.others.items()}
+    for number, block in enumerate(band.blocks):
+        g, o, a = block.shape
+        sides = [f"diagonal {n}" if d else f"{n}×{n}" for n, d in zip((a, o), block.diagonal[::-1], strict=True)]
+        text = f"{block.kind}: {' ⊗ '.join(sides)}" + (f", {g} groups" if g > 1 else "")
+        if band.factors is not None and band.bandwidth != 0 and number in band.called:
+            if not block.coupled:
+                text += "; not coupled to other layers"
+            elif band.called.index(number) in band.excluded:
+                text += "; not coupled to other layers: its rows are not those of the batch's samples"
+        for p in block.parameters:
+            found.setdefault(names[p], text)
+    return found
+
+
+def step_operations(
+    factors: KroneckerFactors, rows: Sequence[int], factor_every: int, inverse_every: int, iterations: int
+) -> float:
+    """Multiplications of one step, to leading order, refreshes spread over the steps between them.
+
+    For a layer with r rows (samples × positions) and g groups: ``6 r g a o`` for the passes, ``r g (a² + o²)`` for its
+    factors, ``g (a³ + o³)`` for its inverses, and ``g a o (a + o)`` for the solve, twice if there are pairs. For a pair
+    ``r (a_v a_w + o_v o_w)`` for its factors, ``a_v a_w (a_v + a_w) + o_v o_w (o_v + o_w)`` for their coordinates, and
+    ``o_v o_w (a_v + a_w) + a_v a_w (o_v + o_w)`` an iteration. Diagonal factors count with their numbers.
+
+    Args:
+        factors: Blocks and pairs.
+        rows: r of each block.
+        factor_every: Steps between updates of factors.
+        inverse_every: Steps between inversions.
+        iterations: Of conjugate gradients.
+    """
+    total = 0.0
+    for block, r in zip(factors.blocks, rows, strict=True):
+        g, o, a = block.shape
+        for n, diagonal in zip((o, a), block.diagonal, strict=True):
+            wide = 1 if diagonal else n
+            total += g * (r * n * wide / factor_every + n * wide**2 / inverse_every)
+            total += g * o * a * wide * (2 if factors.pairs else 1)
+        total += 6 * r * g * o * a
+    for v, w in _pairs(factors):
+        (_, o_v, a_v), (_, o_w, a_w) = factors.blocks[v].shape, factors.blocks[w].shape
+        total += min(rows[v], rows[w]) * (a_v * a_w + o_v * o_w) / factor_every
+        total += (a_v * a_w * (a_v + a_w) + o_v * o_w * (o_v + o_w)) / inverse_every
+        total += iterations * (o_v * o_w * (a_v + a_w) + a_v * a_w * (o_v + o_w))
+    return total
+
+
+def _pairs(factors: KroneckerFactors) -> list[tuple[int, int]]:
+    return [pair for pairs in factors.pairs for pair in pairs.blocks]

@@ -1,0 +1,126 @@
+"""Options of the mini-batch form of :class:`hessopt.BandedNewton`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hessopt.kronecker_layers import Sharing
+from hessopt.kronecker_seeds import LOSSES, REDUCTIONS, Columns, Loss, Reduction
+
+CURVATURES = ("fisher", "ggn", "empirical")
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """Options of ``BandedNewton(model, factors="kronecker", mini_batch=MiniBatch(…))``.
+
+    Args:
+        loss: ``"cross_entropy"``, ``"mse"`` or ``"bce_with_logits"`` of the network's output: then the optimizer takes
+            ``loss.backward(); optimizer.step()``, without a closure. None: any loss, with a closure. Default: None.
+        reduction: Of a declared loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
+        momentum: μ, of param groups without their own; in [0, 1). Default: 0.9.
+        trust: Δ, bound on the model's measure ``sᵀPs`` of a step without its momentum, in units of the loss's curvature
+            (:attr:`hessopt.kronecker_band.KroneckerBand.scale`); None for no bound. Default: 2e-4.
+        graft: ``"sgd"``: each parameter's step gets the norm of its gradient. Default: None.
+        decay: Weight of the past in the running averages; in [0, 1). Default: 0.9.
+        factor_every: Steps between updates of factors (more often before the first). Default: 10.
+        inverse_every: Steps between inversions. Default: 40.
+        iterations: Conjugate-gradient iterations, from bandwidth 1 on. Default: 3.
+        columns: Back-propagated columns of the output curvature a sample, or ``"exact"``: one for each output.
+            Default: 1.
+        sharing: ``"expand"`` or ``"reduce"``, for linear layers with several positions a sample. Default: ``"expand"``.
+        max_size: Factors with more rows are diagonal. Default: 8192.
+        adapt_every: Steps between adaptations of λ by the reduction ratio, each with one more evaluation of the
+            closure; None: λ is constant. Default: None.
+        adapt_rate: λ's factor a step, ``adapt_rate ** adapt_every`` in one adaptation. Default: 0.95.
+        seed: Of the random columns. Default: 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    loss: Loss | None = None
+    reduction: Reduction = "mean"
+    momentum: float = 0.9
+    trust: float | None = 2e-4
+    graft: Literal["sgd"] | None = None
+    decay: float = 0.9
+    factor_every: int = 10
+    inverse_every: int = 40
+    iterations: int = 3
+    columns: Columns = 1
+    sharing: Sharing = "expand"
+    max_size: int = 8192
+    adapt_every: int | None = None
+    adapt_rate: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}.")
+        if self.trust is not None and not self.trust > 0:
+            raise ValueError(f"trust must be positive, or None for no trust region, got {self.trust!r}.")
+        if not 0 < self.adapt_rate < 1:
+            raise ValueError(f"adapt_rate must lie in (0, 1), got {self.adapt_rate!r}.")
+        _check_choice("graft", self.graft, ("sgd", None))
+        if self.adapt_every is not None:
+            _check_counts({"adapt_every": self.adapt_every})
+        check_engine(**self.engine)
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Arguments of :class:`hessopt.kronecker_band.KroneckerBand`."""
+        names = (
+            "loss", "reduction", "columns", "decay", "factor_every", "inverse_every", "iterations", "sharing",
+            "max_size", "seed",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def check_engine(
+    *,
+    loss: object,
+    reduction: object,
+    columns: object,
+    decay: float,
+    factor_every: object,
+    inverse_every: object,
+    iterations: object,
+    sharing: object,
+    max_size: object,
+    seed: object,
+) -> None:
+    """Raise a ValueError unless the options of the engine are in range."""
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("sharing", sharing, ("expand", "reduce"))
+    _check_choice("loss", loss, (*LOSSES, None))
+    counts = {
+        "factor_every": factor_every, "inverse_every": inverse_every, "iterations": iterations, "max_size": max_size,
+    }  # fmt: skip
+    _check_counts(counts if columns == "exact" else {**counts, "columns": columns})
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must lie in [0, 1), got {decay!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}.")
+
+
+def check_curvature(curvature: object, columns: object, damping: float) -> None:
+    """Raise a ValueError unless kind and damping of the curvature are in range."""
+    _check_choice("curvature", curvature, CURVATURES)
+    if columns == "exact" and curvature == "fisher":
+        raise ValueError('columns="exact" is curvature="ggn"; Monte-Carlo columns have a number.')
+    if not 0 < damping < float("inf"):
+        raise ValueError(f"damping must be a positive number, got {damping!r}.")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_counts(counts: dict[str, object]) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
