@@ -11,7 +11,7 @@ PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment would race
-.PHONY: help demo test test-slow test-gpu snippets lint types docs bench bench-large ablation ablation-full \
+.PHONY: help demo test test-slow test-gpu test-browser snippets lint types docs bench bench-large ablation ablation-full \
 	paper paper-quick theories dev clean
 
 help: ## list the targets
@@ -28,6 +28,9 @@ test-slow: $(VENV)/.stamp-test ## run the tests marked slow
 
 test-gpu: $(VENV)/.stamp-test ## run the tests marked gpu
 	$(BIN)/python -m pytest -m gpu
+
+test-browser: $(VENV)/.stamp-browser ## open the page of a report in a headless Chromium; skipped where there is none
+	$(BIN)/python -m pytest -m browser tests/browser
 
 snippets: $(VENV)/.stamp-test ## run every code block of README.md and docs/
 	$(BIN)/python -m pytest README.md docs
@@ -94,6 +97,7 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml
 $(VENV)/.stamp-examples: INSTALL = --editable ".[examples]"
 $(VENV)/.stamp-ablation: INSTALL = --editable ".[ablation]"
 $(VENV)/.stamp-test:     INSTALL = --editable . --group test
+$(VENV)/.stamp-browser:  INSTALL = --editable ".[report]" --group browser
 $(VENV)/.stamp-lint:     INSTALL = --editable ".[examples]" --group lint
 $(VENV)/.stamp-docs:     INSTALL = --editable ".[docs]"
 $(VENV)/.stamp-dev:      INSTALL = --editable ".[examples,docs]" --group dev

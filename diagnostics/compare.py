@@ -67,12 +67,18 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[dict[str, Any]]:
-        """Verdicts by text, with the names of the reports that have them, where not all do."""
-        having: dict[str, list[str]] = {}
+        """Verdicts, with the names of the reports that have them, where not all do.
+
+        Two reports have the same verdict where rule, wording and nodes agree, whatever the figures. The text is that of
+        the first.
+        """
+        having: dict[tuple[str, str, tuple[str, ...]], tuple[str, list[str]]] = {}
         for name, report in zip(self.names, self.reports, strict=True):
             for verdict in report.verdicts:
-                having.setdefault(verdict.text, []).append(name)
-        return [{"text": text, "reports": names} for text, names in having.items() if len(names) < len(self.reports)]
+                key = (verdict.rule, verdict.wording, tuple(verdict.nodes))
+                having.setdefault(key, (verdict.text, []))[1].append(name)
+        count = len(self.reports)
+        return [{"text": text, "reports": names} for text, names in having.values() if len(names) < count]
 
     def to_dict(self) -> dict[str, Any]:
         """Names, rows, verdicts and the reports themselves, ready for JSON."""

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessopt.kronecker_newton import KroneckerNewton
+from hessopt import BandedNewton, MiniBatch
+from hessopt.kronecker_seeds import Loss, Reduction
 
 
 def data(folder: Path, count: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--task", choices=["mlp", "cnn", "autoencoder"], default="mlp")
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--bandwidths", default="0,1,2,full")
+    parser.add_argument("--bandwidths", default="0,1,2,full,auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timing", action="store_true", help="80 steps only, and the time of forward and backward")
     options = parser.parse_args()
@@ -103,18 +104,19 @@ def main() -> None:
     auto = options.task == "autoencoder"
     start = {"mlp": mlp, "cnn": cnn, "autoencoder": autoencoder}[options.task]()
     loss_of = pixel_loss if auto else F.cross_entropy
-    batch, loss = (500, "bce_with_logits") if auto else (128, "cross_entropy")
-    reduction = "batchmean" if auto else "mean"
+    batch = 500 if auto else 128
+    loss: Loss = "bce_with_logits" if auto else "cross_entropy"
+    reduction: Reduction = "batchmean" if auto else "mean"
 
     def adamw(lr: float) -> Callable[[nn.Module], Any]:
         return lambda net: torch.optim.AdamW(net.parameters(), lr=lr)
 
     def kronecker(bandwidth: Any) -> Callable[[nn.Module], Any]:
-        engine: dict[str, Any] = {"loss": loss, "reduction": reduction}
-        return lambda net: KroneckerNewton(net, bandwidth=bandwidth, **engine)
+        options = MiniBatch(loss=loss, reduction=reduction)
+        return lambda net: BandedNewton(net, factors="kronecker", bandwidth=bandwidth, mini_batch=options)
 
     methods = [(f"AdamW {lr:g}", adamw(lr)) for lr in (1e-3, 3e-3)]
-    bandwidths = ["full" if k == "full" else int(k) for k in options.bandwidths.split(",")]
+    bandwidths = [k if k in ("full", "auto") else int(k) for k in options.bandwidths.split(",")]
     methods += [(f"bandwidth {k}", kronecker(k)) for k in bandwidths]
     if options.timing:
         methods.insert(0, ("forward and backward", lambda net: None))

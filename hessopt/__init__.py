@@ -3,6 +3,7 @@
 from hessopt import memories
 from hessopt.banded import BandedNewton
 from hessopt.closure import LeastSquares
+from hessopt.mini_batch import MiniBatch
 from hessopt.newton_cg import NewtonCG
 from hessopt.null_boost import NullBoost
 from hessopt.null_project import NullProject
@@ -13,6 +14,7 @@ from hessopt.stationarity import Stationarity
 __all__ = [
     "BandedNewton",
     "LeastSquares",
+    "MiniBatch",
     "NewtonCG",
     "NullBoost",
     "NullProject",

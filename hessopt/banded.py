@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.cliques import Bandwidth, Cliques, check_bandwidth
-from hessopt.banded_arguments import Params, check_choice, check_count, check_group, network_of
+from hessopt.banded_arguments import (
+    Params,
+    check_choice,
+    check_count,
+    check_group,
+    check_mini_batch,
+    network_of,
+)
 from hessopt.banded_systems import BandedSystem
 from hessopt.bandwidth_choice import BandwidthChoice, bandwidth_cliques
 from hessopt.closure import Closure, ClosureRunner, Evaluation
@@ -23,8 +30,11 @@ from hessopt.damping import NielsenDamping
 from hessopt.errors import ClosureError, ModelError
 from hessopt.exact_curvature import ExactCurvature
 from hessopt.factor_choice import FactorChoice, Factors
+from hessopt.kronecker_band import KroneckerBand
+from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import Layer, layers_of
 from hessopt.linear_solve import least_damping
+from hessopt.mini_batch import CURVATURES, MiniBatch
 from hessopt.parameter_uses import Use
 from hessopt.quadratic_model import QuadraticModel
 
@@ -76,34 +86,50 @@ class BandedNewton(Optimizer):
     batch-norm in training mode; a parameter used through a function of it alone, in an operator in place, inside of
     ``torch.func``), its rows are back-propagated one by one: exact, N times as dear, and logged as a warning.
 
+    **Mini-batches.** The above inverts the curvature of one batch. With ``factors="kronecker"`` the curvature is a
+    running average, ``A_vw ⊗ G_vw`` of pairs of layers in the band, tapered so that it is positive definite, and the
+    step is that of :class:`hessopt.kronecker_step.KroneckerStep`: a trust region in place of trials, momentum, and
+    weight decay that is decoupled from the curvature. Factors are gathered by hooks in the forward pass. With a loss
+    declared in ``mini_batch``, or ``curvature="empirical"``, ``loss.backward(); optimizer.step()`` is enough; a closure
+    of any of the kinds below does as well, and then any loss that is a sum or mean over samples is taken. Layers and
+    memory are documented at :class:`hessopt.kronecker_band.KroneckerBand`.
+
     **Closure.** See :mod:`hessopt.closure`: it returns the loss, ``(loss, output)`` or a
     :class:`hessopt.LeastSquares`, and may or may not call ``backward()``. If it does, ``.grad`` is the gradient
     (gradient clipping is respected); if not, no ``.grad`` is touched. The loss must be convex in the output.
 
     **Cost.** N = batch × outputs (outputs − 1 for the softmax). In sample space, one N×N Cholesky factorization for
     each clique and separator, N³/3, and one Gram matrix for each layer; in parameter space ``P_C³/3`` for each and
-    ``N P_v P_w`` for the pairs inside the band. Besides, two back-propagations (one of N / batch vectors at once) and one
-    more evaluation of the loss for each trial. A rejected trial repeats the solve and the evaluation only. Memory in
-    numbers: in sample space (n + 4) N² for n layers, less where ``memory_limit`` asks for it; in parameter space
-    N P + 3 P²; N times the pre-activations; and N P_v for every layer without a closed form.
+    ``N P_v P_w`` for the pairs inside the band. Besides, two back-propagations (one of N / batch vectors at once)
+    and one more evaluation of the loss for each trial. A rejected trial repeats the solve and the evaluation only.
+    Memory in numbers: in sample space (n + 4) N² for n layers, less where ``memory_limit`` asks for it; in parameter
+    space N P + 3 P²; N times the pre-activations; and N P_v for every layer without a closed form.
 
     **Precision.** The step is a difference that loses digits when the damping is small: its relative error is
     about ε·‖GGN‖/(λ+ω). Therefore λ is kept above 10·ε·tr(GGN), which matters in float32 and hardly ever in float64.
 
     Args:
         params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model=``.
-        lr: γ, a factor on the step; at least 0. Default: 1.
+        lr: γ, a factor on the step; at least 0. Default: 1; 0.5 with ``factors="kronecker"``.
         bandwidth: k, an integer of at least 0, or ``"full"``, or ``"auto"``: chosen at the first step and at every
             ``bandwidth_every``-th, by ``bandwidth_rule``, among 0, 1, 2, 4, … up to the interaction radius
-            (:class:`hessopt.bandwidth_choice.BandwidthChoice`). Default: ``"auto"``.
-        curvature: ``"ggn"``, the generalized Gauss-Newton matrix.
+            (:class:`hessopt.bandwidth_choice.BandwidthChoice`); with ``factors="kronecker"`` 0, and from step
+            ``bandwidth_every`` on one of 0, 1, 2 (:class:`hessopt.kronecker_bandwidth.KroneckerBandwidth`).
+            Default: ``"auto"``.
+        curvature: ``"ggn"``, the generalized Gauss-Newton matrix, which is the default, and the only one that exact
+            factors have. With ``factors="kronecker"`` also ``"fisher"``, the default there: Monte-Carlo columns of a
+            declared loss, and of another one as ``"ggn"``; and ``"empirical"``, the gradients of the samples.
         model: The network, if ``params`` is not the network itself.
         factors: Where to solve: ``"sample"``, in the space of the N rows; ``"dense"``, in that of the parameters; or
             ``"auto"``, where :func:`hessopt.banded_systems.step_operations` counts less. The steps are the same but for
-            rounding. Default: ``"auto"``.
+            rounding. ``"kronecker"``: running averages, for mini-batches; ``"auto"`` never takes them, and logs a
+            warning that names them where a step takes more than 1e11 operations. Default: ``"auto"``.
+        mini_batch: With ``factors="kronecker"``, the :class:`hessopt.MiniBatch` of its options. Default: its defaults.
         damping: λ to start from, relative to nothing: in the units of the curvature. Default: 1e-2; with
-            ``line_search``, where it stays constant, 50 ε tr(GGN), anew at each step.
-        weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
+            ``line_search``, where it stays constant, 50 ε tr(GGN), anew at each step. With ``factors="kronecker"`` in
+            units of the loss's output curvature, constant unless ``MiniBatch(adapt_every=…)``, and 2e-3 by default.
+        weight_decay: ω, the objective has the additional term ω/2·‖θ‖²; with ``factors="kronecker"`` decoupled.
+            Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
         adapt_damping: Evaluate each step and adapt the damping. If False, every step is taken, with the same λ.
         line_search: Take, of the step's multiples 1, ½, ¼, …, the first that lowers the objective, or a smaller one if
@@ -112,18 +138,20 @@ class BandedNewton(Optimizer):
         min_damping: Lower bound of λ. Default: 1e-14.
         max_damping: Upper bound of λ. Default: 1e10.
         bandwidth_rule: ``"gain"``: predicted reduction of the objective by cost of a step; ``"radius"``: k_ε.
-        bandwidth_every: Steps from one decision to the next. Default: 10.
+        bandwidth_every: Steps from one decision to the next. Default: 10; 200 with ``factors="kronecker"``.
         epsilon: ε, the coupling of layers that counts as none. Default: 0.1.
         cost: ``"model"``, operations, so that runs repeat bit for bit; or ``"measured"``, seconds of the solve.
         memory_limit: Bytes that the matrices of a solve may take. Default: 4 GiB.
 
-    Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups).
+    Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups), and ``momentum``
+    with ``factors="kronecker"``. There a new group, or a parameter that is unfrozen, starts the averages anew; hooks
+    are taken from the network when the optimizer is garbage, and copies of the network alone have none.
 
     Attributes:
-        last_step: A :class:`DampedStep`, or None before the first step.
+        last_step: A :class:`DampedStep`, or None before the first step and with ``factors="kronecker"``.
 
     Raises:
-        ValueError: an argument is out of range, or a parameter is not the network's.
+        ValueError: an argument is out of range or of the other kind of factors, or a parameter is not the network's.
         TypeError: the network is missing.
         ModelError: the network is compiled, scripted or wrapped for parallel training.
 
@@ -146,12 +174,14 @@ class BandedNewton(Optimizer):
         "bandwidth",
         "curvature",
         "factors",
+        "mini_batch",
         "adapt_damping",
         "line_search",
         "max_rejections",
         "memory_limit",
         "last_step",
         "_choice",
+        "_bandwidth_every",
         "_initial_damping",
         "_relative_damping",
     )
@@ -159,12 +189,13 @@ class BandedNewton(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor | None = None,
         bandwidth: Bandwidth | Literal["auto"] = "auto",
-        curvature: str = "ggn",
+        curvature: Literal["ggn", "fisher", "empirical"] | None = None,
         *,
         model: nn.Module | None = None,
         factors: Factors = "auto",
+        mini_batch: MiniBatch | None = None,
         damping: float | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -174,7 +205,7 @@ class BandedNewton(Optimizer):
         min_damping: float = 1e-14,
         max_damping: float = 1e10,
         bandwidth_rule: Literal["gain", "radius"] = "gain",
-        bandwidth_every: int = 10,
+        bandwidth_every: int | None = None,
         epsilon: float = 0.1,
         cost: Literal["model", "measured"] = "model",
         memory_limit: int = 4 * 2**30,
@@ -182,31 +213,76 @@ class BandedNewton(Optimizer):
         self.model = network_of(params, model)
         if bandwidth != "auto":
             check_bandwidth(bandwidth)
-        check_choice("curvature", curvature, ("ggn",))
+        averages = factors == "kronecker"
+        own = {
+            "adapt_damping": adapt_damping is not True, "line_search": line_search is not False,
+            "max_rejections": max_rejections != 5, "min_damping": min_damping != 1e-14,
+            "max_damping": max_damping != 1e10, "bandwidth_rule": bandwidth_rule != "gain",
+            "epsilon": epsilon != 0.1, "cost": cost != "model",
+        }  # fmt: skip
+        check_mini_batch(averages, mini_batch, [name for name, given in own.items() if given])
+        if curvature is None:
+            curvature = "fisher" if averages else "ggn"
+        check_choice("curvature", curvature, CURVATURES if averages else ("ggn",))
         check_count("max_rejections", max_rejections)
         if memory_limit <= 0:
             raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
         self.bandwidth = bandwidth
         self.curvature = curvature
         self.factors = factors
+        self.mini_batch = (mini_batch or MiniBatch()) if averages else None
         self.adapt_damping = adapt_damping
         self.line_search = line_search
         self.max_rejections = max_rejections
         self.memory_limit = memory_limit
         self.last_step: DampedStep | None = None
-        self._choice = BandwidthChoice(bandwidth_rule, bandwidth_every, epsilon, cost)
+        self._bandwidth_every = (200 if averages else 10) if bandwidth_every is None else bandwidth_every
+        self._choice = BandwidthChoice(bandwidth_rule, self._bandwidth_every, epsilon, cost)
         self._relative_damping = line_search and damping is None
-        value = min(max(1e-2, min_damping), max_damping) if damping is None else damping
+        start = 2e-3 if averages else 1e-2
+        value = min(max(start, min_damping), max_damping) if damping is None else damping
         self._initial_damping = NielsenDamping(value, minimum=min_damping, maximum=max_damping)
+        self._kronecker: KroneckerStep | None = None
         self._prepare()
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        defaults: dict[str, Any] = {
+            "lr": (0.5 if averages else 1.0) if lr is None else lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        if self.mini_batch is not None:
+            defaults["momentum"] = self.mini_batch.momentum
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
         layers_of(self.model, self._parameters())
+        self._attach()
 
     def _prepare(self) -> None:
         """What follows from the arguments and the network alone."""
         self._factor_choice = FactorChoice(self.factors, self.memory_limit)
         self._exact = ExactCurvature(self.model, self.memory_limit)
+
+    def _attach(self) -> None:
+        """The mini-batch form's hooks."""
+        if self.mini_batch is not None:
+            self._kronecker = KroneckerStep(
+                self.model,
+                self.param_groups,
+                self.bandwidth,
+                self.curvature,
+                self._initial_damping.value,
+                self._bandwidth_every,
+                self.mini_batch,
+            )
+
+    @property
+    def band(self) -> KroneckerBand:
+        """With ``factors="kronecker"`` the engine: its ``report()`` says how each parameter is treated.
+
+        Raises:
+            ValueError: the factors are others.
+        """
+        if self._kronecker is None:
+            raise ValueError(f'only factors="kronecker" has an engine; the factors are "{self.factors}".')
+        return self._kronecker.band
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the network, with its own ``lr`` and ``weight_decay`` if wanted."""
@@ -224,15 +300,26 @@ class BandedNewton(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        kronecker: KroneckerStep | None = self.__dict__.get("_kronecker")  # not there yet in the constructor
+        if kronecker is not None:
+            kronecker.restart(self.param_groups)
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def step(self, closure: Closure) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
+
+    def step(self, closure: Closure | None = None) -> Tensor | None:
         """Take one step.
 
         Args:
-            closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure`.
+            closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure`. With ``factors="kronecker"``
+                it may be left out if the loss is declared or the curvature is ``"empirical"``; without it nothing
+                waits for the device, except at decisions about the bandwidth.
 
         Returns:
-            The loss before the step, detached.
+            The loss before the step, detached; None without a closure.
 
         Raises:
             ClosureError: the closure is missing or does not give a finite, differentiable loss.
@@ -243,6 +330,8 @@ class BandedNewton(Optimizer):
 
         In every one of these cases the parameters are as they were.
         """
+        if self._kronecker is not None:
+            return self._kronecker.step(self.param_groups, closure)
         if closure is None:
             raise ClosureError(
                 "BandedNewton.step() needs a closure: the loss's curvature and the trial of the step cannot be had "
@@ -283,13 +372,44 @@ class BandedNewton(Optimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
+        state = {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
+        if self._kronecker is not None:
+            state["_averages"] = self._kronecker.state_dict(self.param_groups)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        averages = state.get("_averages")
+        super().__setstate__({name: value for name, value in state.items() if name != "_averages"})
         for group in self.param_groups:
             group.setdefault("maximize", False)  # states of older versions
         self._prepare()
+        if "_kronecker" not in self.__dict__:  # a copy, not load_state_dict
+            self._kronecker = None
+            self._attach()
+            if self._kronecker is not None:
+                self._kronecker.load_state_dict(averages, self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in :mod:`torch.optim`; with ``factors="kronecker"`` also ``"kronecker"``, the averages and momentum."""
+        state = super().state_dict()
+        if self._kronecker is not None:
+            state["kronecker"] = self._kronecker.state_dict(self.param_groups)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in :mod:`torch.optim`.
+
+        Raises:
+            ValueError: the state is of other factors, another network or another bandwidth.
+        """
+        if ("kronecker" in state_dict) != (self._kronecker is not None):
+            saved = "of" if "kronecker" in state_dict else "not of"
+            raise ValueError(
+                f'the state is {saved} factors="kronecker", and the optimizer has factors="{self.factors}".'
+            )
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "kronecker"})
+        if self._kronecker is not None:
+            self._kronecker.load_state_dict(state_dict["kronecker"], self.param_groups)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

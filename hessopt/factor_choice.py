@@ -19,6 +19,9 @@ from hessopt.quadratic_model import QuadraticModel
 
 _log = logging.getLogger(__name__)
 
+MANY_OPERATIONS = 1e11
+"""Operations of a step from which on ``"auto"`` warns."""
+
 Factors = Literal["auto", "sample", "kronecker", "dense"]
 
 
@@ -26,15 +29,16 @@ class FactorChoice:
     """Gives the system of a step, in sample space or in parameter space.
 
     ``"auto"`` takes the space with fewer operations by :func:`hessopt.banded_systems.step_operations`, for the band
-    (for ``bandwidth="auto"`` the full matrix); sample space if the other does not fit into memory.
+    (for ``bandwidth="auto"`` the full matrix); sample space if the other does not fit into memory. It never takes
+    running averages, which make another method; where both counts exceed ``MANY_OPERATIONS`` a warning names them.
 
     Args:
-        factors: ``"auto"``, ``"sample"`` or ``"dense"``.
+        factors: ``"auto"``, ``"sample"`` or ``"dense"``; ``"kronecker"`` has no system.
         memory_limit: Bytes for the matrices.
     """
 
     def __init__(self, factors: Factors, memory_limit: int) -> None:
-        check_choice("factors", factors, ("auto", "sample", "dense"))
+        check_choice("factors", factors, ("auto", "sample", "kronecker", "dense"))
         self.factors = factors
         self.memory_limit = memory_limit
         self._last: str | None = None
@@ -69,5 +73,10 @@ class FactorChoice:
                 'factors="%s": %.3g operations a step in sample space (%d rows), %.3g in that of %d parameters',
                 *(choice, sample, rows, dense, sum(sizes)),
             )
+            if self._last is None and min(sample, dense) > MANY_OPERATIONS:
+                _log.warning(
+                    'an exact step takes %.3g operations here; for mini-batches factors="kronecker" is meant',
+                    min(sample, dense),
+                )
             self._last = choice
         return choice

@@ -166,8 +166,8 @@ class KroneckerBand:
 
     @property
     def waits(self) -> bool:
-        """Whether an update is due that only :meth:`gather` can make."""
-        return self._recorder.active and self.loss is None and self.curvature != "empirical"
+        """Whether an update is due that :meth:`gather` has to make, as the hook on the network did not."""
+        return self._recorder.active
 
     def begin(self) -> None:
         """Forget forward passes that were not followed by a step."""
@@ -186,13 +186,20 @@ class KroneckerBand:
     def gather(self, loss: Tensor, output: Tensor) -> None:
         """Update the factors from a loss on its tape, if an update is due. The tape is retained.
 
+        Not needed where the loss is declared or the curvature is the empirical one, and the network itself was called.
+
         Args:
             loss: A sum or mean over samples.
             output: ``(B, …)``, what the loss is a function of.
         """
-        if self._recorder.active and self.curvature != "empirical":
-            columns = hessian_columns(loss, output, self.columns, self.generator)
-            self._back_propagate(output, columns)
+        if not self._recorder.active:
+            return
+        if self.curvature == "empirical":
+            self._see_batch(output)
+        elif self.loss is not None:
+            self._see_declared(self.loss, output)
+        else:
+            self._back_propagate(output, hessian_columns(loss, output, self.columns, self.generator))
 
     def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
         if not self._recorder.active or not torch.is_grad_enabled():
@@ -200,22 +207,30 @@ class KroneckerBand:
         if self.curvature == "empirical":
             leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
             if leaves:
-                self._samples = _batch(leaves[0])
-                self._structure(self._recorder.calls, leaves[0])
-                self._recorder.active = False
+                self._see_batch(leaves[0])
             return
         if self.loss is None:
             return
         if not isinstance(output, Tensor):
             raise ModelError(
                 f"the network returns {type(output).__name__}, and the loss's curvature is of one tensor. Leave out "
-                "loss= and call gather(loss, output), or wrap the network in a module that returns the tensor."
+                "loss= and pass a closure that returns `(loss, output)`, or wrap the network in a module that returns "
+                "the tensor."
             )
         if output.requires_grad:
-            columns = declared_columns(
-                self.loss, self.reduction, output.detach(), self.columns, self.curvature == "fisher", self.generator
-            )
-            self._back_propagate(output, columns)
+            self._see_declared(self.loss, output)
+
+    def _see_batch(self, output: Tensor) -> None:
+        """Empirical: the calls are complete, and their cotangents will come."""
+        self._samples = _batch(output)
+        self._structure(self._recorder.calls, output)
+        self._recorder.active = False
+
+    def _see_declared(self, loss: Loss, output: Tensor) -> None:
+        columns = declared_columns(
+            loss, self.reduction, output.detach(), self.columns, self.curvature == "fisher", self.generator
+        )
+        self._back_propagate(output, columns)
 
     def _back_propagate(self, output: Tensor, columns: Tensor) -> None:
         calls = self._recorder.stop()
@@ -253,11 +268,12 @@ class KroneckerBand:
         self.take(self.bandwidth, factors, KroneckerInverse(factors, self.iterations))
         self.diagonals = {p: torch.zeros_like(p, dtype=self.dtype) for p in self.parameters if p not in self._views}
 
-    def blank_factors(self, bandwidth: Bandwidth) -> KroneckerFactors:
-        """Factors for another bandwidth, without a batch in them."""
+    def blank_factors(self, *bandwidths: Bandwidth) -> KroneckerFactors:
+        """Factors without a batch in them, with the mean of the bandwidths' tapers, so with the pairs of each."""
         assert self.distances is not None
         inside = self.distances[np.ix_(self.called, self.called)]
-        taper = clique_taper(band_cliques(inside, bandwidth), len(inside)) if len(inside) else np.zeros((0, 0))
+        tapers = [clique_taper(band_cliques(inside, k), len(inside)) for k in bandwidths] if len(inside) else []
+        taper = np.mean(tapers, axis=0) if tapers else np.zeros((0, 0))
         return KroneckerFactors([self.blocks[i] for i in self.called], torch.from_numpy(taper), self.dtype, self.device)
 
     def take(self, bandwidth: Bandwidth, factors: KroneckerFactors, inverse: KroneckerInverse) -> None:
@@ -391,21 +407,18 @@ class KroneckerBand:
         return state
 
     @torch.no_grad()
-    def load_state_dict(
-        self, state: dict[str, Any], *, auto: bool = False, widest: Bandwidth = 0
-    ) -> None:
+    def load_state_dict(self, state: dict[str, Any], candidates: Sequence[Bandwidth] = ()) -> None:
         """Take up a state, of a network and arguments like this one's.
 
         Args:
             state: The state.
-            auto: Take its bandwidth as well.
-            widest: Bandwidth of a probe in the state.
+            candidates: Bandwidths that it may have instead of this one's, and that a probe is for.
 
         Raises:
             ValueError: the state is of another network or bandwidth.
         """
         mismatch = "the state's factors are of another network or bandwidth than this optimizer's."
-        if not auto and state.get("bandwidth", self.bandwidth) != self.bandwidth:
+        if state.get("bandwidth", self.bandwidth) not in (candidates or [self.bandwidth]):
             raise ValueError(mismatch)
         self.steps, self.damping, self.scale = int(state["steps"]), float(state["damping"]), float(state["scale"])
         saved = state["generator"].cpu()
@@ -433,7 +446,7 @@ class KroneckerBand:
         self.excluded, self.rows = list(state["excluded"]), list(state["rows"])
         own, tensors = [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()], state["tensors"]
         if "probe" in state:
-            self.probe = self.blank_factors(widest)
+            self.probe = self.blank_factors(*candidates)
             self.probe.updates = int(state["probe"]["updates"])
             own, tensors = [*own, *self.probe.tensors], [*tensors, *state["probe"]["tensors"]]
         if [t.shape for t in own] != [t.shape for t in tensors]:

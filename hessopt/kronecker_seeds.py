@@ -116,6 +116,8 @@ def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: t
             'curvature="empirical".'
         )
     roots = curvature_roots(output_hessians(loss, output), output.dtype)
+    if not len(roots):
+        return torch.zeros(1, *output.shape, dtype=roots.dtype, device=roots.device)  # a loss linear in its output
     if columns != "exact":
         signs = _signs((columns, *roots.shape[:2]), roots, generator) / columns**0.5
         roots = torch.einsum("ckb,kbi->cbi", signs, roots)

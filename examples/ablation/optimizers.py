@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import hessopt
 from ablation.baselines.gradient import adahessian, adamw, muon, psgd, sgd, shampoo, soap
 from ablation.baselines.kfac import kfac
 from ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
 from ablation.contender import ClosureStep, Contender, Settings, Stepper, need_full_batch, trained
-from ablation.task import Batch, Task
-from hessopt.kronecker_newton import KroneckerNewton
+from ablation.task import Task
 
 
 def newton_cg(task: Task, **settings: Any) -> Stepper:
@@ -32,25 +30,10 @@ def banded_search(task: Task, **settings: Any) -> Stepper:
 
 
 def banded_kronecker(task: Task, **settings: Any) -> Stepper:
-    """The mini-batch form."""
-    return KroneckerStep(task, KroneckerNewton(task.model, **settings))
-
-
-class KroneckerStep:
-    """Hands the loss and what it is a function of over to the optimizer."""
-
-    def __init__(self, task: Task, optimizer: KroneckerNewton) -> None:
-        self.task = task
-        self.optimizer = optimizer
-
-    def step(self, batch: Batch) -> float:
-        def closure() -> tuple[Tensor, Tensor]:
-            found = self.task.evaluate_loss(batch)
-            return (found.loss, found.residuals) if isinstance(found, hessopt.LeastSquares) else found
-
-        loss = self.optimizer.step(closure)
-        assert loss is not None
-        return loss.item()
+    """The mini-batch form; bandwidth 0 unless the settings say otherwise."""
+    options = hessopt.MiniBatch(**{name: settings.pop(name) for name in ("trust",) if name in settings})
+    settings = {"bandwidth": 0, **settings}
+    return ClosureStep(task, hessopt.BandedNewton(task.model, factors="kronecker", mini_batch=options, **settings))
 
 
 def escape_adamw(task: Task, *, lr: float = 1e-3, **settings: Any) -> Stepper:

@@ -14,6 +14,7 @@ from torch.testing._internal import common_optimizers as theirs
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput
 
 from hessopt.banded import BandedNewton
+from hessopt.mini_batch import MiniBatch
 from hessopt.newton_cg import NewtonCG
 from hessopt.null_boost import NullBoost
 from hessopt.null_project import NullProject
@@ -55,6 +56,14 @@ def banded_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     ]
 
 
+def kronecker_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
+    return [
+        *newton_inputs(device),
+        OptimizerInput(None, {"bandwidth": "full"}, "full"),
+        OptimizerInput(None, {"bandwidth": "auto", "bandwidth_every": 2}, "auto"),
+    ]
+
+
 def spectral_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     return [
         *newton_inputs(device),
@@ -84,6 +93,12 @@ newton_cg_errors = _own_errors(
     ({"max_products": 0}, "max_products must be an integer"),
 )
 banded_errors = _own_errors(*BAD_RATE, ({"bandwidth": -1}, "integer of at least 0"), ({"damping": 0.0}, "damping must"))
+kronecker_errors = _own_errors(
+    *BAD_RATE,
+    ({"bandwidth": -1}, "integer of at least 0"),
+    ({"damping": 0.0}, "damping must"),
+    ({"line_search": True}, "line_search is for exact factors"),
+)
 
 spectral_errors = _own_errors(
     *BAD_RATE,
@@ -146,6 +161,16 @@ def _banded(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return BandedNewton(params, model=net, **kwargs)
 
 
+def _kronecker(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    # Exact columns: random ones are drawn on the device, so that runs on two devices would differ.
+    options = MiniBatch(columns="exact", factor_every=2, inverse_every=4)
+    return BandedNewton(params, model=net, factors="kronecker", curvature="ggn", mini_batch=options, **kwargs)
+
+
+def _kronecker_empirical(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return BandedNewton(params, model=net, factors="kronecker", curvature="empirical", **kwargs)
+
+
 def _spectral(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return SpectralNewton(params, **kwargs)
 
@@ -189,6 +214,18 @@ SUBJECTS = {
         Subject(_info("NewtonCG", newton_cg_inputs, newton_cg_errors), _newton_cg),
         Subject(_info("NewtonCG(model=)", newton_cg_module_inputs, newton_cg_errors), _newton_cg_module),
         Subject(_info("BandedNewton", banded_inputs, banded_errors), _banded, needs_linear=True, concave=True),
+        Subject(
+            _info("BandedNewton(kronecker)", kronecker_inputs, kronecker_errors),
+            _kronecker,
+            needs_linear=True,
+            concave=True,
+        ),
+        Subject(
+            _info("BandedNewton(kronecker, empirical)", kronecker_inputs, kronecker_errors),
+            _kronecker_empirical,
+            needs_linear=True,
+            concave=True,
+        ),
         Subject(_info("SpectralNewton", spectral_inputs, spectral_errors), _spectral),
         Subject(_info("SpectralNewton(model=)", spectral_inputs, spectral_errors), _spectral_module),
         Subject(

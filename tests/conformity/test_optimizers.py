@@ -64,7 +64,15 @@ NOT_APPLICABLE: dict[str, str] = {
 
 NOT_FOR: dict[tuple[str, str], str] = {
     ("test_foreach_matches_forloop", name): NO_FLAG
-    for name in ("NewtonCG", "NewtonCG(model=)", "BandedNewton", "SpectralNewton", "SpectralNewton(model=)")
+    for name in (
+        "NewtonCG",
+        "NewtonCG(model=)",
+        "BandedNewton",
+        "BandedNewton(kronecker)",
+        "BandedNewton(kronecker, empirical)",
+        "SpectralNewton",
+        "SpectralNewton(model=)",
+    )
 }
 """Checks that do not apply to one of ours."""
 

@@ -59,6 +59,18 @@ def test_verdicts_that_not_all_have() -> None:
     assert flat == [["relu"]]
 
 
+def test_verdicts_with_other_figures_are_the_same_verdict() -> None:
+    model, batch = chain([6, 7, 5, 3], torch.nn.Tanh), labelled(6, 3)
+    one = diagnostics.diagnose(model, batch, F.cross_entropy, name="one")
+    with torch.no_grad():
+        model[-1].weight *= 1.01
+    two = diagnostics.diagnose(model, batch, F.cross_entropy, name="two")
+    keys = [[(v.rule, v.wording, v.nodes) for v in report.verdicts] for report in (one, two)]
+    assert keys[0] == keys[1]
+    assert [v.text for v in one.verdicts] != [v.text for v in two.verdicts]
+    assert diagnostics.compare([one, two]).verdicts == []
+
+
 def test_round_trip_and_files(tmp_path: Path) -> None:
     report = small_report()
     comparison = diagnostics.compare([report, report])

@@ -11,7 +11,7 @@ import pytest
 import diagnostics
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("hessopt", "matplotlib", "jinja2", "pandas", "networkx", "scipy.stats", "scipy.sparse", "typer")
+HEAVY = ("hessopt", "matplotlib", "jinja2", "plotly", "pandas", "networkx", "scipy.stats", "scipy.sparse", "typer")
 
 
 def _run(code: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt import BandedNewton
+from hessopt import BandedNewton, MiniBatch
 from hessopt.errors import ClosureError, ModelError, NotConvexError
 from tests.hessopt.reference import (
     Dag,
@@ -26,7 +26,11 @@ RTOL = 1e-8
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factors": "kronecker"}, "factors must be one of .*got 'kronecker'"),
+        ({"factors": "lanczos"}, "factors must be one of .*got 'lanczos'"),
+        ({"mini_batch": MiniBatch()}, 'pass factors="kronecker" with it'),
+        ({"factors": "kronecker", "line_search": True, "epsilon": 0.2}, "line_search, epsilon are for exact factors"),
+        ({"factors": "kronecker", "curvature": "hessian"}, "curvature must be one of .*got 'hessian'"),
+        ({"factors": "kronecker", "damping": 0.0}, "damping must lie in"),
         ({"bandwidth_rule": "best"}, "bandwidth_rule must be one of .*got 'best'"),
         ({"bandwidth_every": 0}, "bandwidth_every must be an integer of at least 1, got 0"),
         ({"cost": "guessed"}, "cost must be one of .*got 'guessed'"),

@@ -1,0 +1,221 @@
+"""The update rule around :class:`hessopt.kronecker_band.KroneckerBand`: trust region, momentum, decay, adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.cliques import Bandwidth
+from hessopt.closure import Closure, ClosureRunner, Evaluation
+from hessopt.errors import ClosureError, ModelError
+from hessopt.kronecker_band import Direction, KroneckerBand
+from hessopt.kronecker_bandwidth import KroneckerBandwidth
+from hessopt.kronecker_seeds import LOSSES
+from hessopt.mini_batch import MiniBatch
+
+Groups = Sequence[dict[str, Any]]
+
+
+class KroneckerStep:
+    r"""Mini-batch Newton steps with tapered Kronecker curvature P.
+
+    .. math::
+       \begin{aligned}
+            &d \leftarrow P^{-1} g, \quad \sigma \leftarrow \min\big(1, \sqrt{\Delta / (\gamma^2 g^\top d)}\big)  \\
+            &m \leftarrow \mu m + \sigma d, \quad \theta \leftarrow (1 - \gamma \omega) \theta - \gamma m
+       \end{aligned}
+
+    P is damped and :math:`g^\top d = d^\top P d`, so σ bounds the model's measure of a step without momentum by Δ; γ in
+    it is the largest of the param groups'. As in :mod:`torch.optim`, a parameter whose gradient is None stays as it is.
+
+    Args:
+        model: The network.
+        groups: Param groups with ``lr`` (γ), ``weight_decay`` (ω), ``momentum`` (μ) and ``maximize``.
+        bandwidth: k, ``"full"`` or ``"auto"`` (:class:`hessopt.kronecker_bandwidth.KroneckerBandwidth`).
+        curvature: ``"fisher"``, ``"ggn"`` or ``"empirical"``.
+        damping: λ.
+        bandwidth_every: Steps between decisions about the bandwidth.
+        options: Everything else.
+
+    Attributes:
+        band: The engine.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        bandwidth: Bandwidth | Literal["auto"],
+        curvature: Literal["fisher", "ggn", "empirical"],
+        damping: float,
+        bandwidth_every: int,
+        options: MiniBatch,
+    ) -> None:
+        self.model, self.options, self.bandwidth = model, options, bandwidth
+        self.curvature, self.damping = curvature, damping
+        self.choice = KroneckerBandwidth(bandwidth_every) if bandwidth == "auto" else None
+        self.momentum: dict[Tensor, Tensor] = {}
+        self.band = self._engine(groups)
+
+    def _engine(self, groups: Groups) -> KroneckerBand:
+        bandwidth = 0 if self.bandwidth == "auto" else self.bandwidth
+        return KroneckerBand(
+            self.model, _all(groups), bandwidth, curvature=self.curvature, damping=self.damping, **self.options.engine
+        )
+
+    def restart(self, groups: Groups) -> None:
+        """Gather curvature anew, for other parameters."""
+        self.band.detach()
+        self.band = self._engine(groups)
+
+    @torch.no_grad()
+    def step(self, groups: Groups, closure: Closure | None) -> Tensor | None:
+        """Take one step; returns the loss before it, if there is a closure.
+
+        Raises:
+            ClosureError: a closure is needed, or does not give a finite, differentiable loss; or the network was not
+                called since the last step.
+            ModelError: a gradient is sparse, or the output or the loss cannot be treated.
+        """
+        known = set(self.band.parameters)
+        added = any(p.requires_grad and p not in known for p in _all(groups))
+        if closure is None and self.options.loss is None and self.curvature != "empirical":
+            raise ClosureError(
+                'BandedNewton.step() with factors="kronecker" needs the loss, for its curvature. Declare it, '
+                f"`mini_batch=MiniBatch(loss={' | '.join(map(repr, LOSSES))})`, use `curvature='empirical'`, or pass "
+                "a closure, `optimizer.step(lambda: loss_fn(model(x), y))`."
+            )
+        if closure is not None and added:
+            self.restart(groups)
+        runner, loss = None, None
+        gradients = [p.grad for p in self.band.parameters]
+        sign = -1 if groups[0]["maximize"] else 1
+        if closure is not None:
+            self.band.begin()
+            runner = ClosureRunner(closure, _all(groups), self.model)
+            evaluation = runner.evaluate()
+            gradients = self._gradients(evaluation)
+            _check_strided(gradients)
+            if self.band.waits:
+                with torch.enable_grad():
+                    self.band.gather(sign * evaluation.loss, evaluation.output)
+            loss = evaluation.loss.detach()
+            del evaluation  # and the tape
+        else:
+            _check_strided(gradients)
+        if sign < 0:
+            gradients = [None if g is None else -g for g in gradients]
+        self._move(groups, gradients, runner, loss)
+        if added and closure is None:
+            self.restart(groups)  # the parameters that were added are trained from the next step on
+        return loss
+
+    def _gradients(self, evaluation: Evaluation) -> list[Tensor | None]:
+        if evaluation.backward_called:
+            return [p.grad for p in self.band.parameters]
+        trained = [p for p in self.band.parameters if p.requires_grad]
+        found = torch.autograd.grad(evaluation.loss, trained, retain_graph=True, allow_unused=True)
+        slopes = dict(zip(trained, found, strict=True))
+        return [slopes.get(p) for p in self.band.parameters]
+
+    def _move(
+        self, groups: Groups, gradients: list[Tensor | None], runner: ClosureRunner | None, loss: Tensor | None
+    ) -> None:
+        parameters = self.band.parameters
+        lr = max(float(group["lr"]) for group in groups)
+        if self.choice is not None:
+            self.choice.watch(self.band, gradients, lr, self.options.trust)
+        steps = self._scaled(self.band.direction(gradients), gradients, lr)
+        every = self.options.adapt_every
+        adapt = every is not None and runner is not None and self.band.steps % every == 0
+        before = [p.clone() for p in parameters] if adapt else []
+        moving = {p: s for p, s, g in zip(parameters, steps, gradients, strict=True) if g is not None}
+        for group in groups:
+            self._move_group(group, [p for p in group["params"] if p in moving], moving)
+        if adapt:
+            assert runner is not None
+            assert loss is not None
+            self._adapt(runner, loss, [p - b for p, b in zip(parameters, before, strict=True)], gradients, groups)
+
+    def _scaled(self, direction: Direction, gradients: list[Tensor | None], lr: float) -> list[Tensor]:
+        steps = direction.steps
+        trust = self.options.trust
+        if trust is not None and lr > 0:
+            tiny = torch.finfo(direction.decrement.dtype).tiny
+            scale = (trust * self.band.scale / (lr**2 * direction.decrement).clamp_min(tiny)).sqrt().clamp_max(1.0)
+            torch._foreach_mul_(direction.flat, scale)
+        if self.options.graft == "sgd":
+            norms = torch._foreach_norm(steps)
+            slopes = [torch.zeros_like(n) if g is None else g.norm() for n, g in zip(norms, gradients, strict=True)]
+            tiny = torch.finfo(norms[0].dtype).tiny
+            steps = [s * (g / n.clamp_min(tiny)) for s, g, n in zip(steps, slopes, norms, strict=True)]
+        return steps
+
+    def _move_group(self, group: dict[str, Any], own: list[Tensor], steps: dict[Tensor, Tensor]) -> None:
+        if not own:
+            return
+        part: list[Tensor] | tuple[Tensor, ...] = [steps[p] for p in own]
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if decay:
+            torch._foreach_mul_(own, 1 - lr * decay)
+        if group["momentum"]:
+            for p, s in zip(own, part, strict=True):
+                if p not in self.momentum:
+                    self.momentum[p] = torch.zeros_like(p, dtype=s.dtype)
+            buffers = [self.momentum[p] for p in own]
+            torch._foreach_mul_(buffers, float(group["momentum"]))
+            torch._foreach_add_(buffers, part)
+            part = buffers
+        torch._foreach_add_(own, part, alpha=-lr)
+
+    def _adapt(
+        self,
+        runner: ClosureRunner,
+        loss: Tensor,
+        change: list[Tensor],
+        gradients: list[Tensor | None],
+        groups: Groups,
+    ) -> None:
+        """Levenberg-Marquardt: λ follows the ratio of actual to predicted change of the loss (Martens and Grosse)."""
+        slope = sum(float((g * c).sum()) for g, c in zip(gradients, change, strict=True) if g is not None)
+        predicted = slope + float(self.band.quadratic(change)) / 2
+        with self.band.paused():
+            actual = runner.trial_loss() - loss.item()
+        ratio = actual * (-1 if groups[0]["maximize"] else 1) / predicted if predicted < 0 else 0.0
+        assert self.options.adapt_every is not None
+        factor = self.options.adapt_rate**self.options.adapt_every
+        if ratio > 0.75:
+            self.band.damping *= factor
+        elif not ratio >= 0.25:
+            self.band.damping /= factor
+
+    def state_dict(self, groups: Groups) -> dict[str, Any]:
+        """What the next steps depend on: tensors, numbers and plain containers."""
+        momentum = {i: self.momentum[p] for i, p in enumerate(_all(groups)) if p in self.momentum}
+        return {"band": self.band.state_dict(), "momentum": momentum}
+
+    def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
+        """Take up a state.
+
+        Raises:
+            ValueError: it is of another network or bandwidth.
+        """
+        self.band.load_state_dict(state["band"], () if self.choice is None else self.choice.candidates)
+        parameters = _all(groups)
+        self.momentum = {parameters[i]: m.to(parameters[i].device, copy=True) for i, m in state["momentum"].items()}
+
+
+def _all(groups: Groups) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
+def _check_strided(gradients: Sequence[Tensor | None]) -> None:
+    for g in gradients:
+        if g is not None and g.layout != torch.strided:
+            raise ModelError(
+                f"a parameter of shape {tuple(g.shape)} has a sparse gradient, which Kronecker factors do not take; "
+                "build its layer with sparse=False."
+            )
