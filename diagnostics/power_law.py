@@ -96,11 +96,11 @@ class ExponentIdentity:
     because ``s′ − αγ`` is minus the covariance of the residual of log h on log σ with log k, over var log k; that
     residual is orthogonal to log σ, so that only the part of log k that log σ leaves unexplained counts (Cauchy and
     Schwarz). So a small error says that two lines are straight, and nothing about a network. The published s is that
-    of h *sorted*; sorting can only raise it (rearrangement), so that ``|s − αγ| ≤ B + (s − s′)``, always.
+    of h *sorted*; sorting can only raise it (rearrangement), so that ``|s − αγ|`` ≤ B + (s − s′)``, always.
 
     Attributes:
-        error: |s − αγ|, with s of the sorted h.
-        ranked_error: |s′ − αγ|, with h in the order of σ.
+        error: ``|s − αγ|``, with s of the sorted h.
+        ranked_error: ``|s′ − αγ|``, with h in the order of σ.
         bound: B.
         sorting: s − s′ ≥ 0.
         s: The sorted slope, that errors are relative to.
@@ -114,7 +114,7 @@ class ExponentIdentity:
 
     @property
     def relative_error(self) -> float:
-        """``|s − αγ| / |s|``."""
+        """``|s − αγ|`` / |s|``."""
         return self.error / abs(self.s) if self.s else math.nan
 
     @property
@@ -124,7 +124,7 @@ class ExponentIdentity:
 
     @property
     def inside(self) -> bool:
-        """Whether |s − αγ| is at most B (to rounding): then least squares alone explains it."""
+        """Whether ``|s − αγ|`` is at most B (to rounding): then least squares alone explains it."""
         return self.error <= self.bound + 1e-12 * abs(self.s)
 
     def to_dict(self) -> dict[str, float]:

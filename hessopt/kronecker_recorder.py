@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diagnostics.tape import Function
+from hessopt.errors import ModelError
 from hessopt.kronecker_layers import Block
 from hessopt.weak_hooks import WeakHooks
 
@@ -138,14 +139,28 @@ def back_propagate(
     Returns:
         For each call ``(K, *its output's shape)``, for each parameter ``(K, *shape)``; None where the output does not
         depend on it.
+
+    Raises:
+        ModelError: a parameter's gradient is sparse.
     """
     targets: list[Any] = [*(call.edge for call in calls), *others]
     columns = columns.to(output.dtype)
     if len(columns) == 1:
         found = torch.autograd.grad(output, targets, columns[0], retain_graph=True, allow_unused=True)
+        check_strided(found)
         products: list[Tensor | None] = [None if t is None else t.unsqueeze(0) for t in found]
     else:
         products = list(
             torch.autograd.grad(output, targets, columns, retain_graph=True, allow_unused=True, is_grads_batched=True)
         )
     return products[: len(calls)], products[len(calls) :]
+
+
+def check_strided(gradients: Sequence[Tensor | None]) -> None:
+    """Raise a ModelError if a gradient is sparse."""
+    for g in gradients:
+        if g is not None and g.layout != torch.strided:
+            raise ModelError(
+                f"a parameter of shape {tuple(g.shape)} has a sparse gradient, which Kronecker factors do not take; "
+                "build its layer with sparse=False."
+            )

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from diagnostics.cliques import Bandwidth
 from hessopt.closure import Closure, ClosureRunner, Evaluation
-from hessopt.errors import ClosureError, ModelError
+from hessopt.errors import ClosureError
 from hessopt.kronecker_band import Direction, KroneckerBand
 from hessopt.kronecker_bandwidth import KroneckerBandwidth
+from hessopt.kronecker_recorder import check_strided
 from hessopt.kronecker_seeds import LOSSES
 from hessopt.mini_batch import MiniBatch
 
@@ -98,14 +99,14 @@ class KroneckerStep:
             runner = ClosureRunner(closure, _all(groups), self.model)
             evaluation = runner.evaluate()
             gradients = self._gradients(evaluation)
-            _check_strided(gradients)
+            check_strided(gradients)
             if self.band.waits:
                 with torch.enable_grad():
                     self.band.gather(sign * evaluation.loss, evaluation.output)
             loss = evaluation.loss.detach()
             del evaluation  # and the tape
         else:
-            _check_strided(gradients)
+            check_strided(gradients)
         if sign < 0:
             gradients = [None if g is None else -g for g in gradients]
         self._move(groups, gradients, runner, loss)
@@ -210,12 +211,3 @@ class KroneckerStep:
 
 def _all(groups: Groups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
-
-
-def _check_strided(gradients: Sequence[Tensor | None]) -> None:
-    for g in gradients:
-        if g is not None and g.layout != torch.strided:
-            raise ModelError(
-                f"a parameter of shape {tuple(g.shape)} has a sparse gradient, which Kronecker factors do not take; "
-                "build its layer with sparse=False."
-            )

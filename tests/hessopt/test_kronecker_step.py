@@ -19,7 +19,6 @@ from hessopt import BandedNewton, LeastSquares, MiniBatch
 from hessopt.errors import ClosureError, ModelError
 from hessopt.kronecker_bandwidth import KroneckerBandwidth
 from hessopt.kronecker_report import step_operations
-from tests.hessopt.reference import trained
 
 OWN = {"bandwidth", "curvature", "lr", "weight_decay", "maximize", "damping", "bandwidth_every", "params"}
 
@@ -163,7 +162,7 @@ def test_trust_region_bounds_the_model() -> None:
     measured = optimizer.band.quadratic(change)
     damping = optimizer.band.absolute_damping * sum(c.square().sum() for c in change)
     assert 0 < measured + damping <= bound * 1.0001
-    gradient = torch.cat([p.grad.flatten() for p in trained(net)])  # type: ignore[union-attr]
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters()])  # type: ignore[union-attr]
     # The bound is attained by the damped model: step = -σ d with σ² g'd = bound.
     decrement = optimizer.band.direction([p.grad for p in net.parameters()]).decrement
     scale = (bound / decrement).sqrt()
@@ -204,7 +203,7 @@ def test_grafting() -> None:
     optimizer = declared(net, lr=0.1, momentum=0.0, graft="sgd")
     before = [p.detach().clone() for p in net.parameters()]
     steps(optimizer, net, x, y, 1)
-    for p, b in zip(trained(net), before, strict=True):
+    for p, b in zip(net.parameters(), before, strict=True):
         assert torch.allclose((p - b).norm(), 0.1 * p.grad.norm(), rtol=1e-4)  # type: ignore[union-attr]
 
 
@@ -346,6 +345,13 @@ def test_without_closure_or_loss() -> None:
         optimizer.step()
     sparse = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 3))
     optimizer = declared(sparse)
+    with pytest.raises(ModelError, match="sparse gradient"):
+        sparse(torch.tensor([0, 1]))
+    for columns in (1, "exact"):
+        optimizer = build(sparse, curvature="ggn", columns=columns)
+        with pytest.raises(ModelError, match="sparse gradient"):
+            optimizer.step(lambda: functional.cross_entropy(sparse(torch.tensor([0, 1])), torch.tensor([0, 1])))
+    optimizer = build(sparse, curvature="empirical")
     functional.cross_entropy(sparse(torch.tensor([0, 1])), torch.tensor([0, 1])).backward()
     with pytest.raises(ModelError, match="sparse gradient"):
         optimizer.step()
