@@ -96,7 +96,7 @@ class ExponentIdentity:
     because ``s′ − αγ`` is minus the covariance of the residual of log h on log σ with log k, over var log k; that
     residual is orthogonal to log σ, so that only the part of log k that log σ leaves unexplained counts (Cauchy and
     Schwarz). So a small error says that two lines are straight, and nothing about a network. The published s is that
-    of h *sorted*; sorting can only raise it (rearrangement), so that ``|s − αγ|`` ≤ B + (s − s′)``, always.
+    of h *sorted*; sorting can only raise it (rearrangement), so that ``|s − αγ| ≤ B + (s − s′)``, always.
 
     Attributes:
         error: ``|s − αγ|``, with s of the sorted h.
@@ -114,7 +114,7 @@ class ExponentIdentity:
 
     @property
     def relative_error(self) -> float:
-        """``|s − αγ|`` / |s|``."""
+        """``|s − αγ| / |s|``."""
         return self.error / abs(self.s) if self.s else math.nan
 
     @property
