@@ -1,4 +1,4 @@
-"""A training loop of one's own, watched: sharpness against 2/lr, coupling and the Gauss-Newton gap, and when they change.
+"""A training loop of one's own, watched: sharpness against 2/lr, coupling, the Gauss-Newton gap, and when they change.
 
 Trains a small network on handwritten digits with a learning rate that is raised on the way. Prints what was measured
 and what was flagged; writes the same to a JSONL file.

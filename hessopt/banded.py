@@ -113,8 +113,9 @@ class BandedNewton(Optimizer):
         lr: γ, a factor on the step; at least 0. Default: 1; 0.5 with ``factors="kronecker"``.
         bandwidth: k, an integer of at least 0, or ``"full"``, or ``"auto"``: chosen at the first step and at every
             ``bandwidth_every``-th, by ``bandwidth_rule``, among 0, 1, 2, 4, … up to the interaction radius
-            (:class:`hessopt.bandwidth_choice.BandwidthChoice`); with ``factors="kronecker"`` 0, and from step
-            ``bandwidth_every`` on one of 0, 1, 2 (:class:`hessopt.kronecker_bandwidth.KroneckerBandwidth`).
+            (:class:`hessopt.bandwidth_choice.BandwidthChoice`); with ``factors="kronecker"`` 0, and one of
+            0, 1, 2 from step ``bandwidth_every`` on, decided then, at twice, four times, … as many steps
+            (:class:`hessopt.kronecker_bandwidth.KroneckerBandwidth`).
             Default: ``"auto"``.
         curvature: ``"ggn"``, the generalized Gauss-Newton matrix, which is the default, and the only one that exact
             factors have. With ``factors="kronecker"`` also ``"fisher"``, the default there: Monte-Carlo columns of a
@@ -138,7 +139,8 @@ class BandedNewton(Optimizer):
         min_damping: Lower bound of λ. Default: 1e-14.
         max_damping: Upper bound of λ. Default: 1e10.
         bandwidth_rule: ``"gain"``: predicted reduction of the objective by cost of a step; ``"radius"``: k_ε.
-        bandwidth_every: Steps from one decision to the next. Default: 10; 200 with ``factors="kronecker"``.
+        bandwidth_every: Steps from one decision to the next. Default: 10; with ``factors="kronecker"``
+            200, to the first one.
         epsilon: ε, the coupling of layers that counts as none. Default: 0.1.
         cost: ``"model"``, operations, so that runs repeat bit for bit; or ``"measured"``, seconds of the solve.
         memory_limit: Bytes that the matrices of a solve may take. Default: 4 GiB.

@@ -20,7 +20,7 @@ from hessopt.kronecker_factors import KroneckerFactors, Matrices
 from hessopt.kronecker_inverse import KroneckerInverse
 from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
 from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
-from hessopt.kronecker_report import numbers_kept, treatment
+from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment
 from hessopt.kronecker_seeds import LOSSES, Columns, Loss, Reduction, declared_columns, hessian_columns
 from hessopt.mini_batch import check_curvature, check_engine
 from hessopt.taper import clique_taper
@@ -90,6 +90,7 @@ class KroneckerBand:
 
     Attributes:
         probe: Factors of another bandwidth that are averaged as well, with equal weights, or None.
+        last: The rows of the last batch that went into the probe.
         scale: Trace of the loss's output curvature, mean over the samples of the first batch: what makes λ (and the
             optimizer's trust region) independent of the loss's units. With ``"empirical"`` it is 1.
 
@@ -147,6 +148,7 @@ class KroneckerBand:
         self.diagonals: dict[Tensor, Tensor] = {}
         self.probe: KroneckerFactors | None = None
         self.rows: list[int] = []
+        self.last: list[Rows | None] = []
         self._seed = seed
         self._recorder = Recorder(self.blocks, curvature == "empirical")
         self._hooks = WeakHooks(self, "_see_output")
@@ -296,6 +298,7 @@ class KroneckerBand:
         self.excluded = self.factors.update(rows, self.decay, self._samples, self.cross)
         if self.probe is not None:
             self.probe.update(rows, 1.0, self._samples)
+            self.last = rows
         return max(1 - self.decay, 1 / self.factors.updates)
 
     @torch.no_grad()
@@ -365,6 +368,16 @@ class KroneckerBand:
                 total = total + (self.diagonals[p] * s.to(self.dtype).square()).sum()
         return total
 
+    @torch.no_grad()
+    def measured(self, step: Tensor) -> Tensor:
+        """``sᵀ (GGN) s`` by the columns of the last batch in the probe, on blocks: ``Σ (Σ_v ĵ_vᵀ S_v x_v)²``."""
+        assert self.factors is not None
+        blocks = [self.blocks[i] for i in self.called]
+        matrices = self.factors.matrices(step)
+        place = self.factors.place
+        parts = [matrices[n][start : start + b.shape[0]] for b, (n, start) in zip(blocks, place, strict=True)]
+        return sample_curvature(blocks, self.last, parts, self._samples)
+
     def _collect(self, gradients: Sequence[Tensor | None]) -> None:
         """Update from the cotangents that the ordinary backward pass left; a mean loss has 1/B in them."""
         calls = self._recorder.stop()
@@ -403,7 +416,12 @@ class KroneckerBand:
                 tensors=[t.clone() for t in [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()]],
             )
             if self.probe is not None:
-                state["probe"] = {"updates": self.probe.updates, "tensors": [t.clone() for t in self.probe.tensors]}
+                state["probe"] = {
+                    "updates": self.probe.updates,
+                    "tensors": [t.clone() for t in self.probe.tensors],
+                    "last": [None if row is None else [row.inputs, row.cotangents] for row in self.last],
+                    "samples": self._samples,
+                }
         return state
 
     @torch.no_grad()
@@ -429,7 +447,7 @@ class KroneckerBand:
         self._recorder.stop()
         if state["active"]:
             self._recorder.start()
-        self.probe = None
+        self.probe, self.last = None, []
         if "tensors" not in state:
             self.factors, self.inverse = None, None
             return
@@ -447,7 +465,9 @@ class KroneckerBand:
         own, tensors = [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()], state["tensors"]
         if "probe" in state:
             self.probe = self.blank_factors(*candidates)
-            self.probe.updates = int(state["probe"]["updates"])
+            self.probe.updates, self._samples = int(state["probe"]["updates"]), int(state["probe"]["samples"])
+            last = state["probe"]["last"]
+            self.last = [None if row is None else Rows(*(t.to(self.device) for t in row)) for row in last]
             own, tensors = [*own, *self.probe.tensors], [*tensors, *state["probe"]["tensors"]]
         if [t.shape for t in own] != [t.shape for t in tensors]:
             raise ValueError(mismatch)

@@ -59,19 +59,27 @@ class KroneckerInverse:
     def refresh(self, damping: float) -> None:
         """Invert the factors as they are now, with λ = ``damping``. A factor that is not finite keeps its inverse."""
         roots = bool(self.factors.pairs)
+        self.ready = True
         for stack, inverse in zip(self.factors.stacks, self.inverses, strict=True):
             for factor, extra, diagonal, kept in (
                 (stack.inputs, self.damping(stack, damping)[0], stack.diagonal[1], inverse.inputs),
                 (stack.outputs, self.damping(stack, damping)[1], stack.diagonal[0], inverse.outputs),
             ):
                 _invert(factor, extra, diagonal, roots, kept)
+        self._refresh_cross()
+
+    def share(self, other: KroneckerInverse) -> None:
+        """Take the roots of the same blocks from another band's inverse; only the cross factors are made anew."""
+        self.inverses, self.ready = other.inverses, True
+        self._refresh_cross()
+
+    def _refresh_cross(self) -> None:
         for pairs, cross in zip(self.factors.pairs, self.cross, strict=True):
             left, right = (self.inverses[c] for c in pairs.stacks)
             a = left.inputs[pairs.left] @ pairs.inputs @ right.inputs[pairs.right].mT
             g = left.outputs[pairs.left] @ (pairs.taper * pairs.outputs) @ right.outputs[pairs.right].mT
             cross.inputs.copy_(a)
             cross.outputs.copy_(g)
-        self.ready = True
 
     def damping(self, stack: Stack, damping: float) -> tuple[Tensor, Tensor]:
         """``π √λ`` and ``√λ / π``, ``(m,)`` each, at least what rounding needs."""
@@ -108,6 +116,12 @@ class KroneckerInverse:
         decrement = self._step @ solution
         self._apply(self.factors.matrices(solution), transposed=True)
         return self._step, decrement, failed
+
+    def solve_blocks(self, flat: Tensor) -> Tensor:
+        """The block-diagonal step, from roots; a buffer that the next call overwrites."""
+        self._apply(self.factors.matrices(flat), transposed=False)
+        self._apply(self.factors.matrices(self._step.clone()), transposed=True)
+        return self._step
 
     def _apply(self, x: Matrices, transposed: bool) -> None:
         """Into the buffer ``G⁻¹ X A⁻¹``; with roots ``R⁻¹ X L⁻ᵀ``, or transposed ``R⁻ᵀ X L⁻¹``."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hessopt.kronecker_factors import KroneckerFactors
+from hessopt.kronecker_layers import Block, Rows
 
 if TYPE_CHECKING:
     from hessopt.kronecker_band import KroneckerBand
@@ -45,6 +47,38 @@ def treatment(band: KroneckerBand) -> dict[str, str]:
         for p in block.parameters:
             found.setdefault(names[p], text)
     return found
+
+
+def sample_curvature(
+    blocks: Sequence[Block], rows: Sequence[Rows | None], parts: Sequence[Tensor], samples: int
+) -> Tensor:
+    """``Σ_bk (Σ_v ĵ_vbkᵀ S_v x_vb)²``, the curvature along a step S by the columns of one batch.
+
+    No Kronecker product is assumed in it, nor a band. Rows of a block that are not those of the samples (a block of
+    another batch dimension) are squared on their own.
+
+    Args:
+        blocks: The blocks.
+        rows: Of each block, or None.
+        parts: Of each block its part of the step, ``(g, o, a)``.
+        samples: B.
+    """
+    total = torch.zeros((), dtype=parts[0].dtype, device=parts[0].device)
+    along: Tensor | None = None
+    for block, row, part in zip(blocks, rows, parts, strict=True):
+        if row is None:
+            continue
+        j = row.cotangents
+        if block.kind == "embedding":
+            slopes = (j * part[0][row.inputs].unsqueeze(1)).sum((0, -1))
+        else:
+            slopes = torch.einsum("gknto,goa,gnta->knt", j, part, row.inputs)
+        if slopes[0].numel() % samples:
+            total = total + slopes.sum(2).square().sum()
+            continue
+        slopes = slopes.reshape(len(slopes), samples, -1).sum(2)
+        along = slopes if along is None else along + slopes
+    return total if along is None else total + along.square().sum()
 
 
 def step_operations(

@@ -126,9 +126,9 @@ class KroneckerStep:
         self, groups: Groups, gradients: list[Tensor | None], runner: ClosureRunner | None, loss: Tensor | None
     ) -> None:
         parameters = self.band.parameters
-        lr = max(float(group["lr"]) for group in groups)
         if self.choice is not None:
-            self.choice.watch(self.band, gradients, lr, self.options.trust)
+            self.choice.watch(self.band, gradients)
+        lr = max(float(group["lr"]) for group in groups)
         steps = self._scaled(self.band.direction(gradients), gradients, lr)
         every = self.options.adapt_every
         adapt = every is not None and runner is not None and self.band.steps % every == 0
