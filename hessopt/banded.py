@@ -38,6 +38,11 @@ from hessopt.mini_batch import CURVATURES, MiniBatch
 from hessopt.parameter_uses import Use
 from hessopt.quadratic_model import QuadraticModel
 
+SEARCH_START = 1e-8
+"""Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
+SEARCH_FLOOR = 50
+"""Its least, in traces times the rounding unit. Below, solves fail every now and then."""
+
 
 class BandedNewton(Optimizer):
     r"""Gauss-Newton method whose curvature couples layers that are at most ``bandwidth`` apart.
@@ -354,14 +359,15 @@ class BandedNewton(Optimizer):
             recorder.forget()
         loss = evaluation.loss.detach()
         del evaluation  # free what is left of the tape before the solves
-        least = least_damping(model.factors, residuals=model.residuals is not None)
-        damping = self._damping(least, 5 * least_damping(model.factors))
+        damping = self._damping(model)
         system = self._factor_choice.system(model, structure.distances, self.bandwidth)
         cliques = self._cliques(structure.distances, model, system, damping.value)
         solve = partial(model.step, cliques=cliques, system=system)
         maximize = self.param_groups[0]["maximize"]
         if self.line_search:
-            self.last_step = line_step(model, solve, runner.trial_loss, loss, damping.value, maximize=maximize)
+            self.last_step = line_step(
+                model, solve, runner.trial_loss, loss, damping, adapt=self.adapt_damping, maximize=maximize
+            )
         elif self.adapt_damping:
             self.last_step = search_step(
                 model, solve, runner.trial_loss, loss, damping, max_rejections=self.max_rejections, maximize=maximize
@@ -416,14 +422,22 @@ class BandedNewton(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _damping(self, least: float, search: float) -> NielsenDamping:
+    def _damping(self, model: QuadraticModel) -> NielsenDamping:
+        least = least_damping(model.factors, residuals=model.residuals is not None)
         start = self._initial_damping
         minimum = min(max(start.minimum, least), start.maximum)
         damping = replace(start, value=max(start.value, minimum), minimum=minimum)
         state = self.state.get(self._parameters()[0])
         if self._relative_damping:
-            damping.value = min(max(search, minimum), damping.maximum)
-        elif state:
+            trace = model.trace()
+            damping.minimum = min(
+                max(SEARCH_FLOOR * torch.finfo(model.gradients[0][0].dtype).eps * trace, minimum), damping.maximum
+            )
+            first = SEARCH_START * trace if self.adapt_damping else 0.0
+            damping.value = min(max(first, damping.minimum), damping.maximum)
+            if not self.adapt_damping:
+                return damping
+        if state:
             damping.load_state_dict(state)
         return damping
 

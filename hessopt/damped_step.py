@@ -35,6 +35,7 @@ class DampedStep:
         accepted: The parameters were changed.
         solves: Number of solves.
         closure_runs: Number of runs of the closure, the first one included.
+        length: Multiple of the last solve's step that was taken; 0 if none was.
     """
 
     loss: float
@@ -47,6 +48,7 @@ class DampedStep:
     accepted: bool
     solves: int
     closure_runs: int
+    length: float
 
 
 @torch.no_grad()
@@ -116,7 +118,9 @@ def search_step(
         else:
             damping.reject()
     norm = model.gradient_norm()
-    return DampedStep(before, trial_loss, norm, predicted, actual, ratio, used, accepted, solves, runs)
+    return DampedStep(
+        before, trial_loss, norm, predicted, actual, ratio, used, accepted, solves, runs, 1.0 if accepted else 0.0
+    )
 
 
 @torch.no_grad()
@@ -135,7 +139,7 @@ def take_step(model: QuadraticModel, solve: Callable[[float], Step], loss: Tenso
     step = solve(damping)
     predicted = model.predicted_reduction(step)
     _add(model, step)
-    return DampedStep(loss.item(), None, model.gradient_norm(), predicted, None, None, damping, True, 1, 1)
+    return DampedStep(loss.item(), None, model.gradient_norm(), predicted, None, None, damping, True, 1, 1, 1.0)
 
 
 @torch.no_grad()
@@ -144,22 +148,25 @@ def line_step(
     solve: Callable[[float], Step],
     evaluate: Callable[[], float],
     loss: Tensor,
-    damping: float,
+    damping: NielsenDamping,
     *,
+    adapt: bool = True,
     maximize: bool = False,
 ) -> DampedStep:
     """Change the parameters along the step for the given damping, as far as is best among 1, ½, ¼, ….
 
     Lengths are halved until the objective goes down, and then for as long as it goes down further. If it does not down
     to 2⁻³⁰, the parameters stay what they were, bit for bit. ``ratio``, ``predicted_reduction`` and
-    ``actual_reduction`` are those of the length that was taken.
+    ``actual_reduction`` are those of the length that was taken. A length of at least 0.1 lowers the damping tenfold
+    for the next step, one of at most 0.01 raises it tenfold.
 
     Args:
         model: The quadratic model at the current parameters, which it refers to.
         solve: ``solve(λ)``, the step for a damping.
         evaluate: The loss at the parameters as they are when it is called.
         loss: The loss at the current parameters.
-        damping: λ.
+        damping: λ, adapted in place.
+        adapt: Whether the length changes λ. A failed solve does not unless it does.
         maximize: The objective is minus the loss (plus the penalty of the weight decay).
 
     Raises:
@@ -171,15 +178,15 @@ def line_step(
     """
     before, runs = loss.item(), 1
     saved = [[p.clone() for p in parameters] for parameters in model.parameters]
-    solves = 0
+    solves, used = 0, damping.value
     while True:
         solves += 1
         try:
-            step = solve(damping)
+            step = solve(used)
         except SolveError:
             if solves == _MOST_SOLVES:
                 raise
-            damping *= 10
+            used *= 10
         else:
             break
     best: tuple[float, float, float] | None = None  # reduction, loss, length
@@ -197,15 +204,19 @@ def line_step(
             best = actual, trial_loss, 0.5**halvings
         elif best is not None:
             break
+    length = 0.0 if best is None else best[2]
+    if adapt:
+        damping.value = used
+        damping.follow_length(length)
     norm = model.gradient_norm()
     if best is None:
         predicted = model.predicted_reduction(step)
-        return DampedStep(before, None, norm, predicted, None, None, damping, False, solves, runs)
-    taken = [[d * best[2] for d in layer] for layer in step]
+        return DampedStep(before, None, norm, predicted, None, None, used, False, solves, runs, length)
+    taken = [[d * length for d in layer] for layer in step]
     predicted = model.predicted_reduction(taken)
     _add(model, taken)
     ratio = best[0] / predicted if predicted > 0 else None
-    return DampedStep(before, best[1], norm, predicted, best[0], ratio, damping, True, solves, runs)
+    return DampedStep(before, best[1], norm, predicted, best[0], ratio, used, True, solves, runs, length)
 
 
 def _add(model: QuadraticModel, step: Sequence[Sequence[Tensor]]) -> None:

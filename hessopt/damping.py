@@ -69,6 +69,20 @@ class NielsenDamping:
         # Without the bound a long run of rejections at the upper bound of λ would end in infinity.
         self.growth = min(2 * self.growth, 2.0**64)
 
+    def follow_length(self, length: float) -> None:
+        """After a line search: ``λ/10`` if at least a tenth of the step was taken, ``10 λ`` if at most a hundredth.
+
+        A small length says that the step was far too long for the quadratic model, which damping mends in all
+        directions at once and a length only along one. In between λ is left alone.
+
+        Args:
+            length: Multiple of the step that was taken; 0 if none was.
+        """
+        if length >= 0.1:
+            self.value = self._bounded(self.value / 10)
+        elif length <= 0.01:
+            self.value = self._bounded(self.value * 10)
+
     def state_dict(self) -> dict[str, float]:
         """λ and ν as plain numbers. The bounds are the user's choice, not state."""
         return {"damping": self.value, "growth": self.growth}

@@ -25,12 +25,13 @@ class KroneckerStep:
 
     .. math::
        \begin{aligned}
-            &d \leftarrow P^{-1} g, \quad \sigma \leftarrow \min\big(1, \sqrt{\Delta / (\gamma^2 g^\top d)}\big)  \\
+            &d \leftarrow P^{-1} g, \quad \sigma \leftarrow \min\big(1, \sqrt{\Delta / g^\top d}\big)  \\
             &m \leftarrow \mu m + \sigma d, \quad \theta \leftarrow (1 - \gamma \omega) \theta - \gamma m
        \end{aligned}
 
-    P is damped and :math:`g^\top d = d^\top P d`, so σ bounds the model's measure of a step without momentum by Δ; γ in
-    it is the largest of the param groups'. As in :mod:`torch.optim`, a parameter whose gradient is None stays as it is.
+    P is damped and :math:`g^\top d = d^\top P d`, so σ bounds the model's measure of what enters the momentum by Δ. The
+    learning rate is not in it: a schedule that lowers γ shortens the steps, also those at the bound. As in
+    :mod:`torch.optim`, a parameter whose gradient is None stays as it is.
 
     Args:
         model: The network.
@@ -128,8 +129,7 @@ class KroneckerStep:
         parameters = self.band.parameters
         if self.choice is not None:
             self.choice.watch(self.band, gradients)
-        lr = max(float(group["lr"]) for group in groups)
-        steps = self._scaled(self.band.direction(gradients), gradients, lr)
+        steps = self._scaled(self.band.direction(gradients), gradients)
         every = self.options.adapt_every
         adapt = every is not None and runner is not None and self.band.steps % every == 0
         before = [p.clone() for p in parameters] if adapt else []
@@ -141,12 +141,12 @@ class KroneckerStep:
             assert loss is not None
             self._adapt(runner, loss, [p - b for p, b in zip(parameters, before, strict=True)], gradients, groups)
 
-    def _scaled(self, direction: Direction, gradients: list[Tensor | None], lr: float) -> list[Tensor]:
+    def _scaled(self, direction: Direction, gradients: list[Tensor | None]) -> list[Tensor]:
         steps = direction.steps
         trust = self.options.trust
-        if trust is not None and lr > 0:
+        if trust is not None:
             tiny = torch.finfo(direction.decrement.dtype).tiny
-            scale = (trust * self.band.scale / (lr**2 * direction.decrement).clamp_min(tiny)).sqrt().clamp_max(1.0)
+            scale = (trust * self.band.scale / direction.decrement.clamp_min(tiny)).sqrt().clamp_max(1.0)
             torch._foreach_mul_(direction.flat, scale)
         if self.options.graft == "sgd":
             norms = torch._foreach_norm(steps)

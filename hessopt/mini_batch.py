@@ -21,8 +21,8 @@ class MiniBatch:
             ``loss.backward(); optimizer.step()``, without a closure. None: any loss, with a closure. Default: None.
         reduction: Of a declared loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
         momentum: μ, of param groups without their own; in [0, 1). Default: 0.9.
-        trust: Δ, bound on the model's measure ``sᵀPs`` of a step without its momentum, in units of the loss's curvature
-            (:attr:`hessopt.kronecker_band.KroneckerBand.scale`); None for no bound. Default: 2e-4.
+        trust: Δ, bound on the model's measure ``dᵀPd`` of a step before momentum and learning rate, in units of the
+            loss's curvature (:attr:`hessopt.kronecker_band.KroneckerBand.scale`); None for no bound. Default: 1e-3.
         graft: ``"sgd"``: each parameter's step gets the norm of its gradient. Default: None.
         decay: Weight of the past in the running averages; in [0, 1). Default: 0.9.
         factor_every: Steps between updates of factors (more often before the first). Default: 10.
@@ -44,7 +44,7 @@ class MiniBatch:
     loss: Loss | None = None
     reduction: Reduction = "mean"
     momentum: float = 0.9
-    trust: float | None = 2e-4
+    trust: float | None = 1e-3
     graft: Literal["sgd"] | None = None
     decay: float = 0.9
     factor_every: int = 10

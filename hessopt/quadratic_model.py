@@ -46,6 +46,10 @@ class QuadraticModel:
         """``‖g‖``."""
         return math.sqrt(_total(g.square().sum() for gradients in self.gradients for g in gradients))
 
+    def trace(self) -> float:
+        """``tr(ĴᵀĴ)``, an upper bound of the largest eigenvalue that costs next to nothing."""
+        return float(torch.stack([factor.trace() for factor in self.factors]).sum())
+
     def predicted_reduction(self, step: Sequence[Sequence[Tensor]]) -> float:
         """``-m(d)`` of a step d, whatever the bandwidth that it was solved with."""
         change = torch.stack([factor.jvp(d) for factor, d in zip(self.factors, step, strict=True)]).sum(dim=0)

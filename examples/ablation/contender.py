@@ -60,6 +60,29 @@ class Finished(Exception):
     """The contender has nothing more to do; the message says why."""
 
 
+class Schedule:
+    """Learning rates over a budget.
+
+    Args:
+        optimizers: Whose param groups to change.
+        name: ``"constant"``, or ``"cosine"``: learning rates go to zero with the budget.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], name: str) -> None:
+        if name not in ("constant", "cosine"):
+            raise ValueError(f'schedule must be "constant" or "cosine", got {name!r}.')
+        self.optimizers, self.name = optimizers, name
+        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def set(self, share: float) -> None:
+        """Set the learning rates for the share of the budget that is used up."""
+        if self.name == "cosine":
+            factor = (1 + math.cos(math.pi * min(share, 1.0))) / 2
+            for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+
+
 class GradientStep:
     """Forward, backward and a step of optimizers that only look at ``.grad``.
 
@@ -67,7 +90,7 @@ class GradientStep:
         task: The task.
         optimizers: Each with its share of the parameters.
         create_graph: Keep a tape of the gradient, for Hessian-vector products.
-        schedule: ``"constant"``, or ``"cosine"``: learning rates go to zero with the budget.
+        schedule: See :class:`Schedule`.
 
     Attributes:
         share: Of the budget that is used up; the runner sets it.
@@ -76,35 +99,42 @@ class GradientStep:
     def __init__(
         self, task: Task, *optimizers: Optimizer, create_graph: bool = False, schedule: str = "constant"
     ) -> None:
-        if schedule not in ("constant", "cosine"):
-            raise ValueError(f'schedule must be "constant" or "cosine", got {schedule!r}.')
         self.task = task
         self.optimizers = optimizers
         self.create_graph = create_graph
-        self.schedule = schedule
+        self.schedule = Schedule(optimizers, schedule)
         self.share = 0.0
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     def step(self, batch: Batch) -> float:
         self.task.model.zero_grad(set_to_none=True)
         loss = loss_of(self.task.evaluate_loss(batch))
         loss.backward(create_graph=self.create_graph)
-        for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
-            if self.schedule == "cosine":
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (1 + math.cos(math.pi * min(self.share, 1.0))) / 2
+        self.schedule.set(self.share)
+        for optimizer in self.optimizers:
             optimizer.step()
         return loss.item()
 
 
 class ClosureStep:
-    """A step of an optimizer that takes the closure of :mod:`hessopt.closure`."""
+    """A step of an optimizer that takes the closure of :mod:`hessopt.closure`.
 
-    def __init__(self, task: Task, optimizer: Optimizer) -> None:
+    Args:
+        task: The task.
+        optimizer: The optimizer.
+        schedule: See :class:`Schedule`.
+
+    Attributes:
+        share: Of the budget that is used up; the runner sets it.
+    """
+
+    def __init__(self, task: Task, optimizer: Optimizer, schedule: str = "constant") -> None:
         self.task = task
         self.optimizer = optimizer
+        self.schedule = Schedule([optimizer], schedule)
+        self.share = 0.0
 
     def step(self, batch: Batch) -> float:
+        self.schedule.set(self.share)
         closure: Any = lambda: self.task.evaluate_loss(batch)  # noqa: E731
         return float(self.optimizer.step(closure))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +30,16 @@ def banded_search(task: Task, **settings: Any) -> Stepper:
     return ClosureStep(task, hessopt.BandedNewton(task.model, line_search=True, **settings))
 
 
-def banded_kronecker(task: Task, **settings: Any) -> Stepper:
-    """The mini-batch form; bandwidth 0 unless the settings say otherwise."""
-    options = hessopt.MiniBatch(**{name: settings.pop(name) for name in ("trust",) if name in settings})
-    settings = {"bandwidth": 0, **settings}
-    return ClosureStep(task, hessopt.BandedNewton(task.model, factors="kronecker", mini_batch=options, **settings))
+def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
+    """The mini-batch form. A loss with many outputs has to be declared."""
+    names = [field.name for field in dataclasses.fields(hessopt.MiniBatch)]
+    options = {name: settings.pop(name) for name in names if name in settings}
+    if task.declared is not None:
+        options |= dict(zip(("loss", "reduction"), task.declared, strict=True))
+    optimizer = hessopt.BandedNewton(
+        task.model, factors="kronecker", mini_batch=hessopt.MiniBatch(**options), **settings
+    )
+    return ClosureStep(task, optimizer, schedule)
 
 
 def escape_adamw(task: Task, *, lr: float = 1e-3, **settings: Any) -> Stepper:

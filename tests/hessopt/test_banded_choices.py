@@ -224,6 +224,26 @@ def test_line_search(maximize: bool) -> None:
     assert step.damping == 1e-8
 
 
+@pytest.mark.parametrize("adapt", [True, False])
+def test_damping_of_a_line_search_is_relative_to_the_trace(adapt: bool) -> None:
+    """The trace by back-propagation of every output; 1e-8 of it to start with, 50 ε of it at least."""
+    net, closure = regression()
+    optimizer = BandedNewton(net, line_search=True, adapt_damping=adapt)
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # regression()'s own
+    used = []
+    for _ in range(12):
+        rows = [torch.autograd.grad(z, list(net.parameters()), retain_graph=True) for z in net(x).flatten()]
+        trace = 2 / 64 * sum(g.square().sum().item() for row in rows for g in row)
+        optimizer.step(closure)
+        used.append(optimizer.last_step.damping / trace)
+    assert used[0] == pytest.approx(1e-8 if adapt else 50 * torch.finfo(torch.float64).eps, rel=1e-6)
+    assert min(used) >= 50 * torch.finfo(torch.float64).eps * (1 - 1e-6)
+    if not adapt:
+        assert max(used) == pytest.approx(min(used), rel=1e-6)
+    else:
+        assert min(used) < 1e-9
+
+
 def test_line_search_that_finds_nothing_leaves_the_parameters() -> None:
     net, closure = regression()
     before, count = [p.detach().clone() for p in net.parameters()], 0

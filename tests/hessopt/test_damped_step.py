@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessopt.damped_step import DampedStep, search_step, take_step
+from hessopt.damped_step import DampedStep, line_step, search_step, take_step
 from hessopt.damping import NielsenDamping
 from hessopt.errors import SolveError
 from hessopt.quadratic_model import QuadraticModel
@@ -47,6 +47,12 @@ class Line:
         return search_step(
             self.model, self.solve, evaluate, self.loss.detach(), damping, max_rejections=rejections, **options
         )
+
+    def line(self, damping: NielsenDamping, **options: bool) -> DampedStep:
+        def evaluate() -> float:
+            return float(self.f(self.theta).sum())
+
+        return line_step(self.model, self.solve, evaluate, self.loss.detach(), damping, **options)
 
 
 def test_exact_model_is_accepted_at_once() -> None:
@@ -161,3 +167,42 @@ def test_step_without_trial() -> None:
     assert result.accepted
     assert result.predicted_reduction == pytest.approx(6.75, rel=1e-14)
     assert (result.trial_loss, result.actual_reduction, result.ratio) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("lr", "taken", "factor"), [(1.0, 1.0, 0.1), (8.0, 0.125, 0.1), (32.0, 0.03125, 1.0), (128.0, 0.0078125, 10.0)]
+)
+@pytest.mark.parametrize("adapt", [True, False])
+def test_line_search_finds_the_length_and_damping_follows(lr: float, taken: float, factor: float, adapt: bool) -> None:
+    """The solve's step is ``lr`` times the way to the minimum of a parabola, but for the damping."""
+    line, damping = Line(lambda t: t.square(), 3.0, 2**0.5, lr), NielsenDamping(1e-9)
+    result = line.line(damping, adapt=adapt)
+    assert result.accepted
+    assert result.length == taken
+    assert result.damping == 1e-9
+    assert abs(line.theta.item()) < 1e-8
+    assert damping.value == pytest.approx(1e-9 * (factor if adapt else 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_line_search_raises_the_damping_of_failed_solves(adapt: bool) -> None:
+    line, damping = Line(lambda t: t.square(), 3.0, 2**0.5), NielsenDamping(1e-3)
+    solve = line.solve
+
+    def fails(value: float) -> list[list[Tensor]]:
+        if value < 0.05:
+            raise SolveError("singular")
+        return solve(value)
+
+    line.solve = fails  # type: ignore[method-assign]
+    result = line.line(damping, adapt=adapt)
+    assert (result.solves, result.accepted) == (3, True)
+    assert result.damping == pytest.approx(0.1)
+    assert damping.value == pytest.approx(0.01 if adapt else 1e-3)  # the full length was taken
+
+
+def test_line_search_without_a_success_raises_the_damping() -> None:
+    line, damping = Line(lambda t: t.square(), 3.0, 2**0.5, lr=-1.0), NielsenDamping(1e-3)
+    result = line.line(damping)
+    assert (result.accepted, result.length, line.theta.item()) == (False, 0.0, 3.0)
+    assert damping.value == pytest.approx(1e-2)

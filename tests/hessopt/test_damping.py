@@ -27,6 +27,18 @@ def test_rejections_grow_faster_than_geometrically() -> None:
     assert values == [2.0, 8.0, 64.0, 1024.0]
 
 
+@pytest.mark.parametrize(
+    ("length", "value"), [(1.0, 0.5), (0.1, 0.5), (0.099, 5.0), (0.011, 5.0), (0.01, 50.0), (0.0, 50.0)]
+)
+def test_damping_follows_the_length_of_a_line_search(length: float, value: float) -> None:
+    damping = NielsenDamping(5.0, minimum=0.4, maximum=100.0)
+    damping.follow_length(length)
+    assert damping.value == pytest.approx(value, rel=1e-14)
+    for _ in range(4):
+        damping.follow_length(length)
+    assert damping.value == {0.5: 0.4, 5.0: 5.0, 50.0: 100.0}[value]
+
+
 def test_bounds_hold() -> None:
     damping = NielsenDamping(1.0, minimum=0.5, maximum=3.0)
     for _ in range(2000):

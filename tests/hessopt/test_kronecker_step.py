@@ -153,12 +153,13 @@ def test_state_of_another_network_or_kind() -> None:
         declared(problem()[0]).load_state_dict(BandedNewton(problem()[0]).state_dict())
 
 
-def test_trust_region_bounds_the_model() -> None:
+@pytest.mark.parametrize("lr", [1.0, 0.25])
+def test_trust_region_bounds_the_model_before_the_learning_rate(lr: float) -> None:
     net, x, y = problem()
-    optimizer = declared(net, lr=1.0, momentum=0.0, trust=1e-3, bandwidth=1, decay=0.0)
+    optimizer = declared(net, lr=lr, momentum=0.0, trust=1e-3, bandwidth=1, decay=0.0)
     before = [p.detach().clone() for p in net.parameters()]
     steps(optimizer, net, x, y, 1)
-    change = [p.detach() - b for p, b in zip(net.parameters(), before, strict=True)]
+    change = [(p.detach() - b) / lr for p, b in zip(net.parameters(), before, strict=True)]
     bound = 1e-3 * optimizer.band.scale
     measured = optimizer.band.quadratic(change)
     damping = optimizer.band.absolute_damping * sum(c.square().sum() for c in change)
@@ -373,7 +374,7 @@ def test_a_closure_that_failed_leaves_nothing_behind() -> None:
 def test_adapts_the_damping_with_a_closure(is_declared: bool) -> None:
     net, x, y = problem(dropout=0.1)
     options = {"loss": "cross_entropy"} if is_declared else {"curvature": "ggn"}
-    optimizer = build(net, bandwidth=1, adapt_every=2, trust=1e-5, **options)
+    optimizer = build(net, bandwidth=1, adapt_every=2, trust=4e-5, **options)
     make = CLOSURES["backward" if is_declared else "pair"]
     start = optimizer.band.damping
     for _ in range(20):

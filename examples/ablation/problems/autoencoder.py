@@ -47,7 +47,7 @@ def _task(
     x, x_test = x.to(device), x_test.to(device)
     return supervised(
         model, BernoulliLoss(), (x, x), (x_test, x_test), seed=seed, batch=batch, figures=squared_error,
-        measured=measured, kfac=False,
+        measured=measured, kfac=False, declared=("bce_with_logits", "batchmean"),
     )  # fmt: skip
 
 

@@ -81,6 +81,7 @@ def supervised(
     measured: int = 2000,
     least_squares: bool = False,
     kfac: bool = True,
+    declared: tuple[str, str] | None = None,
 ) -> Task:
     """A network trained on pairs.
 
@@ -95,6 +96,7 @@ def supervised(
         measured: How many of the first training rows make up the objective.
         least_squares: The loss is the mean square, and is given as residuals.
         kfac: Offer the loss as a function of the output, in a form that K-FAC knows.
+        declared: See :class:`Task`.
     """
 
     def evaluate_loss(pair: Pair) -> tuple[Tensor, Tensor] | LeastSquares:
@@ -121,6 +123,7 @@ def supervised(
         full_batch=batch is None,
         loss_of_output=loss if kfac else None,
         split=(lambda pair: pair) if kfac else None,
+        declared=declared,
     )
 
 
