@@ -66,10 +66,11 @@ def predict_imbalance(
 
     For other losses (cross-entropy) the T steps are rolled out, at two N × N products each.
 
-    ``"hessian"``: the published form, with eigenpairs (λ, v) of the Hessian and the gradient g at the start and
-    ``c_k = (v_kᵀg)² v_kᵀ S v_k``: ``S(η) = Σ_k c_k (1 − ρ_k^{2T}) / (ηλ_k (2 − ηλ_k))``. It drops pairs j ≠ k,
-    freezes the loss's curvature, and leaves eigenvalues λ_k ≤ 0 out, whose terms grow without bound. So it is off by
-    more, most for cross-entropy.
+    ``"hessian"``: the published form, with eigenpairs (λ, v) of the Hessian and the gradient g at the start,
+    ``S(η) = Σ_k c_k (1 − ρ_k^{2T}) / (ηλ_k (2 − ηλ_k))`` and, as in the published code, ``c_k = (v_kᵀg)² δ₀/‖g‖²``:
+    the imbalance of the first step, ``δ₀ = gᵀSg``, goes to eigenvectors in proportion to the gradient's energy,
+    whatever their own imbalance ``v_kᵀSv_k`` is. It drops pairs j ≠ k, freezes the loss's curvature, and leaves
+    eigenvalues λ_k ≤ 0 out, whose terms grow without bound. So it is off by more, most for cross-entropy.
 
     Both assume that gradients of the network move little from their linearisation: wide layers or short training.
 
@@ -88,7 +89,7 @@ def predict_imbalance(
             (a roll-out is refused where it diverges); the output is not one floating-point tensor.
         MemoryBudgetError: The matrices would take more than ``memory_limit``.
 
-    Source: arXiv 2604.07405 for ``"hessian"``.
+    Source: arXiv 2604.07405 for ``"hessian"``; the kernel form is this package's.
     """
     if method not in ("ntk", "hessian"):
         raise ValueError(f'method is "ntk" or "hessian", got {method!r}.')
@@ -193,7 +194,8 @@ def _by_hessian(
     signs = torch.stack([_signs(op.space.slices, q, gradient) for q in quantities])
     kept = values > 0
     values, vectors = values[kept], vectors[:, kept]
-    c = (vectors.mT @ gradient).square() * (signs @ vectors.square())  # (q, positive eigenvalues)
+    first = signs @ gradient.square() / gradient.square().sum().clamp_min(torch.finfo(gradient.dtype).tiny)
+    c = first.unsqueeze(1) * (vectors.mT @ gradient).square()  # (q, positive eigenvalues)
     sums = [(c * geometric_sum(h * values * (2 - h * values), steps)).sum(1) for h in eta]
     return torch.stack(sums, 1).cpu(), stability.cpu(), True
 

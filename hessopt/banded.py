@@ -132,14 +132,17 @@ class BandedNewton(Optimizer):
             warning that names them where a step takes more than 1e11 operations. Default: ``"auto"``.
         mini_batch: With ``factors="kronecker"``, the :class:`hessopt.MiniBatch` of its options. Default: its defaults.
         damping: λ to start from, relative to nothing: in the units of the curvature. Default: 1e-2; with
-            ``line_search``, where it stays constant, 50 ε tr(GGN), anew at each step. With ``factors="kronecker"`` in
-            units of the loss's output curvature, constant unless ``MiniBatch(adapt_every=…)``, and 2e-3 by default.
+            ``line_search`` 1e-8 tr(GGN), and 50 ε tr(GGN) at least. With ``factors="kronecker"`` in
+            units of the loss's output curvature, constant unless ``MiniBatch(adapt_every=…)``, and 2e-3 by default; 1
+            with ``MiniBatch(damping_unit="layer")``.
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖²; with ``factors="kronecker"`` decoupled.
             Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
-        adapt_damping: Evaluate each step and adapt the damping. If False, every step is taken, with the same λ.
+        adapt_damping: Evaluate each step and adapt the damping. If False, λ stays as it is, every step is taken, and a
+            line search's default is 50 ε tr(GGN), anew at each step.
         line_search: Take, of the step's multiples 1, ½, ¼, …, the first that lowers the objective, or a smaller one if
-            it is better still; with ``adapt_damping=False`` and a small damping. For full batches. Default: False.
+            it is better still; then λ/10 follows from a multiple of at least 0.1, and 10 λ from one of at most 0.01.
+            For full batches, least squares above all. Default: False.
         max_rejections: Rejected solves until a step gives up; at least 1. Default: 5.
         min_damping: Lower bound of λ. Default: 1e-14.
         max_damping: Upper bound of λ. Default: 1e10.
@@ -246,7 +249,7 @@ class BandedNewton(Optimizer):
         self._bandwidth_every = (200 if averages else 10) if bandwidth_every is None else bandwidth_every
         self._choice = BandwidthChoice(bandwidth_rule, self._bandwidth_every, epsilon, cost)
         self._relative_damping = line_search and damping is None
-        start = 2e-3 if averages else 1e-2
+        start = 1e-2 if self.mini_batch is None else 2e-3 if self.mini_batch.damping_unit == "loss" else 1.0
         value = min(max(start, min_damping), max_damping) if damping is None else damping
         self._initial_damping = NielsenDamping(value, minimum=min_damping, maximum=max_damping)
         self._kronecker: KroneckerStep | None = None

@@ -78,8 +78,10 @@ class KroneckerBand:
             exact; ``"empirical"``: the gradients of the samples, for which no extra backward pass is needed.
         loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, or None, then :meth:`gather` takes the loss.
         reduction: Of the loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum over all, divided by B).
+        class_dim: Of the classes in the output of ``"cross_entropy"``; None: as PyTorch has it.
         columns: K, columns of the output curvature a sample, or ``"exact"``.
         damping: λ in units of :attr:`scale`.
+        damping_unit: ``"loss"``, or ``"layer"``: λ in units of the mean of each layer's diagonal instead.
         decay: Weight of the past in running averages.
         factor_every: Steps between updates of factors.
         inverse_every: Steps between inversions.
@@ -108,8 +110,10 @@ class KroneckerBand:
         curvature: Literal["fisher", "ggn", "empirical"] = "fisher",
         loss: Loss | None = None,
         reduction: Reduction = "mean",
+        class_dim: int | None = None,
         columns: Columns = 1,
         damping: float = 2e-3,
+        damping_unit: Literal["loss", "layer"] = "loss",
         decay: float = 0.9,
         factor_every: int = 10,
         inverse_every: int = 40,
@@ -121,12 +125,14 @@ class KroneckerBand:
         check_bandwidth(bandwidth)
         check_curvature(curvature, columns, damping)
         check_engine(
-            loss=loss, reduction=reduction, columns=columns, decay=decay, factor_every=factor_every,
-            inverse_every=inverse_every, iterations=iterations, sharing=sharing, max_size=max_size, seed=seed,
+            loss=loss, reduction=reduction, class_dim=class_dim, columns=columns, decay=decay, sharing=sharing,
+            factor_every=factor_every, inverse_every=inverse_every, iterations=iterations, max_size=max_size, seed=seed,
+            damping_unit=damping_unit,
         )  # fmt: skip
         self.model, self.bandwidth, self.curvature, self.loss, self.reduction = (
             model, bandwidth, curvature, loss, reduction,
         )  # fmt: skip
+        self.class_dim, self.per_layer = class_dim, damping_unit == "layer"
         self.columns, self.damping, self.decay, self.sharing = columns, damping, decay, sharing
         self.factor_every, self.inverse_every, self.iterations = factor_every, inverse_every, iterations
         self.cross = True
@@ -158,8 +164,12 @@ class KroneckerBand:
 
     @property
     def absolute_damping(self) -> float:
-        """λ in the curvature's own units."""
-        return self.damping * self.scale
+        """λ in the curvature's own units; in units of layers a plain number."""
+        return self.damping if self.per_layer else self.damping * self.scale
+
+    def inverse_of(self, factors: KroneckerFactors) -> KroneckerInverse:
+        """The inverse of other averages, of this one's kind."""
+        return KroneckerInverse(factors, self.iterations, self.per_layer)
 
     def detach(self) -> None:
         """Remove all hooks from the network."""
@@ -229,10 +239,13 @@ class KroneckerBand:
         self._recorder.active = False
 
     def _see_declared(self, loss: Loss, output: Tensor) -> None:
-        columns = declared_columns(
-            loss, self.reduction, output.detach(), self.columns, self.curvature == "fisher", self.generator
-        )
-        self._back_propagate(output, columns)
+        z, place = output.detach(), self.class_dim
+        if place is not None:
+            if not -z.ndim <= place < z.ndim or place % z.ndim == 0:
+                raise ModelError(f"class_dim={place} is no dimension of the classes of an output {tuple(z.shape)}.")
+            z = z.movedim(place, 1)
+        columns = declared_columns(loss, self.reduction, z, self.columns, self.curvature == "fisher", self.generator)
+        self._back_propagate(output, columns if place is None else columns.movedim(2, place % z.ndim + 1))
 
     def _back_propagate(self, output: Tensor, columns: Tensor) -> None:
         calls = self._recorder.stop()
@@ -267,7 +280,7 @@ class KroneckerBand:
     def _build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
         self.called, self.distances = list(called), distances
         factors = self.blank_factors(self.bandwidth)
-        self.take(self.bandwidth, factors, KroneckerInverse(factors, self.iterations))
+        self.take(self.bandwidth, factors, self.inverse_of(factors))
         self.diagonals = {p: torch.zeros_like(p, dtype=self.dtype) for p in self.parameters if p not in self._views}
 
     def blank_factors(self, *bandwidths: Bandwidth) -> KroneckerFactors:
@@ -323,6 +336,7 @@ class KroneckerBand:
         self._fill(gradients)
         flat, decrement, failed = self.inverse.solve(self._gradient)
         views, steps, flats = self._steps, [], [flat]
+        tiny = torch.finfo(self.dtype).tiny
         for p, g in zip(self.parameters, gradients, strict=True):
             if p in views:
                 steps.append(views[p])
@@ -330,7 +344,8 @@ class KroneckerBand:
             d = torch.zeros_like(p, dtype=self.dtype)
             if g is not None:
                 slope = g.to(self.dtype)
-                d = slope / (self.diagonals[p] + self.absolute_damping)
+                diagonal, extra = self.diagonals[p], self.absolute_damping
+                d = slope / (diagonal + (extra * diagonal.mean().clamp_min(tiny) if self.per_layer else extra))
                 decrement = decrement + (slope * d).sum()
             steps.append(d)
             flats.append(d)

@@ -28,11 +28,11 @@ class KroneckerBandwidth:
     with equal weights. At the decision each candidate k gives its direction :math:`d_k = P_k^{-1} g` for the present
     gradient, from the probe's factors, and the most that the quadratic model allows along it::
 
-        (gᵀ d)² / (2 dᵀ (J + λ) d)
+        (gᵀ d)² / (2 dᵀ (J + Λ) d)
 
-    where J is the Gauss-Newton matrix by the columns of the window's last batch, without a Kronecker product and
-    without a band (:func:`hessopt.kronecker_report.sample_curvature`). How far to go along d, which the trust region
-    decides by each P's own measure, does not enter. The gain is that over the operations of a step
+    where Λ has the layers' dampings and J is the Gauss-Newton matrix by the columns of the window's last batch, without
+    a Kronecker product and without a band (:func:`hessopt.kronecker_report.sample_curvature`). How far to go along d,
+    which the trust region decides by each P's own measure, does not enter. The gain is that over a step's operations
     (:func:`hessopt.kronecker_report.step_operations`), not seconds, so runs repeat bit for bit. The present bandwidth
     is left only for a gain that is larger by ``hysteresis``; with another the engine goes on with the probe's averages.
     No off-diagonal factor is kept outside of the window while the bandwidth is 0.
@@ -73,7 +73,7 @@ class KroneckerBandwidth:
         for k in reversed(self.candidates):
             factors = band.blank_factors(k)
             factors.adopt(probe)
-            made[k] = factors, KroneckerInverse(factors, band.iterations)
+            made[k] = factors, band.inverse_of(factors)
         widest = made[self.candidates[-1]][1]
         widest.refresh(band.absolute_damping)
         gradient = band.flat(gradients)
@@ -86,7 +86,7 @@ class KroneckerBandwidth:
                 if inverse is not widest:
                     inverse.share(widest)
                 step = inverse.solve(gradient)[0]
-            bend = band.measured(step) + band.absolute_damping * (step @ step)
+            bend = band.measured(step) + widest.penalty(step, band.absolute_damping)
             reduction = (gradient @ step).square() / (2 * bend).clamp_min(torch.finfo(bend.dtype).tiny)
             cost = step_operations(factors, band.rows, band.factor_every, band.inverse_every, band.iterations)
             found.append(Candidate(k, float(reduction), cost))
@@ -96,4 +96,4 @@ class KroneckerBandwidth:
         _log.info("bandwidth %d at step %d; reduction for operations %s", chosen, band.steps, evidence)
         if chosen != band.bandwidth:
             factors, inverse = made[chosen]
-            band.take(chosen, factors, inverse if inverse.ready else KroneckerInverse(factors, band.iterations))
+            band.take(chosen, factors, inverse if inverse.ready else band.inverse_of(factors))

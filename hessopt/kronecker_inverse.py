@@ -31,19 +31,25 @@ class KroneckerInverse:
     and solved by a few conjugate-gradient iterations from zero: that is the block-diagonal preconditioner, applied once
     and not once an iteration, and the first iterate is the block-diagonal step, optimally scaled.
 
+    With ``per_layer`` each layer has its own damping, λ times the mean of its diagonal: ``A_v' = A_v + √λ ā_v I`` and
+    ``G_v' = G_v + √λ ḡ_v I`` with ``ā_v = tr A_v / a``, ``ḡ_v = tr G_v / o``. Then a layer whose inputs or gradients
+    are rescaled takes the rescaled step.
+
     Memory: as much as the factors have.
 
     Args:
         factors: The averages.
         iterations: Of conjugate gradients, if there are pairs.
+        per_layer: In what units λ is.
 
     Source:
         Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015), section
         6.3, for π; docs/banded.md.
     """
 
-    def __init__(self, factors: KroneckerFactors, iterations: int) -> None:
+    def __init__(self, factors: KroneckerFactors, iterations: int, per_layer: bool = False) -> None:
         self.factors = factors
+        self.per_layer = per_layer
         self.iterations = iterations
         self.inverses = [_Inverse(torch.zeros_like(s.inputs), torch.zeros_like(s.outputs)) for s in factors.stacks]
         self.cross = [_Inverse(torch.zeros_like(p.inputs), torch.zeros_like(p.outputs)) for p in factors.pairs]
@@ -82,18 +88,28 @@ class KroneckerInverse:
             cross.outputs.copy_(g)
 
     def damping(self, stack: Stack, damping: float) -> tuple[Tensor, Tensor]:
-        """``π √λ`` and ``√λ / π``, ``(m,)`` each, at least what rounding needs."""
+        """What is added to the diagonals of A and G, ``(m,)`` each, at least what rounding needs."""
         _, o, a = stack.shape
         trace_a, trace_g = (
             (f if diagonal else f.diagonal(dim1=1, dim2=2)).sum(1)
             for f, diagonal in zip(stack.factors, (stack.diagonal[1], stack.diagonal[0]), strict=True)
         )
+        floor = 10 * torch.finfo(trace_a.dtype).eps
+        if self.per_layer:
+            extra = [torch.where(t > 0, t / n, 1.0) * damping**0.5 for t, n in ((trace_a, a), (trace_g, o))]
+            return extra[0].clamp_min(floor * trace_a), extra[1].clamp_min(floor * trace_g)
         tiny = torch.finfo(trace_a.dtype).tiny
         pi = ((trace_a / a).clamp_min(tiny) / (trace_g / o).clamp_min(tiny)).sqrt()
         # No curvature at all on one side: π says nothing.
         pi = torch.where((trace_a > 0) & (trace_g > 0), pi, torch.ones_like(pi))
-        floor = 10 * torch.finfo(trace_a.dtype).eps
         return (pi * damping**0.5).clamp_min(floor * trace_a), (damping**0.5 / pi).clamp_min(floor * trace_g)
+
+    def penalty(self, step: Tensor, damping: float) -> Tensor:
+        """``Σ_v λ_v ‖d_v‖²`` of a step, with λ_v the product of what is added to the diagonals of A_v and G_v."""
+        parts = zip(self.factors.stacks, self.factors.matrices(step), strict=True)
+        return torch.stack(
+            [(torch.mul(*self.damping(stack, damping)) * part.square().sum((1, 2))).sum() for stack, part in parts]
+        ).sum()
 
     def solve(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Solve for a gradient.

@@ -112,8 +112,8 @@ def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: t
     if width > MAX_OUTPUTS:
         raise ModelError(
             f"the loss is not declared, and its output Hessian is not formed for {width} outputs a sample (at most "
-            f"{MAX_OUTPUTS}). Declare the loss, loss={' | '.join(map(repr, LOSSES))}, or use "
-            'curvature="empirical".'
+            f"{MAX_OUTPUTS}). Declare the loss, loss={' | '.join(map(repr, LOSSES))}, or return an output "
+            'whose rows are one position each (`logits.flatten(0, 1)`), or use curvature="empirical".'
         )
     roots = curvature_roots(output_hessians(loss, output), output.dtype)
     if not len(roots):

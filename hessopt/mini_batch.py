@@ -20,9 +20,11 @@ class MiniBatch:
         loss: ``"cross_entropy"``, ``"mse"`` or ``"bce_with_logits"`` of the network's output: then the optimizer takes
             ``loss.backward(); optimizer.step()``, without a closure. None: any loss, with a closure. Default: None.
         reduction: Of a declared loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
-        momentum: μ, of param groups without their own; in [0, 1). Default: 0.9.
+        class_dim: Of the classes in the output of a declared ``"cross_entropy"``, for instance -1 for the ``(B, T, V)``
+            of a language model. None: as in :func:`torch.nn.functional.cross_entropy`, the second of more than two.
+        momentum: μ, of param groups without their own; in [0, 1). Default: 0.5.
         trust: Δ, bound on the model's measure ``dᵀPd`` of a step before momentum and learning rate, in units of the
-            loss's curvature (:attr:`hessopt.kronecker_band.KroneckerBand.scale`); None for no bound. Default: 1e-3.
+            loss's curvature (:attr:`hessopt.kronecker_band.KroneckerBand.scale`); None for no bound. Default: 5e-3.
         graft: ``"sgd"``: each parameter's step gets the norm of its gradient. Default: None.
         decay: Weight of the past in the running averages; in [0, 1). Default: 0.9.
         factor_every: Steps between updates of factors (more often before the first). Default: 10.
@@ -32,6 +34,9 @@ class MiniBatch:
             Default: 1.
         sharing: ``"expand"`` or ``"reduce"``, for linear layers with several positions a sample. Default: ``"expand"``.
         max_size: Factors with more rows are diagonal. Default: 8192.
+        damping_unit: What λ is a multiple of: ``"loss"``, the loss's output curvature, as for ``trust``, the same
+            number for all layers; or ``"layer"``, the mean of each layer's own diagonal, so that a layer whose inputs
+            or gradients are rescaled takes the rescaled step. Default: ``"loss"``.
         adapt_every: Steps between adaptations of λ by the reduction ratio, each with one more evaluation of the
             closure; None: λ is constant. Default: None.
         adapt_rate: λ's factor a step, ``adapt_rate ** adapt_every`` in one adaptation. Default: 0.95.
@@ -43,8 +48,9 @@ class MiniBatch:
 
     loss: Loss | None = None
     reduction: Reduction = "mean"
-    momentum: float = 0.9
-    trust: float | None = 1e-3
+    class_dim: int | None = None
+    momentum: float = 0.5
+    trust: float | None = 5e-3
     graft: Literal["sgd"] | None = None
     decay: float = 0.9
     factor_every: int = 10
@@ -53,6 +59,7 @@ class MiniBatch:
     columns: Columns = 1
     sharing: Sharing = "expand"
     max_size: int = 8192
+    damping_unit: Literal["loss", "layer"] = "loss"
     adapt_every: int | None = None
     adapt_rate: float = 0.95
     seed: int = 0
@@ -73,8 +80,8 @@ class MiniBatch:
     def engine(self) -> dict[str, Any]:
         """Arguments of :class:`hessopt.kronecker_band.KroneckerBand`."""
         names = (
-            "loss", "reduction", "columns", "decay", "factor_every", "inverse_every", "iterations", "sharing",
-            "max_size", "seed",
+            "loss", "reduction", "class_dim", "columns", "decay", "factor_every", "inverse_every", "iterations",
+            "sharing", "max_size", "damping_unit", "seed",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -83,6 +90,7 @@ def check_engine(
     *,
     loss: object,
     reduction: object,
+    class_dim: object,
     columns: object,
     decay: float,
     factor_every: object,
@@ -90,18 +98,26 @@ def check_engine(
     iterations: object,
     sharing: object,
     max_size: object,
+    damping_unit: object,
     seed: object,
 ) -> None:
     """Raise a ValueError unless the options of the engine are in range."""
     _check_choice("reduction", reduction, REDUCTIONS)
     _check_choice("sharing", sharing, ("expand", "reduce"))
     _check_choice("loss", loss, (*LOSSES, None))
+    _check_choice("damping_unit", damping_unit, ("loss", "layer"))
     counts = {
         "factor_every": factor_every, "inverse_every": inverse_every, "iterations": iterations, "max_size": max_size,
     }  # fmt: skip
     _check_counts(counts if columns == "exact" else {**counts, "columns": columns})
     if not 0 <= decay < 1:
         raise ValueError(f"decay must lie in [0, 1), got {decay!r}.")
+    if class_dim is not None and (
+        loss != "cross_entropy" or isinstance(class_dim, bool) or not isinstance(class_dim, int)
+    ):
+        raise ValueError(
+            f'class_dim must be an integer, and loss="cross_entropy", got {class_dim!r} and loss={loss!r}.'
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an integer, got {seed!r}.")
 

@@ -35,7 +35,7 @@ def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any)
     names = [field.name for field in dataclasses.fields(hessopt.MiniBatch)]
     options = {name: settings.pop(name) for name in names if name in settings}
     if task.declared is not None:
-        options |= dict(zip(("loss", "reduction"), task.declared, strict=True))
+        options |= dict(zip(("loss", "reduction", "class_dim"), task.declared, strict=False))
     optimizer = hessopt.BandedNewton(
         task.model, factors="kronecker", mini_batch=hessopt.MiniBatch(**options), **settings
     )
@@ -138,12 +138,12 @@ _ALL = [
         "BandedNewton, Kronecker",
         banded_kronecker,
         [
-            {},
-            {"trust": 1e-3},
-            {"bandwidth": 1},
-            {"trust": 5e-5},
-            {"bandwidth": "full"},
-            {"trust": 1e-3, "bandwidth": 1},
+            {"schedule": "cosine"},
+            {"schedule": "cosine", "damping_unit": "layer"},
+            {"schedule": "cosine", "trust": 2e-2},
+            {"schedule": "cosine", "bandwidth": 1},
+            {"schedule": "cosine", "trust": 1e-3, "momentum": 0.9},
+            {"schedule": "cosine", "bandwidth": "full"},
         ],
         ours=True,
     ),

@@ -31,7 +31,8 @@ class Task:
         loss_of_output: ``loss(output, targets)`` and :attr:`split`, for methods that need the loss apart from the
             network (K-FAC). None where the loss is no function of one output.
         split: Inputs and targets of a batch.
-        declared: Name and reduction of the loss, for methods that know a few losses by name. None for another loss.
+        declared: Name, reduction and perhaps the dimension of the classes, for methods that know a few losses by name.
+            None for another loss.
     """
 
     model: nn.Module
@@ -41,7 +42,7 @@ class Task:
     full_batch: bool
     loss_of_output: nn.Module | None = None
     split: Callable[[Batch], tuple[Tensor, Tensor]] | None = None
-    declared: tuple[str, str] | None = None
+    declared: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)

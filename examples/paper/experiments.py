@@ -119,11 +119,17 @@ def _branches(network: Network, batch: Batch, variant: Variant, seed: int) -> Ro
         row("gap", table.gn_gap[last]),
         row("seconds", seconds),
     ]
-    cross: dict[int, list[float]] = {}
+    found: dict[tuple[str, int], list[float]] = {}
     for i in range(k):
         for j in range(k):
-            cross.setdefault(2 * k - i - j, []).append(table.resonance[at[f"a.{i}"], at[f"b.{j}"]].item())
-    rows += [row("R_cross", sum(found) / len(found), d) for d, found in cross.items()]
+            found.setdefault(("R_cross_AB", 2 * k - i - j), []).append(
+                table.resonance[at[f"a.{i}"], at[f"b.{j}"]].item()
+            )
+            if i <= j:
+                for branch in "ab":
+                    pair = at[f"{branch}.{i}"], at[f"{branch}.{j}"]
+                    found.setdefault((f"R_within_{branch.upper()}", j - i), []).append(table.resonance[pair].item())
+    rows += [row(quantity, sum(values) / len(values), d) for (quantity, d), values in found.items()]
     return [*rows, *jacobians(network, batch, cross_entropy)]
 
 
@@ -185,7 +191,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("exp3_norm", _grid(activation=ACTIVATIONS), _activation(norm=True), _whole, 16, SHORT),
         Experiment(
             "exp4",
-            _grid(k=(1, 2, 3), merge=("sum", "cat"), activation=("relu", "silu")),
+            _grid(k=(2, 1, 3), merge=("sum", "cat"), activation=("relu", "silu")),
             lambda v: Diamond(v["k"], v["merge"], v["activation"]),
             _branches,
             32,

@@ -18,7 +18,8 @@ from paper.images import Data, cifar10, cifar100, generated, toy_regression
 from paper.measurement import Batch, Rows, accuracy, row
 from paper.networks import Network
 from paper.store import Store
-from paper.training import train, train_alone
+from paper.trained import Phases, Trained
+from paper.training import Schedule, train, train_alone
 
 
 def load(experiment: Experiment, folder: Path | None, seed: int) -> Data:
@@ -29,10 +30,19 @@ def load(experiment: Experiment, folder: Path | None, seed: int) -> Data:
     return cifar10(folder) if experiment.data == "cifar10" else cifar100(folder)
 
 
+RESULTS = Path(__file__).parent / "results"
+SCRATCH = Path("paper-results")
+
+
 def run(
-    experiment: Experiment, seeds: Sequence[int], store: Store, folder: Path | None = None, epochs: int | None = None
+    experiment: Experiment,
+    seeds: Sequence[int],
+    store: Store,
+    folder: Path | None = None,
+    epochs: int | None = None,
+    trained: Path | None = None,
 ) -> None:
-    """Add what is missing of the experiment's variants and seeds to the store."""
+    """Add what is missing of the experiment's variants and seeds to the store; ``trained``: folder of networks."""
     schedule = experiment.schedule if epochs is None else replace(experiment.schedule, epochs=epochs)
     if experiment.data != "toy" and folder is None:
         schedule = replace(schedule, epochs=0)  # labels are random: nothing to learn
@@ -53,29 +63,39 @@ def run(
         if not missing:
             continue
         networks = [_initialised(experiment, variant, seed) for seed in missing]
-        start = time.perf_counter()
-        if experiment.alone:
-            augment = crop_and_flip if experiment.augmented else None
-            single = [
-                train_alone(network, data[seed], experiment.loss, schedule, seed, str(variant), augment)
-                for network, seed in zip(networks, missing, strict=True)
-            ]
-            phases = {phase: [found[phase] for found in single] for phase in single[0]}
-        else:
-            phases = {
-                phase: list(found)
-                for phase, found in train(
-                    networks, [data[s] for s in missing], experiment.loss, schedule, missing, str(variant)
-                ).items()
-            }
-        seconds = (time.perf_counter() - start) / len(missing)
+        cache = trained and Trained(trained, networks, schedule, [runs[seed] for seed in missing])
+        phases, seconds = cache.load() if cache else ({}, 0.0)
+        if not phases:
+            start = time.perf_counter()
+            phases = _trained(experiment, networks, [data[seed] for seed in missing], schedule, missing, str(variant))
+            seconds = (time.perf_counter() - start) / len(missing)
+            if cache:
+                cache.save(phases, seconds)
         for i, seed in enumerate(missing):
             rows: Rows = [{"phase": "final", **row("training_seconds", seconds)}]
-            for phase, trained in phases.items():
-                network = trained[i]
+            for phase, found in phases.items():
+                network = found[i]
                 assert isinstance(network, Network)
                 rows += [{"phase": phase, **r} for r in measure(experiment, variant, network, data[seed], seed)]
             store.add(runs[seed], rows)
+
+
+def _trained(
+    experiment: Experiment,
+    networks: Sequence[Network],
+    data: Sequence[Data],
+    schedule: Schedule,
+    seeds: Sequence[int],
+    name: str,
+) -> Phases:
+    if not experiment.alone:
+        return train(networks, data, experiment.loss, schedule, seeds, name)
+    augment = crop_and_flip if experiment.augmented else None
+    single = [
+        train_alone(network, d, experiment.loss, schedule, seed, name, augment)
+        for network, d, seed in zip(networks, data, seeds, strict=True)
+    ]
+    return {phase: [found[phase] for found in single] for phase in single[0]}
 
 
 def measure(experiment: Experiment, variant: Variant, network: Network, data: Data, seed: int) -> Rows:
@@ -110,19 +130,35 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="other than the paper's")
     parser.add_argument("--quick", action="store_true", help="generated images, initialisation only, three seeds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder of results.jsonl and figures")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the results (default: those of the page; with --quick, {SCRATCH})"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME=VALUE", help="only the variants with these values, as k=2"
+    )
+    parser.add_argument("--trained", type=Path, default=SCRATCH / "trained", help="folder that keeps trained networks")
     return parser
 
 
-def main(name: str, description: str | None, variants: Sequence[Variant] | None = None) -> None:
+def main(name: str, description: str | None) -> None:
     """What the scripts do: run, then print the tables."""
     from paper.tables import report  # after the arguments, so that --help is quick
 
     options: Any = arguments(description).parse_args()
     torch.set_num_threads(options.threads)
-    store = Store(options.out / f"{name}.jsonl")
+    store = Store((options.out or (SCRATCH if options.quick else RESULTS)) / f"{name}.jsonl")
     folder = None if options.quick else options.data
     if folder is None and not options.quick and EXPERIMENTS[name].data != "toy":
         raise SystemExit("pass --data DIR with CIFAR, or --quick for what needs none.")
-    run(EXPERIMENTS[name], options.seeds[:3] if options.quick else options.seeds, store, folder, options.epochs)
+    seeds = options.seeds[:3] if options.quick else options.seeds
+    run(only(EXPERIMENTS[name], options.only), seeds, store, folder, options.epochs, options.trained)
     print(report(name, store.rows))
+
+
+def only(experiment: Experiment, wanted: Sequence[str]) -> Experiment:
+    """The experiment with those of its variants that have the values of all ``name=value``."""
+    pairs = [item.split("=", 1) for item in wanted]
+    variants = [v for v in experiment.variants if all([*p, ""][1] == str(v.get(p[0])) for p in pairs)]
+    if not variants:
+        raise SystemExit(f"no variant of {experiment.name} has {', '.join(wanted)}; they are {experiment.variants}.")
+    return replace(experiment, variants=variants)

@@ -52,9 +52,9 @@ def train(
         return vmap(lambda p, a, b: loss(functional_call(base, p, (a,)), b))(state, x, y).sum()
 
     optimizer: torch.optim.Optimizer = (
-        torch.optim.Adam(values, lr=schedule.lr, weight_decay=schedule.weight_decay)
+        torch.optim.Adam(values, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
         if schedule.adam
-        else torch.optim.SGD(values, lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay)
+        else torch.optim.SGD(values, lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay, fused=True)
     )
     if buffers:
         raise ValueError(f"networks with buffers ({', '.join(buffers)}) cannot be trained together.")
@@ -66,13 +66,14 @@ def train(
         permutations = [torch.randperm(count, generator=order) for order in orders]
         for start in range(0, count, schedule.batch):
             rows = [permutation[start : start + schedule.batch] for permutation in permutations]
-            x = torch.stack([d.x[r] for d, r in zip(data, rows, strict=True)])
-            y = torch.stack([d.y[r] for d, r in zip(data, rows, strict=True)])
+            x, y = _gathered([d.x for d in data], rows), _gathered([d.y for d in data], rows)
             gradients = torch.autograd.grad(losses(parameters, x, y), values)
-            norm = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0).sqrt()
-            scale = (1 / (norm + 1e-6)).clamp(max=1)
+            norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+            scale = (1 / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1)
+            if scale.min() < 1:
+                gradients = tuple(g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients)
             for p, g in zip(values, gradients, strict=True):
-                p.grad = g * scale.view(-1, *[1] * (g.ndim - 1))
+                p.grad = g.contiguous()  # the fused step takes no other layout
             optimizer.step()
         if epoch + 1 == schedule.epochs // 2:
             found["mid"] = _unstack(networks, parameters)
@@ -110,6 +111,14 @@ def train_alone(
             found["mid"] = copy.deepcopy(network).eval()
     found["final"] = copy.deepcopy(network).eval()
     return found
+
+
+def _gathered(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """``torch.stack([part[r] …])`` without the copy that stacking makes."""
+    result = parts[0].new_empty(len(parts), len(rows[0]), *parts[0].shape[1:])
+    for i, (part, r) in enumerate(zip(parts, rows, strict=True)):
+        torch.index_select(part, 0, r, out=result[i])
+    return result
 
 
 def _unstack(networks: Sequence[nn.Module], parameters: Mapping[str, Tensor]) -> list[nn.Module]:

@@ -193,13 +193,15 @@ def main() -> None:
     print("  verdict    least squares: any numbers on two straight lines do it, random signs of the samples too")
 
     print("\nClaim 2: α is typical of the layer type")
-    print(f"  {'type':16}{'published':>14}{'ours over training':>30}{'control':>9}")
-    kinds = {kind: name for name, tables in runs.items() for kind in tables[0].by_type()}
-    for kind in kinds:
-        found = [[t.by_type()[kind] for t in tables] for tables in runs.values() if kind in tables[0].by_type()]
-        rows = " → ".join(f"{statistics.fmean(v.mean for v in at):.2f}" for at in zip(*found, strict=True))
-        control = statistics.fmean(at[-1].control for at in found)
-        print(f"  {kind:16}{PUBLISHED.get(kind, ''):>14}{rows:>30}{control:>9.2f}")
+    at = "start → ¼ → end"
+    print(f"  {'network':16}{'type':16}{'published':>14}{'ours, ' + at:>26}{'control, ' + at:>26}{'layers':>8}")
+    for name, tables in runs.items():
+        for kind, last in tables[-1].by_type().items():
+            found = [table.by_type()[kind] for table in tables]
+            ours, control = (" → ".join(f"{v:.2f}" for v in values) for values in zip(
+                *((each.mean, each.control) for each in found), strict=True))  # fmt: skip
+            print(f"  {name:16}{kind:16}{PUBLISHED.get(kind, ''):>14}{ours:>26}{control:>26}{last.layers:>8}")
+    print("  verdict    convolutions and dense layers keep their α; in the GPT it moves, and the control's is the same")
 
     readings = [(layer, layer.kronecker) for layer in measurements if layer.kronecker is not None]
     print("\nClaim 3: α = 2 + dlogΦ/dlogσ (taken as dlogΛ/dlogσ = 2)")

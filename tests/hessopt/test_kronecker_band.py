@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +75,11 @@ def damped(band: KroneckerBand) -> Tensor:
             x = stack.inputs[i].diag() if stack.diagonal[1] else stack.inputs[i]
             pi = ((x.trace() / a) / (g.trace() / o)).sqrt() if x.trace() > 0 and g.trace() > 0 else 1.0
             root = band.absolute_damping**0.5
+            extra_g, extra_x = root / pi, pi * root
+            if band.per_layer:
+                extra_g, extra_x = (root * m.diagonal().mean() if m.trace() > 0 else root for m in (g, x))
             one_o, one_a = (torch.eye(n, dtype=f.dtype) for n in (o, a))
-            whole = torch.kron(g + root / pi * one_o, x + pi * root * one_a)
+            whole = torch.kron(g + extra_g * one_o, x + extra_x * one_a)
             own = slice(start, start + o * a)
             found[own, own] += whole - torch.kron(g, x)
             start += o * a
@@ -148,16 +153,17 @@ def test_averages_are_second_moments(net: Dag, bandwidth: object) -> None:
             assert torch.allclose(pairs.outputs[i], j.mT @ k, rtol=1e-10, atol=1e-13)
 
 
-@given(dags(), BANDWIDTHS, st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
-def test_product_and_solution_against_dense_matrices(net: Dag, bandwidth: object, seed: int) -> None:
-    damping = 0.05
-    band = engine(net, batch()[0], bandwidth, damping=damping, iterations=200, factor_every=1)
+@given(dags(), BANDWIDTHS, st.integers(0, 100), st.sampled_from(["loss", "layer"]))
+@settings(max_examples=80, deadline=None)
+def test_product_and_solution_against_dense_matrices(net: Dag, bandwidth: object, seed: int, unit: str) -> None:
+    damping = 0.05 if unit == "loss" else 0.3
+    band = engine(net, batch()[0], bandwidth, damping=damping, damping_unit=unit, iterations=200, factor_every=1)
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in band.parameters]
     whole, tapered = damped(band), as_dense(band)
     assert torch.linalg.eigvalsh(tapered).min() > -1e-12 * tapered.diagonal().sum()
-    assert torch.linalg.eigvalsh(whole).min() > band.absolute_damping * (1 - 1e-9)
+    if unit == "loss":
+        assert torch.linalg.eigvalsh(whole).min() > band.absolute_damping * (1 - 1e-9)
     assert band.factors is not None
     direction = band.direction(gradients)
     flat = band._gradient.clone()
@@ -185,6 +191,49 @@ def test_every_iterate_descends(net: Dag, bandwidth: object, iterations: int) ->
     step = direction.flat[0]
     assert torch.allclose(direction.decrement, torch.as_tensor(inner), rtol=1e-9)
     assert torch.allclose(step @ damped(band) @ step, direction.decrement, rtol=1e-7)
+
+
+@pytest.mark.parametrize("unit", ["loss", "layer"])
+@pytest.mark.parametrize("bandwidth", [0, 1, "full"])
+def test_rescaled_layers_take_the_rescaled_step(bandwidth: object, unit: str) -> None:
+    """``c W_1, c b_1, W_2 / c`` is the same function of a ReLU network, also after a step in units of the layers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 2)).double()
+    twin, c = copy.deepcopy(net), 100.0
+    with torch.no_grad():
+        for p, factor in ((twin[0].weight, c), (twin[0].bias, c), (twin[2].weight, 1 / c)):
+            p.mul_(factor)
+    x, probe = torch.randn(7, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    outputs = []
+    for model in (net, twin):
+        band = engine(model, x, bandwidth, damping=0.1, damping_unit=unit, iterations=200, factor_every=1)
+        gradients = torch.autograd.grad(model(x).cos().sum(), band.parameters)
+        direction = band.direction(list(gradients))
+        with torch.no_grad():
+            for p, d in zip(band.parameters, direction.steps, strict=True):
+                p.sub_(0.1 * d)
+        band.detach()
+        outputs.append(model(probe).detach())
+    assert torch.allclose(outputs[0], outputs[1], rtol=1e-6) == (unit == "layer")
+
+
+@pytest.mark.parametrize("unit", ["loss", "layer"])
+def test_penalty_is_the_dampings_share_of_the_diagonal(unit: str) -> None:
+    """``Σ λ_v ‖d_v‖²``, with λ_v the number given or that times the mean of the layer's diagonal."""
+    band = engine(chain(), batch()[0], 0, damping=0.1, damping_unit=unit)
+    assert band.factors is not None
+    flat, _ = band.factors.blank()
+    flat.normal_(generator=torch.Generator().manual_seed(0))
+    expected, start = 0.0, 0
+    for stack in band.factors.stacks:
+        m, o, a = stack.shape
+        for i in range(m):
+            part = flat[start : start + o * a]
+            means = stack.outputs[i].diagonal().mean() * stack.inputs[i].diagonal().mean()
+            expected += band.absolute_damping * (1 if unit == "loss" else means) * part.square().sum()
+            start += o * a
+    assert band.inverse is not None
+    assert torch.allclose(band.inverse.penalty(flat, band.absolute_damping), torch.as_tensor(expected), rtol=1e-10)
 
 
 def test_limits() -> None:
@@ -339,6 +388,45 @@ def test_undeclared_loss() -> None:
     exact = hessian_columns(loss, z, "exact", torch.Generator())
     moments = [torch.einsum("kbi,kbj->bij", c, c) for c in (columns, exact)]
     assert torch.allclose(*moments, atol=0.02)
+
+
+@pytest.mark.parametrize("columns", ["exact", 2])
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+def test_dimension_of_the_classes(columns: Any, curvature: Any) -> None:
+    """Classes last, as in language models, against the same network with the classes second."""
+    if (columns, curvature) == ("exact", "fisher"):
+        pytest.skip("exact columns are the GGN's")
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = copy.deepcopy(body)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.body(tokens).mT
+
+    tokens = torch.randint(0, 7, (3, 6))
+    twin = Second()
+    options = {"curvature": curvature, "columns": columns, "loss": "cross_entropy"}
+    last = KroneckerBand(body, body.parameters(), 1, class_dim=-1, **options)
+    second = KroneckerBand(twin, twin.parameters(), 1, **options)
+    body(tokens), twin(tokens)
+    assert last.factors is not None
+    assert second.factors is not None
+    assert last.scale == pytest.approx(second.scale, rel=1e-12)
+    for a, b in zip(last.factors.tensors, second.factors.tensors, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("place", [0, -3, 3])
+def test_dimension_that_is_not_of_the_classes(place: int) -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    band = KroneckerBand(net, net.parameters(), 0, loss="cross_entropy", class_dim=place)
+    with pytest.raises(ModelError, match=rf"class_dim={place} is no dimension of the classes"):
+        net(torch.zeros(2, 3, dtype=torch.long))
+    band.detach()
 
 
 @pytest.mark.parametrize("columns", [1, 3])

@@ -83,7 +83,7 @@ def test_defaults_of_the_two_modes() -> None:
     assert [exact.defaults["lr"], averages.defaults["lr"]] == [1.0, 0.5]
     assert [exact.curvature, averages.curvature] == ["ggn", "fisher"]
     assert "momentum" not in exact.defaults
-    assert averages.defaults["momentum"] == 0.9
+    assert averages.defaults["momentum"] == 0.5
     assert averages.band.damping == 2e-3
     with pytest.raises(ValueError, match='only factors="kronecker" has an engine'):
         _ = exact.band
@@ -421,8 +421,11 @@ def test_hooks_leave_with_the_optimizer_and_stay_away_from_copies() -> None:
         ({"adapt_rate": 1.0}, "adapt_rate must lie in"),
         ({"loss": "hinge"}, "loss must be"),
         ({"columns": 0}, "columns must be"),
+        ({"damping_unit": "trace"}, "damping_unit must be"),
         ({"decay": 1.0}, "decay must lie in"),
         ({"seed": 0.5}, "seed must be"),
+        ({"loss": "mse", "class_dim": -1}, "class_dim must be"),
+        ({"loss": "cross_entropy", "class_dim": True}, "class_dim must be"),
         ({"columns": "exact"}, 'columns="exact" is curvature="ggn"'),
     ],
 )

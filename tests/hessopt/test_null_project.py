@@ -244,6 +244,21 @@ def test_memories_grow_and_stay_orthonormal() -> None:
         gpm_memory(problem.net, problem.x, 0.9, both)
 
 
+def test_directions_are_contiguous_however_they_came() -> None:
+    """Projections are bound by memory: with the directions across rows they take three times as long."""
+    shapes = [torch.Size((4, 5)), torch.Size((3,))]
+    for keep in (False, True):
+        memory = SubspaceMemory(torch.linalg.qr(torch.randn(23, 6)).Q.contiguous(), ["a", "b"], shapes, keep=keep)
+        state = memory.state_dict()
+        state["basis"] = state["basis"].contiguous()  # as a file format may bring it back
+        grown = memory.extended(torch.randn(23, 2))
+        for each in (memory, grown, memory_from_state(state)):
+            assert each.basis.mT.is_contiguous()  # type: ignore[attr-defined]
+        memory.project([torch.randn(4, 5), torch.zeros(3)])
+        assert memory._restricted is not None
+        assert memory._restricted[1].mT.is_contiguous()
+
+
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_making_a_memory_changes_nothing_and_is_deterministic(kind: str) -> None:
     problem = Problem()

@@ -31,11 +31,16 @@ def squared_error(logits: Tensor, pixels: Tensor) -> Mapping[str, Tensor]:
 
 
 def autoencoder(widths: list[int]) -> nn.Sequential:
-    """``widths`` and back again, tanh with a linear code and linear outputs (logits)."""
+    """``widths`` and back again, tanh with a linear code and linear outputs (logits); initialised as by Glorot."""
     layers: list[nn.Module] = []
     for a, b in pairwise([*widths, *widths[-2::-1]]):
         layers += [nn.Linear(a, b), nn.Tanh()]
     del layers[2 * len(widths) - 3]  # the code is linear
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            # With PyTorch's own bound, a third of the variance, signals die out over the depth.
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers[:-1])
 
 

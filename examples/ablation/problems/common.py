@@ -81,7 +81,7 @@ def supervised(
     measured: int = 2000,
     least_squares: bool = False,
     kfac: bool = True,
-    declared: tuple[str, str] | None = None,
+    declared: tuple[str, ...] | None = None,
 ) -> Task:
     """A network trained on pairs.
 

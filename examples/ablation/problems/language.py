@@ -57,7 +57,14 @@ def _shakespeare(seed: int, device: torch.device, data: Path | None) -> Task:
                 figures |= means(model, x, y, lambda z, t, name=name: {name: cross_entropy(z, t)})  # type: ignore[misc]
             return figures
 
-    return Task(model, random_windows(train, seed, device), evaluate_loss, measure, full_batch=False)
+    return Task(
+        model,
+        random_windows(train, seed, device),
+        evaluate_loss,
+        measure,
+        full_batch=False,
+        declared=("cross_entropy", "mean", -1),
+    )
 
 
 PROBLEMS = [
