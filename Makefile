@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 DEVICE ?= cpu
 DATA   ?= data
-PAPER   = exp1 exp1_deep exp1b exp2 exp3 exp3_norm exp4 exp5 exp6 ablation_probes
+PAPER   = exp1 exp1_deep exp1b exp2 exp3 exp3_norm exp4 exp5 exp6 ablation_probes labels architectures
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -65,9 +65,11 @@ ablation-full: $(VENV)/.stamp-ablation ## the same on all problems (an hour); DA
 
 paper-quick: $(VENV)/.stamp-examples ## the paper's tables at initialisation, on generated images
 	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick || exit 1; done
+	$(BIN)/python examples/paper/report.py --results paper-results --docs paper-results
 
-paper: $(VENV)/.stamp-examples ## the paper's tables; DATA is the folder of CIFAR
+paper: $(VENV)/.stamp-examples ## the paper's tables and docs/paper.md (hours); DATA is the folder of the data sets
 	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --data $(DATA) || exit 1; done
+	$(BIN)/python examples/paper/report.py
 
 theories: $(VENV)/.stamp-examples ## the three other theories, with their controls; DATA is the folder of the data sets
 	$(BIN)/python examples/theories/alignment.py --data $(DATA)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import scipy.stats
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
@@ -46,7 +46,7 @@ class Estimate:
         """
         if not 0 < level < 1:
             raise ValueError(f"the level of an interval is between 0 and 1, got {level}.")
-        reach = float(scipy.stats.t.ppf((1 + level) / 2, max(self.samples - 1, 1))) * self.standard_error
+        reach = float(stdtrit(max(self.samples - 1, 1), (1 + level) / 2)) * self.standard_error
         return self.value - reach, self.value + reach
 
     def __str__(self) -> str:

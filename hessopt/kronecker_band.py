@@ -22,6 +22,7 @@ from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
 from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
 from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment
 from hessopt.kronecker_seeds import LOSSES, Columns, Loss, Reduction, declared_columns, hessian_columns
+from hessopt.kronecker_state import load_state, state_of
 from hessopt.mini_batch import check_curvature, check_engine
 from hessopt.taper import clique_taper
 from hessopt.weak_hooks import WeakHooks
@@ -155,12 +156,12 @@ class KroneckerBand:
         self.probe: KroneckerFactors | None = None
         self.rows: list[int] = []
         self.last: list[Rows | None] = []
-        self._seed = seed
-        self._recorder = Recorder(self.blocks, curvature == "empirical")
+        self.seed = seed
+        self.recorder = Recorder(self.blocks, curvature == "empirical")
         self._hooks = WeakHooks(self, "_see_output")
         self._hooks.attach(model)
-        self._samples = 0
-        self._recorder.start()
+        self.samples = 0
+        self.recorder.start()
 
     @property
     def absolute_damping(self) -> float:
@@ -173,27 +174,27 @@ class KroneckerBand:
 
     def detach(self) -> None:
         """Remove all hooks from the network."""
-        self._recorder.remove()
+        self.recorder.remove()
         self._hooks.remove()
 
     @property
     def waits(self) -> bool:
         """Whether an update is due that :meth:`gather` has to make, as the hook on the network did not."""
-        return self._recorder.active
+        return self.recorder.active
 
     def begin(self) -> None:
         """Forget forward passes that were not followed by a step."""
-        if self._recorder.active:
-            self._recorder.start()
+        if self.recorder.active:
+            self.recorder.start()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Gather nothing inside of this context."""
-        active, self._recorder.active = self._recorder.active, False
+        active, self.recorder.active = self.recorder.active, False
         try:
             yield
         finally:
-            self._recorder.active = active
+            self.recorder.active = active
 
     def gather(self, loss: Tensor, output: Tensor) -> None:
         """Update the factors from a loss on its tape, if an update is due. The tape is retained.
@@ -204,7 +205,7 @@ class KroneckerBand:
             loss: A sum or mean over samples.
             output: ``(B, …)``, what the loss is a function of.
         """
-        if not self._recorder.active:
+        if not self.recorder.active:
             return
         if self.curvature == "empirical":
             self._see_batch(output)
@@ -214,7 +215,7 @@ class KroneckerBand:
             self._back_propagate(output, hessian_columns(loss, output, self.columns, self.generator))
 
     def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
-        if not self._recorder.active or not torch.is_grad_enabled():
+        if not self.recorder.active or not torch.is_grad_enabled():
             return
         if self.curvature == "empirical":
             leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
@@ -234,9 +235,9 @@ class KroneckerBand:
 
     def _see_batch(self, output: Tensor) -> None:
         """Empirical: the calls are complete, and their cotangents will come."""
-        self._samples = _batch(output)
-        self._structure(self._recorder.calls, output)
-        self._recorder.active = False
+        self.samples = _batch(output)
+        self._structure(self.recorder.calls, output)
+        self.recorder.active = False
 
     def _see_declared(self, loss: Loss, output: Tensor) -> None:
         z, place = output.detach(), self.class_dim
@@ -248,8 +249,8 @@ class KroneckerBand:
         self._back_propagate(output, columns if place is None else columns.movedim(2, place % z.ndim + 1))
 
     def _back_propagate(self, output: Tensor, columns: Tensor) -> None:
-        calls = self._recorder.stop()
-        self._samples = _batch(output)
+        calls = self.recorder.stop()
+        self.samples = _batch(output)
         if self.factors is None:
             # The only synchronisation with the device; a loss without curvature here has no scale.
             self.scale = float(columns.square().sum()) or 1.0
@@ -275,9 +276,10 @@ class KroneckerBand:
         for number, block in enumerate(self.blocks):
             if number not in called:
                 self.others.update(dict.fromkeys(block.parameters, "its layer was not called at the first step"))
-        self._build(sorted(called), block_distances(calls, output.grad_fn, len(self.blocks)))
+        self.build(sorted(called), block_distances(calls, output.grad_fn, len(self.blocks)))
 
-    def _build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
+    def build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
+        """Blank averages of the blocks that were called, and their inverse."""
         self.called, self.distances = list(called), distances
         factors = self.blank_factors(self.bandwidth)
         self.take(self.bandwidth, factors, self.inverse_of(factors))
@@ -308,9 +310,9 @@ class KroneckerBand:
                 found.setdefault(call.block, []).append(row)
         rows = [_merge(found[i]) if i in found else None for i in self.called]
         self.rows = [0 if row is None else row.cotangents.shape[2] * row.cotangents.shape[3] for row in rows]
-        self.excluded = self.factors.update(rows, self.decay, self._samples, self.cross)
+        self.excluded = self.factors.update(rows, self.decay, self.samples, self.cross)
         if self.probe is not None:
-            self.probe.update(rows, 1.0, self._samples)
+            self.probe.update(rows, 1.0, self.samples)
             self.last = rows
         return max(1 - self.decay, 1 / self.factors.updates)
 
@@ -324,7 +326,7 @@ class KroneckerBand:
         Raises:
             ClosureError: nothing was gathered yet.
         """
-        if self.curvature == "empirical" and self._recorder.calls:
+        if self.curvature == "empirical" and self.recorder.calls:
             self._collect(gradients)
         if self.factors is None or self.inverse is None or not self.factors.updates:
             raise ClosureError(
@@ -351,7 +353,7 @@ class KroneckerBand:
             flats.append(d)
         self.steps += 1
         if due(self.steps, self.factor_every):
-            self._recorder.start()
+            self.recorder.start()
         return Direction(steps, flats, decrement, failed)
 
     def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -391,12 +393,12 @@ class KroneckerBand:
         matrices = self.factors.matrices(step)
         place = self.factors.place
         parts = [matrices[n][start : start + b.shape[0]] for b, (n, start) in zip(blocks, place, strict=True)]
-        return sample_curvature(blocks, self.last, parts, self._samples)
+        return sample_curvature(blocks, self.last, parts, self.samples)
 
     def _collect(self, gradients: Sequence[Tensor | None]) -> None:
         """Update from the cotangents that the ordinary backward pass left; a mean loss has 1/B in them."""
-        calls = self._recorder.stop()
-        scale = 1.0 if self.reduction == "sum" else float(self._samples)
+        calls = self.recorder.stop()
+        scale = 1.0 if self.reduction == "sum" else float(self.samples)
         cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0) * scale**0.5 for c in calls]
         weight = self._update(calls, cotangents)
         for p, g in zip(self.parameters, gradients, strict=True):
@@ -415,31 +417,8 @@ class KroneckerBand:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors and plain numbers."""
-        state: dict[str, Any] = {
-            "steps": self.steps, "damping": self.damping, "scale": self.scale, "generator": self.generator.get_state(),
-            "active": self._recorder.active,
-        }  # fmt: skip
-        if self.factors is not None and self.inverse is not None and self.distances is not None:
-            state.update(
-                called=list(self.called),
-                distances=torch.from_numpy(self.distances),
-                updates=self.factors.updates,
-                ready=self.inverse.ready,
-                excluded=list(self.excluded),
-                rows=list(self.rows),
-                bandwidth=self.bandwidth,
-                tensors=[t.clone() for t in [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()]],
-            )
-            if self.probe is not None:
-                state["probe"] = {
-                    "updates": self.probe.updates,
-                    "tensors": [t.clone() for t in self.probe.tensors],
-                    "last": [None if row is None else [row.inputs, row.cotangents] for row in self.last],
-                    "samples": self._samples,
-                }
-        return state
+        return state_of(self)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], candidates: Sequence[Bandwidth] = ()) -> None:
         """Take up a state, of a network and arguments like this one's.
 
@@ -450,44 +429,7 @@ class KroneckerBand:
         Raises:
             ValueError: the state is of another network or bandwidth.
         """
-        mismatch = "the state's factors are of another network or bandwidth than this optimizer's."
-        if state.get("bandwidth", self.bandwidth) not in (candidates or [self.bandwidth]):
-            raise ValueError(mismatch)
-        self.steps, self.damping, self.scale = int(state["steps"]), float(state["damping"]), float(state["scale"])
-        saved = state["generator"].cpu()
-        if saved.shape == self.generator.get_state().shape:
-            self.generator.set_state(saved)
-        else:
-            self.generator.manual_seed(self._seed)  # of another kind of device: no state of this one's
-        self._recorder.stop()
-        if state["active"]:
-            self._recorder.start()
-        self.probe, self.last = None, []
-        if "tensors" not in state:
-            self.factors, self.inverse = None, None
-            return
-        if any(not 0 <= number < len(self.blocks) for number in state["called"]):
-            raise ValueError(mismatch)
-        self.bandwidth = state["bandwidth"]
-        for number, block in enumerate(self.blocks):
-            if number not in state["called"]:
-                self.others.update(dict.fromkeys(block.parameters, "its layer was not called at the first step"))
-        self._build(state["called"], state["distances"].cpu().numpy())
-        assert self.factors is not None
-        assert self.inverse is not None
-        self.factors.updates, self.inverse.ready = int(state["updates"]), bool(state["ready"])
-        self.excluded, self.rows = list(state["excluded"]), list(state["rows"])
-        own, tensors = [*self.factors.tensors, *self.inverse.tensors, *self.diagonals.values()], state["tensors"]
-        if "probe" in state:
-            self.probe = self.blank_factors(*candidates)
-            self.probe.updates, self._samples = int(state["probe"]["updates"]), int(state["probe"]["samples"])
-            last = state["probe"]["last"]
-            self.last = [None if row is None else Rows(*(t.to(self.device) for t in row)) for row in last]
-            own, tensors = [*own, *self.probe.tensors], [*tensors, *state["probe"]["tensors"]]
-        if [t.shape for t in own] != [t.shape for t in tensors]:
-            raise ValueError(mismatch)
-        for mine, saved in zip(own, tensors, strict=True):
-            mine.copy_(saved)
+        load_state(self, state, candidates)
 
 
 def due(step: int, every: int) -> bool:

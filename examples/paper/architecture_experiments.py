@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from ablation.problems.data import cifar10_pixels
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, mse_loss
+from torch.nn.functional import avg_pool2d, cross_entropy, mse_loss
 
 import diagnostics
 from diagnostics.blocks import MeanBlocks
 from paper.architecture_networks import ConvolutionalChain, SmallGPT, UNet
 from paper.experiments import Experiment, Variant, grid
 from paper.images import Data, generated, scaled
-from paper.measurement import Batch, Rows, row
+from paper.measurement import Batch, Loss, Rows, row
 from paper.networks import Network
 from paper.training import Schedule
 
 NOISE = 0.3
 CONTEXT = 16
+ENDS = frozenset(("init", "final"))
 
 
-def measure_sources(experiment: Experiment, network: Network, batch: Batch, cuts: Sequence[str]) -> Rows:
+def measure_sources(network: Network, batch: Batch, loss: Loss, cuts: Sequence[str]) -> Rows:
     """Norms of all pairs of the network's nodes, and whose nonlinearity makes the tensor part.
 
     Rows, with ``v`` before ``w``: ``R v w``, ``C v w``, ``gap v w``; means of R and C over the pairs at a distance of
     indices; ``share u`` = ⟨H^T(u), H^T⟩ / ‖H^T‖² and ``ratio u`` = ‖H^T(u)‖ / ‖H^T‖ over all pairs, and
     ``share u | v w`` of single pairs. Sources without curvature have no row.
     """
-    graph = diagnostics.capture(network, batch.x, lambda z: experiment.loss(z, batch.y), nodes=list(cuts))
+    graph = diagnostics.capture(network, batch.x, lambda z: loss(z, batch.y), nodes=list(cuts))
     nodes = network.nodes
     pairs = [(v, w) for i, v in enumerate(nodes) for w in nodes[i:]]
     blocks = diagnostics.hessian_blocks(graph, pairs, by_source=True, memory_limit=12 * 2**30)
     gn, tensor = blocks.gn.mean(), blocks.tensor.mean()
-    total = {pair: torch.linalg.matrix_norm(gn[pair] + tensor[pair]).item() for pair in pairs}
+    total = {pair: torch.linalg.matrix_norm(gn[pair] - tensor[pair]).item() for pair in pairs}
     parts = {pair: (_norm(tensor, pair), _norm(gn, pair)) for pair in pairs}
     rows: Rows = []
     by_distance: dict[int, list[tuple[float, float]]] = {}
@@ -53,7 +54,7 @@ def measure_sources(experiment: Experiment, network: Network, batch: Batch, cuts
 
 
 def _norm(part: MeanBlocks, pair: tuple[str, str]) -> float:
-    return torch.linalg.matrix_norm(part[pair]).item()
+    return float(torch.linalg.matrix_norm(part[pair]))
 
 
 def _shares(blocks: diagnostics.HessianBlocks, tensor: MeanBlocks, pairs: Sequence[tuple[str, str]]) -> Rows:
@@ -107,10 +108,54 @@ def characters(folder: Path | None, seed: int) -> Data:
     return Data(x[:train], y[:train], x[train:], y[train:], origin)
 
 
-def _dense(experiment: Experiment, network: Network, batch: Batch, variant: Variant, seed: int) -> Rows:
-    return measure_sources(experiment, network, batch, network.nodes)
+def _of_all_nodes(loss: Loss) -> Callable[[Network, Batch, Variant, int], Rows]:
+    return lambda network, batch, variant, seed: measure_sources(network, batch, loss, network.nodes)
 
 
-def _gpt(experiment: Experiment, network: Network, batch: Batch, variant: Variant, seed: int) -> Rows:
+def _of_a_transformer(network: Network, batch: Batch, variant: Variant, seed: int) -> Rows:
     assert isinstance(network, SmallGPT)
-    return measure_sources(experiment, network, batch, network.cuts)
+    return measure_sources(network, batch, cross_entropy, network.cuts)
+
+
+ARCHITECTURES: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "densenet",
+            grid(wiring=("plain", "residual", "dense")),
+            lambda v: ConvolutionalChain(v["wiring"]),
+            _of_all_nodes(cross_entropy),
+            8,
+            Schedule(epochs=2, lr=3e-3, weight_decay=0.0, adam=True),
+            alone=True,
+            load=small_images,
+            phases=ENDS,
+            quick_seeds=1,
+        ),
+        Experiment(
+            "unet",
+            grid(skips=(True, False)),
+            lambda v: UNet(v["skips"]),
+            _of_all_nodes(mse_loss),
+            8,
+            Schedule(epochs=1, lr=3e-3, weight_decay=0.0, adam=True),
+            alone=True,
+            loss=mse_loss,
+            load=noisy_images,
+            phases=ENDS,
+            quick_seeds=1,
+        ),
+        Experiment(
+            "gpt",
+            grid(model=("gpt",)),
+            lambda v: SmallGPT(),
+            _of_a_transformer,
+            8,
+            Schedule(epochs=5, lr=3e-3, weight_decay=0.0, adam=True),
+            alone=True,
+            load=characters,
+            phases=ENDS,
+            quick_seeds=1,
+        ),
+    )
+}

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paper.architecture_experiments import ARCHITECTURES
 from paper.experiments import EXPERIMENTS
+from paper.label_experiment import LABELS
 
 PUBLISHED = Path(__file__).parent / "published"
 WITHIN = "within 2 σ"
+OUTSIDE = "NOT"
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,13 @@ FINDINGS = (
     ),
     Finding("exp5", "the published error lies below the protocol's noise floor, 0.137", ("test_loss",)),
     Finding("exp5", "by a rerun of the published code 4.7e-3", ("frob_full", "frob_gn"), ("init",)),
+    Finding(
+        "exp1b",
+        "C(0) is 1 by definition and published as 0.84: it seems that small blocks count as 0",
+        ("C",),
+        variant=(("L", "16"), ("arch", "plain_SN")),
+    ),
+    Finding("exp1_deep", "published from 100 random probes; ours is exact", ("R", "C")),
     Finding("exp2", "published from 100 random probes at another width than stated; ours is exact"),
 )
 
@@ -126,8 +137,7 @@ class Line:
     quantity: str
     distance: int | None
     paper: tuple[float, float]
-    ours: tuple[float, float]
-    seeds: int
+    ours: tuple[float, float] | None
     verdict: str
 
     @property
@@ -147,7 +157,7 @@ def published_rows(published: Published) -> Iterable[dict[str, str]]:
 
 
 def compare(name: str, published: Published, rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Every figure of a published table that we have too, in the published order."""
+    """Every figure of a published table in the published order; ``ours`` is None where nothing ran."""
     ours: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["experiment"] == name:
@@ -158,10 +168,13 @@ def compare(name: str, published: Published, rows: Sequence[Mapping[str, Any]]) 
         variant = tuple(theirs[key] for key in published.variant)
         distance = int(theirs["d"]) if published.by_distance else None
         for quantity in published.quantities:
-            found = ours.get((*variant, theirs["phase"], distance, quantity))
-            if found is None or f"{quantity}_mean" not in theirs:
+            if f"{quantity}_mean" not in theirs:
                 continue
             paper = float(theirs[f"{quantity}_mean"]), float(theirs.get(f"{quantity}_std", "nan"))
+            found = ours.get((*variant, theirs["phase"], distance, quantity))
+            if found is None:
+                lines.append(Line(variant, theirs["phase"], quantity, distance, paper, None, NOT_RUN))
+                continue
             values = [row["value"] for row in found]
             mean, spread = statistics.fmean(values), statistics.pstdev(values)
             if within(*paper, mean, spread):
@@ -171,8 +184,8 @@ def compare(name: str, published: Published, rows: Sequence[Mapping[str, Any]]) 
             elif doubt := doubted(name, quantity, theirs):
                 says = f"paper inconsistent: {doubt}"
             else:
-                says = "NOT"
-            lines.append(Line(variant, theirs["phase"], quantity, distance, paper, (mean, spread), len(values), says))
+                says = OUTSIDE
+            lines.append(Line(variant, theirs["phase"], quantity, distance, paper, (mean, spread), says))
     return lines
 
 
@@ -223,11 +236,11 @@ def coverage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
             seeds.setdefault((row["data"], row["epochs"], variant), set()).add(row["seed"])
     for (data, epochs, variant), found in seeds.items():
         kinds.setdefault((data, epochs, tuple(sorted(found))), []).append(variant)
-    whole = len(EXPERIMENTS[name].variants)
+    whole = len({**EXPERIMENTS, **ARCHITECTURES, LABELS.name: LABELS}[name].variants)
     lines = []
     for (data, epochs, found_seeds), variants in kinds.items():
-        which = "all variants" if len(variants) == whole else f"{len(variants)} of {whole} variants"
-        which += "" if len(kinds) == 1 else f" ({', '.join(variants)})"
+        which = f"{len(variants)} of {whole} variants ({', '.join(variants)})"
+        which = "all variants" if len(variants) == whole else which
         trained = f"{epochs} epochs" if epochs else "initialisation only"
         lines.append(f"{data}, {trained}, seeds {', '.join(map(str, found_seeds))}: {which}")
     return lines

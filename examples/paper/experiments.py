@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 import diagnostics
+from paper.images import Data
 from paper.measurement import (
     Batch,
     Rows,
@@ -42,6 +44,11 @@ class Experiment:
         schedule: Training; :attr:`alone` for networks that cannot be trained together with those of other seeds.
         data: ``"cifar10"``, ``"cifar100"`` or ``"toy"``.
         classes: Number of classes, for generated images.
+        augmented: Random crops and flips.
+        loss: Of outputs and targets.
+        load: ``load(folder, seed)`` instead of :attr:`data`; without a folder, data that is generated.
+        phases: When to measure.
+        quick_seeds: How many seeds are measured without data.
     """
 
     name: str
@@ -54,10 +61,10 @@ class Experiment:
     data: str = "cifar10"
     classes: int = 10
     augmented: bool = False
-
-    @property
-    def loss(self) -> Loss:
-        return mse_loss if self.data == "toy" else cross_entropy
+    loss: Loss = cross_entropy
+    load: Callable[[Path | None, int], Data] | None = None
+    phases: frozenset[str] = frozenset(("init", "mid", "final"))
+    quick_seeds: int = 3
 
 
 def _whole(network: Network, batch: Batch, variant: Variant, seed: int) -> Rows:
@@ -151,7 +158,7 @@ def _attention(network: Network, batch: Batch, variant: Variant, seed: int) -> R
     return rows
 
 
-def _grid(**choices: Sequence[Any]) -> list[Variant]:
+def grid(**choices: Sequence[Any]) -> list[Variant]:
     grid: list[Variant] = [{}]
     for name, values in choices.items():
         grid = [{**variant, name: value} for variant in grid for value in values]
@@ -161,7 +168,8 @@ def _grid(**choices: Sequence[Any]) -> list[Variant]:
 def _depth(variant: Variant) -> Network:
     if variant["arch"].startswith("residual"):
         return residual_mlp(variant["L"])
-    return plain_mlp(variant["L"], spectral=variant["arch"].endswith("SN"))
+    spectral = variant["arch"].endswith("SN")
+    return plain_mlp(variant["L"], spectral=spectral, norm=not spectral)
 
 
 def _activation(norm: bool) -> Callable[[Variant], Network]:
@@ -175,39 +183,40 @@ SHORT = Schedule(epochs=20)
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        Experiment("exp1", _grid(L=(8, 10, 12), arch=("plain", "residual")), _depth, _whole, 32),
-        Experiment("exp1_deep", _grid(L=(16, 32), arch=("plain", "residual")), _depth, _whole, 32),
-        Experiment("exp1b", _grid(L=(8, 12, 16), arch=("plain_SN", "residual")), _depth, _whole, 32, alone=True),
+        Experiment("exp1", grid(L=(8, 10, 12), arch=("plain", "residual")), _depth, _whole, 32),
+        Experiment("exp1_deep", grid(L=(16, 32), arch=("plain", "residual")), _depth, _whole, 32),
+        Experiment("exp1b", grid(L=(8, 12, 16), arch=("plain_SN", "residual")), _depth, _whole, 32, alone=True),
         Experiment(
             "exp2",
-            _grid(L=(6, 8), d_u=(4, 8, 16, 32, 64, 128, 256, 512)),
+            grid(L=(6, 8), d_u=(4, 8, 16, 32, 64, 128, 256, 512)),
             lambda v: plain_mlp(v["L"], width=512, classes=100, bottleneck=v["d_u"]),
             _far,
             64,
             data="cifar100",
             classes=100,
         ),
-        Experiment("exp3", _grid(activation=ACTIVATIONS), _activation(norm=False), _whole, 16, SHORT),
-        Experiment("exp3_norm", _grid(activation=ACTIVATIONS), _activation(norm=True), _whole, 16, SHORT),
+        Experiment("exp3", grid(activation=ACTIVATIONS), _activation(norm=False), _whole, 16, SHORT),
+        Experiment("exp3_norm", grid(activation=ACTIVATIONS), _activation(norm=True), _whole, 16, SHORT),
         Experiment(
             "exp4",
-            _grid(k=(2, 1, 3), merge=("sum", "cat"), activation=("relu", "silu")),
+            grid(k=(2, 1, 3), merge=("sum", "cat"), activation=("relu", "silu")),
             lambda v: Diamond(v["k"], v["merge"], v["activation"]),
             _branches,
             32,
         ),
         Experiment(
             "exp5",
-            _grid(model=("attention", "relu_mlp")),
+            grid(model=("attention", "relu_mlp")),
             lambda v: ToyAttention() if v["model"] == "attention" else ToyPerceptron(),
             _attention,
             64,
             Schedule(epochs=30, lr=1e-3, adam=True),
             data="toy",
+            loss=mse_loss,
         ),
         Experiment(
             "exp6",
-            _grid(activation=("relu", "silu"), arch=("resnet18", "plain_resnet18")),
+            grid(activation=("relu", "silu"), arch=("resnet18", "plain_resnet18")),
             lambda v: ConvolutionalNetwork(v["activation"], skips=v["arch"] == "resnet18"),
             _estimated(30),
             32,
@@ -216,7 +225,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             augmented=True,
         ),
         Experiment(
-            "ablation_probes", _grid(activation=SMOOTH), _activation(norm=False), _exact_and_estimated, 16, SHORT
+            "ablation_probes", grid(activation=SMOOTH), _activation(norm=False), _exact_and_estimated, 16, SHORT
         ),
     )
 }

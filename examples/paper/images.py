@@ -28,16 +28,17 @@ class Data:
 def cifar10(folder: Path) -> Data:
     """All of CIFAR-10, scaled to [-1, 1]."""
     x, y, x_test, y_test = cifar10_pixels(folder)
-    return Data(_scaled(x), y, _scaled(x_test), y_test, f"CIFAR-10, {len(x)} training images")
+    return Data(scaled(x), y, scaled(x_test), y_test, f"CIFAR-10, {len(x)} training images")
 
 
 def cifar100(folder: Path) -> Data:
     """CIFAR-100 or the subset of it that the folder has, scaled to [-1, 1]."""
     (x, y, x_test, y_test), origin = cifar100_pixels(folder)
-    return Data(_scaled(x), y, _scaled(x_test), y_test, origin)
+    return Data(scaled(x), y, scaled(x_test), y_test, origin)
 
 
-def _scaled(pixels: Tensor) -> Tensor:
+def scaled(pixels: Tensor) -> Tensor:
+    """Bytes ``(N, 32, 32, 3)`` as numbers in [-1, 1], channels first."""
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 

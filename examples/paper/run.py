@@ -23,6 +23,8 @@ from paper.training import Schedule, train, train_alone
 
 
 def load(experiment: Experiment, folder: Path | None, seed: int) -> Data:
+    if experiment.load is not None:
+        return experiment.load(folder, seed)
     if experiment.data == "toy":
         return toy_regression(seed)
     if folder is None:
@@ -73,8 +75,8 @@ def run(
                 cache.save(phases, seconds)
         for i, seed in enumerate(missing):
             rows: Rows = [{"phase": "final", **row("training_seconds", seconds)}]
-            for phase, found in phases.items():
-                network = found[i]
+            for phase in experiment.phases & phases.keys():
+                network = phases[phase][i]
                 assert isinstance(network, Network)
                 rows += [{"phase": phase, **r} for r in measure(experiment, variant, network, data[seed], seed)]
             store.add(runs[seed], rows)
@@ -140,25 +142,28 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(name: str, description: str | None) -> None:
-    """What the scripts do: run, then print the tables."""
+def main(name: str, description: str | None, experiments: Sequence[Experiment] = ()) -> None:
+    """What the scripts do: run the experiment of that name, or these, then print the tables."""
     from paper.tables import report  # after the arguments, so that --help is quick
 
     options: Any = arguments(description).parse_args()
     torch.set_num_threads(options.threads)
     store = Store((options.out or (SCRATCH if options.quick else RESULTS)) / f"{name}.jsonl")
     folder = None if options.quick else options.data
-    if folder is None and not options.quick and EXPERIMENTS[name].data != "toy":
-        raise SystemExit("pass --data DIR with CIFAR, or --quick for what needs none.")
-    seeds = options.seeds[:3] if options.quick else options.seeds
-    run(only(EXPERIMENTS[name], options.only), seeds, store, folder, options.epochs, options.trained)
-    print(report(name, store.rows))
+    for experiment in only(experiments or [EXPERIMENTS[name]], options.only):
+        if folder is None and not options.quick and experiment.data != "toy":
+            raise SystemExit("pass --data DIR with the data sets, or --quick for what needs none.")
+        seeds = options.seeds[: experiment.quick_seeds] if options.quick else options.seeds
+        run(experiment, seeds, store, folder, options.epochs, options.trained)
+        print(report(experiment.name, store.rows))
 
 
-def only(experiment: Experiment, wanted: Sequence[str]) -> Experiment:
-    """The experiment with those of its variants that have the values of all ``name=value``."""
-    pairs = [item.split("=", 1) for item in wanted]
-    variants = [v for v in experiment.variants if all([*p, ""][1] == str(v.get(p[0])) for p in pairs)]
-    if not variants:
-        raise SystemExit(f"no variant of {experiment.name} has {', '.join(wanted)}; they are {experiment.variants}.")
-    return replace(experiment, variants=variants)
+def only(experiments: Sequence[Experiment], wanted: Sequence[str]) -> list[Experiment]:
+    """The experiments with those of their variants that have the values of all ``name=value``."""
+    pairs = [item.partition("=")[::2] for item in wanted]
+    variants = {e.name: [v for v in e.variants if all(str(v.get(k)) == x for k, x in pairs)] for e in experiments}
+    if not any(variants.values()):
+        raise SystemExit(
+            f"no variant has {', '.join(wanted)}; they are {[v for e in experiments for v in e.variants]}."
+        )
+    return [replace(e, variants=variants[e.name]) for e in experiments if variants[e.name]]

@@ -12,24 +12,25 @@ from paper.comparison import TABLES, WITHIN, Published, compare, coverage
 
 def report(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """All tables of an experiment, with what ran."""
-    if not rows:
+    if not any(row["experiment"] == name for row in rows):
         return f"{name}: no results yet."
     lines = [f"{name}: {line}" for line in coverage(name, rows)]
-    seconds = [row["value"] for row in rows if row["quantity"] == "seconds"]
+    seconds = [row["value"] for row in rows if (row["experiment"], row["quantity"]) == (name, "seconds")]
     if seconds:
         lines.append(f"curvature: {statistics.median(seconds):.3g} s a checkpoint (median of {len(seconds)})")
-    return "\n\n".join(["\n".join(lines), *(table(name, published, rows) for published in TABLES[name])])
+    return "\n\n".join(["\n".join(lines), *(table(name, published, rows) for published in TABLES.get(name, ()))])
 
 
 def table(name: str, published: Published, rows: Sequence[Mapping[str, Any]]) -> str:
     """One published table beside ours; only what we have."""
-    lines = compare(name, published, rows)
+    lines = [line for line in compare(name, published, rows) if line.ours]
     if not lines:
         return f"{published.title}: nothing of it has run."
     head = f"{published.title}: {sum(line.verdict == WITHIN for line in lines)} of {len(lines)} {WITHIN}"
     cells = [
         [" ".join(line.variant), line.phase, line.where, shown(*line.paper), shown(*line.ours), line.verdict]
         for line in lines
+        if line.ours
     ]
     return f"{head}\n{format_table(['variant', 'phase', 'quantity', 'paper', 'ours', 'verdict'], cells)}"
 

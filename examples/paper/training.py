@@ -46,16 +46,16 @@ def train(
         network.train()
     base = copy.deepcopy(networks[0]).to("meta")
     parameters, buffers = stack_module_state(list(networks))
-    values = list(parameters.values())
+    # matrices are trained transposed, which is how their gradients come out of the products
+    values = [_turned(p.detach()).contiguous().requires_grad_() for p in parameters.values()]
+
+    def state() -> dict[str, Tensor]:
+        return {name: _turned(value) for name, value in zip(parameters, values, strict=True)}
 
     def losses(state: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return vmap(lambda p, a, b: loss(functional_call(base, p, (a,)), b))(state, x, y).sum()
 
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.Adam(values, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-        if schedule.adam
-        else torch.optim.SGD(values, lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay, fused=True)
-    )
+    optimizer = _optimizer(values, schedule)
     if buffers:
         raise ValueError(f"networks with buffers ({', '.join(buffers)}) cannot be trained together.")
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -67,7 +67,7 @@ def train(
         for start in range(0, count, schedule.batch):
             rows = [permutation[start : start + schedule.batch] for permutation in permutations]
             x, y = _gathered([d.x for d in data], rows), _gathered([d.y for d in data], rows)
-            gradients = torch.autograd.grad(losses(parameters, x, y), values)
+            gradients = torch.autograd.grad(losses(state(), x, y), values)
             norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
             scale = (1 / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1)
             if scale.min() < 1:
@@ -76,8 +76,8 @@ def train(
                 p.grad = g.contiguous()  # the fused step takes no other layout
             optimizer.step()
         if epoch + 1 == schedule.epochs // 2:
-            found["mid"] = _unstack(networks, parameters)
-    found["final"] = _unstack(networks, parameters)
+            found["mid"] = _unstack(networks, state())
+    found["final"] = _unstack(networks, state())
     return found
 
 
@@ -95,7 +95,7 @@ def train_alone(
     if not schedule.epochs:
         return found
     values = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(values, lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay)
+    optimizer = _optimizer(values, schedule)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=schedule.epochs)
     order = torch.Generator().manual_seed(seed)
     network.train()
@@ -111,6 +111,17 @@ def train_alone(
             found["mid"] = copy.deepcopy(network).eval()
     found["final"] = copy.deepcopy(network).eval()
     return found
+
+
+def _optimizer(values: Sequence[Tensor], schedule: Schedule) -> torch.optim.Optimizer:
+    decay = schedule.weight_decay
+    if schedule.adam:
+        return torch.optim.Adam(values, lr=schedule.lr, weight_decay=decay, fused=True)
+    return torch.optim.SGD(values, lr=schedule.lr, momentum=0.9, weight_decay=decay, fused=True)
+
+
+def _turned(stacked: Tensor) -> Tensor:
+    return stacked.mT if stacked.ndim == 3 else stacked
 
 
 def _gathered(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

@@ -198,8 +198,8 @@ def main() -> None:
     for name, tables in runs.items():
         for kind, last in tables[-1].by_type().items():
             found = [table.by_type()[kind] for table in tables]
-            ours, control = (" → ".join(f"{v:.2f}" for v in values) for values in zip(
-                *((each.mean, each.control) for each in found), strict=True))  # fmt: skip
+            ours = " → ".join(f"{each.mean:.2f}" for each in found)
+            control = " → ".join(f"{each.control:.2f}" for each in found)
             print(f"  {name:16}{kind:16}{PUBLISHED.get(kind, ''):>14}{ours:>26}{control:>26}{last.layers:>8}")
     print("  verdict    convolutions and dense layers keep their α; in the GPT it moves, and the control's is the same")
 
@@ -212,8 +212,10 @@ def main() -> None:
             as_published = statistics.median(
                 abs(2 + k.alignment_slope.exponent - layer.alpha.exponent) for layer, k in mine
             )
-            ours = statistics.median(abs(k.error) for _, k in mine)
-            print(f"  {kind:16}dlogΛ/dlogσ {slope:.2f}; misses α by {as_published:.2f} as published, {ours:.2f} with Λ")
+            missed = statistics.median(abs(k.error) for _, k in mine)
+            print(
+                f"  {kind:16}dlogΛ/dlogσ {slope:.2f}; misses α by {as_published:.2f} as published, {missed:.2f} with Λ"
+            )
     print("  verdict    dlogΛ/dlogσ is not 2, and must be measured")
 
     high = [layer for layer in measurements if layer.participation > layer.zeta_reference]

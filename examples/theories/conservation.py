@@ -222,21 +222,30 @@ def exponents(seeds: tuple[int, ...], steps: int, widths: tuple[int, ...]) -> No
                 sharpness = max(sharpness, SharpnessTracker(model, mse, 1.0).measure(batch).value)
             for eta in rates:
                 made = [setting(activation, seed, width, network_first=True) for seed in seeds]
-                drifts.append(statistics.fmean(drift(model, batch, mse, eta, steps) for model, batch in made))
-            fits = [drift_exponent(rates, drifts, sharpness, exclude_unstable=exclude) for exclude in (False, True)]
+                of_seeds = [drift(model, batch, mse, eta, steps) for model, batch in made]
+                drifts.append(statistics.fmean([d for d in of_seeds if math.isfinite(d)] or [math.nan]))
+            kept = [rate for rate, d in zip(rates, drifts, strict=True) if math.isfinite(d)]
+            drifts = [d for d in drifts if math.isfinite(d)]
+            fits = [drift_exponent(kept, drifts, sharpness, exclude_unstable=exclude) for exclude in (False, True)]
             for values, fit in zip(found, fits, strict=True):
                 values.append(fit.exponent)
             published = PUBLISHED_WIDTHS.get((activation, width))
             left = [activation, str(width), f"{sharpness:.1f}", "-" if published is None else f"{published:.3f}"]
             shown = [f"{fit.exponent:.3f} ± {fit.standard_error:.3f}" for fit in fits]
             rows.append([*left, *shown, str(int(fits[0].unstable.sum()))])
-        growth = [drift_exponent(widths, [max(alpha - 1, 1e-9) for alpha in values]).exponent for values in found]
+        growth = [growing(widths, values) for values in found]
         laws.append(f"{activation}: width^{growth[0]:.2f} over all η, width^{growth[1]:.2f} over the stable ones")
     print("3. Drift exponent α (squared error) by width; λ_max: the largest of the seeds at the start")
     header = ["network", "width", "λ_max", "published α", "α, all η", "α, ηλ_max ≤ 1", "points ηλ_max > 1"]
     print(format_table(header, rows))
     print(f"fits of α − 1: {'; '.join(laws)} (published: width^1.18, of the linear network at eight widths)")
     print("verdict: the published growth is made by points beyond ηλ_max = 1.\n")
+
+
+def growing(widths: tuple[int, ...], alphas: list[float]) -> float:
+    """Exponent of α − 1 in the width, over the widths where α > 1."""
+    points = [(float(width), alpha - 1) for width, alpha in zip(widths, alphas, strict=True) if alpha > 1]
+    return drift_exponent(*zip(*points, strict=True)).exponent if len(points) > 1 else math.nan
 
 
 def edge(steps: int) -> None:
@@ -249,7 +258,7 @@ def edge(steps: int) -> None:
         ("η = 0.1", {"lr": 0.1}),
         ("η = 0.3", {"lr": 0.3}),
         ("control: η = 0.001", {"lr": 0.001}),
-        ("η = 0.02, μ = 0.9", {"lr": 0.02, "momentum": 0.9}),
+        ("η = 0.2, μ = 0.9", {"lr": 0.2, "momentum": 0.9}),
     ):
         torch.manual_seed(0)
         model = nn.Sequential(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from theories import conservation
 from theories.continual import ARMS, FAINTEST, STRONGEST, Outcome, Penalty, run, tuned
 from theories.continual_benchmarks import Benchmark, Task, digits, mlp, permuted
 from theories.rows import Rows
 from theories.spectral_newton import RATES, FlatMuon
 from theories.spectral_newton import tuned as tuned_rate
 from torch import Tensor, nn
+
+from diagnostics import predict_imbalance
 
 
 def task_of(seed: int, classes: int = 10) -> Task:
@@ -178,3 +183,24 @@ def test_flat_muon_moves_convolutions_as_their_matrices() -> None:
         flat.step()
         plain.step()
     assert torch.equal(kernel.detach().flatten(1), matrix.detach())
+
+
+@pytest.mark.slow
+def test_published_imbalance_is_reproduced_in_all_its_digits() -> None:
+    """Measured and predicted S(η) of arXiv 2604.07405's "hessian_4way", ReLU and squared error, η = 0.01."""
+    measured, guess = conservation.PUBLISHED["relu", "mse"][conservation.RATES.index(0.01)]
+    drifts, predictions = [], []
+    for seed in conservation.SEEDS:
+        model, batch = conservation.setting("relu", seed)
+        found = predict_imbalance(model, batch, conservation.mse, 0.01, 2000, method="hessian")
+        predictions.append(found.gradient_sum.item())
+        drifts.append(conservation.drift(model, batch, conservation.mse, 0.01, 2000))
+    assert statistics.fmean(drifts) / 0.01**2 == pytest.approx(measured, rel=5e-5)
+    assert statistics.fmean(predictions) == pytest.approx(guess, rel=5e-5)
+
+
+def test_growth_of_exponents_is_fitted_above_one() -> None:
+    widths = (16, 32, 64)
+    assert conservation.growing(widths, [1 + 0.01 * width**1.5 for width in widths]) == pytest.approx(1.5)
+    assert conservation.growing((8, *widths), [0.9, 1.16, 1.32, 1.64]) == pytest.approx(1.0)
+    assert math.isnan(conservation.growing(widths, [0.9, 1.0, 1.1]))

@@ -525,7 +525,7 @@ def test_measured_curvature_of_all_kinds_of_layers(columns: Any) -> None:
     band = optimizer.band
     net(tokens)
     band.probe = band.blank_factors(0, 1)
-    band._recorder.start()
+    band.recorder.start()
     generator = torch.Generator().set_state(band.generator.get_state())
     z = net(tokens)
     shift = {p: torch.randn_like(p) for p in net.parameters()}
