@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
-from diagnostics.backends import CompositeKernels, twice_differentiable
+from diagnostics.backends import second_order_kernels
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.curvature_choice import CurvatureChoice
 from hessopt.damping import NielsenDamping
@@ -228,7 +227,7 @@ class NewtonCG(Optimizer):
             )
         objective = Objective(self.param_groups)
         runner = ClosureRunner(closure, objective.parameters, self.model)
-        with _twice_differentiable():
+        with second_order_kernels():
             evaluation = runner.evaluate()
         loss = evaluation.loss.detach()
         output = self._output(evaluation, objective.parameters)
@@ -343,7 +342,7 @@ class NewtonCG(Optimizer):
 
         def evaluate() -> float:
             # The runner puts buffers back, bit for bit, which the tape would take for an error.
-            with _twice_differentiable(), _unsafe_preserve_version_counter(buffers):
+            with second_order_kernels(), _unsafe_preserve_version_counter(buffers):
                 return runner.trial_loss()
 
         return evaluate
@@ -409,12 +408,6 @@ class NewtonCG(Optimizer):
         if vector is not None:
             for p, part in zip(objective.parameters, objective.parts(vector), strict=True):
                 self.state[p][name] = part.clone()
-
-
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    with twice_differentiable(), CompositeKernels():
-        yield
 
 
 def _network(params: Params, model: nn.Module | None) -> nn.Module | None:

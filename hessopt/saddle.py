@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diagnostics.backends import second_order_kernels
 from diagnostics.graph import Graph
 from diagnostics.lanczos import ExtremeEigenpairs, extreme_eigenpairs
 from diagnostics.linear_operator import LinearOperator
@@ -298,7 +299,8 @@ class SaddleEscape(Optimizer):
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         runner = ClosureRunner(closure, parameters, self.model)
         try:
-            evaluation = runner.evaluate()
+            with second_order_kernels():
+                evaluation = runner.evaluate()
             sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
             curvature = StepCurvature(evaluation.loss, parameters, verify=True)
             g = sign * curvature.gradient()
@@ -315,7 +317,8 @@ class SaddleEscape(Optimizer):
                 saved = [p.detach().clone() for p in parameters]
                 try:
                     _move(parameters, direction, t)
-                    return sign * (loss - runner.trial_loss())
+                    with second_order_kernels():  # the loss before was by these
+                        return sign * (loss - runner.trial_loss())
                 finally:
                     _restore(parameters, saved)
 

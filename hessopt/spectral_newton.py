@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.backends import CompositeKernels, twice_differentiable
+from diagnostics.backends import second_order_kernels
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
 from hessopt.newton_cg import Params
@@ -276,7 +276,7 @@ class SpectralNewton(Optimizer):
                 raise ClosureError("none of the optimizer's parameters requires grad.")
             runner = ClosureRunner(closure, parameters, self.model)
             if tape:
-                with twice_differentiable(), CompositeKernels():
+                with second_order_kernels():
                     evaluation = runner.evaluate()
             else:
                 evaluation = runner.evaluate()

@@ -37,7 +37,7 @@ def measure_sources(network: Network, batch: Batch, loss: Loss, cuts: Sequence[s
     pairs = [(v, w) for i, v in enumerate(nodes) for w in nodes[i:]]
     blocks = diagnostics.hessian_blocks(graph, pairs, by_source=True, memory_limit=12 * 2**30)
     gn, tensor = blocks.gn.mean(), blocks.tensor.mean()
-    total = {pair: torch.linalg.matrix_norm(gn[pair] - tensor[pair]).item() for pair in pairs}
+    total = {pair: torch.linalg.matrix_norm(gn[pair] + tensor[pair]).item() for pair in pairs}
     parts = {pair: (_norm(tensor, pair), _norm(gn, pair)) for pair in pairs}
     rows: Rows = []
     by_distance: dict[int, list[tuple[float, float]]] = {}

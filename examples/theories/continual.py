@@ -13,7 +13,8 @@ grid, chosen by ACC on a seed of its own; and ``hessopt.NullProject`` with each 
   ``--images 60000``.
 - ``cifar``: CIFAR-10 in 5 tasks of two classes, a small convolutional network, outputs of other tasks masked.
 
-With ``--rows FILE.jsonl`` every run is written there as it ends, and what is there already is not run again.
+With ``--rows FILE.jsonl`` every run is written there as it ends, and what is there already is not run again. On one core
+digits take a minute, CIFAR-10 six, MNIST twenty.
 """
 
 from __future__ import annotations

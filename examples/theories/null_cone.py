@@ -5,7 +5,7 @@
 1. The identities, on random matrices and on a network: ``vᵀHv = 0``, isotropy, parity, inertia.
 2. Whether null directions are special: channel width and share of the gradient, beside random directions.
 3. ``hessopt.NullBoost``: every mode at the best of its learning rates, on two problems.
-4. Continual learning, in ``continual.py``: part of it needs ``--data DIR`` with ``mnist.npz`` and ``cifar10.npz``.
+4. Continual learning, in ``continual.py``: part of it needs ``--data DIR`` with MNIST and CIFAR-10, and half an hour.
 """
 
 from __future__ import annotations

@@ -12,11 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diagnostics.cliques import band_cliques
+from diagnostics.cliques import Cliques, band_cliques
 from diagnostics.errors import MemoryBudgetError
 from hessopt import BandedNewton, LeastSquares
 from hessopt.banded_systems import ParameterSystem, SampleSystem, step_operations
-from hessopt.bandwidth_choice import Candidate, candidates, coupling_radius, most_gain
+from hessopt.bandwidth_choice import (
+    BandwidthChoice,
+    Candidate,
+    bandwidth_cliques,
+    candidates,
+    coupling_radius,
+    most_gain,
+)
 from tests.hessopt.reference import (
     LAMBDA,
     batch,
@@ -118,6 +125,40 @@ def test_coupling_radius() -> None:
     assert coupling_radius(norms, path(3), 0.04) == 2
     assert coupling_radius(norms, path(3), 0.6) == 0
     assert coupling_radius(torch.zeros(3, 3), path(3), 0.1) == 0
+
+
+@pytest.mark.parametrize(
+    ("operations", "tried", "chosen"),
+    [
+        ({0: 1.0, 1: 2.0, 2: 3.0, 4: 4.0}, [4, 2, 1, 0], 0),
+        ({0: 4.0, 1: 5.0, 2: 2.0, 4: 3.0}, [4, 2], 2),
+        ({0: 9.0, 1: 9.0, 2: 9.0, 4: 9.0}, [4], 4),
+    ],
+)
+def test_a_bandwidth_that_costs_no_less_than_a_larger_one_is_not_tried(
+    operations: dict[int, float], tried: list[int], chosen: int
+) -> None:
+    distances = (np.arange(5.0)[:, None] - np.arange(5.0)).__abs__()
+    bandwidth_of = {len(bandwidth_cliques(distances, k).cliques[0]) - 1: k for k in operations}
+    solved: list[int] = []
+
+    class System:
+        def operations(self, cliques: Cliques) -> float:
+            return operations[bandwidth_of[len(cliques.cliques[0]) - 1]]
+
+        def block_norms(self) -> Tensor:
+            return torch.ones(5, 5)
+
+    class Model:
+        def step(self, damping: float, cliques: Cliques, system: object) -> int:
+            solved.append(bandwidth_of[len(cliques.cliques[0]) - 1])
+            return solved[-1]
+
+        def predicted_reduction(self, step: int) -> float:
+            return 1.0
+
+    found = BandwidthChoice().bandwidth({}, distances, Model(), System(), 0.1)  # type: ignore[arg-type]
+    assert (solved, found) == (tried, chosen)
 
 
 def test_most_gain_with_hysteresis() -> None:

@@ -308,3 +308,13 @@ def test_errors_name_the_way_out() -> None:
         optimizer.step()
     with pytest.raises(ClosureError, match="loss is nan at the current parameters, which were left"):
         optimizer.step(lambda: net(torch.full((1, 4), torch.nan, dtype=F64)).sum())
+
+
+def test_attention_uses_kernels_with_a_second_derivative() -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
+    x = torch.randn(3, 5, 4, dtype=F64)
+    optimizer = SaddleEscape(torch.optim.SGD(net.parameters(), lr=0.05), model=net)
+    losses = [optimizer.step(lambda: (net(x) - 1).square().mean()).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert optimizer.last_check is not None
