@@ -69,7 +69,9 @@ def _report(options: argparse.Namespace) -> None:
 
     tables = options.tables or sorted(RESULTS.glob("*.jsonl"))
     rows = [row for path in tables for row in Table(path).rows]
-    Page(rows, CONTENDERS, PROBLEMS).write(options.docs / "ablation.md", options.docs / "images" / "ablation")
+    notes = RESULTS / "notes.md"
+    written = notes.read_text(encoding="utf-8") if notes.exists() else ""
+    Page(rows, CONTENDERS, PROBLEMS, written).write(options.docs / "ablation.md", options.docs / "images" / "ablation")
     print(f"{options.docs / 'ablation.md'} from {len(rows)} runs")
 
 

@@ -91,6 +91,6 @@ def on_one_grid(curves: Sequence[Curve], column: int, points: int = 80) -> tuple
     rows = []
     for curve in curves:
         places = np.array([point[column] for point in curve])
-        objectives = np.array([point[OBJECTIVE] for point in curve])
+        objectives = np.clip([point[OBJECTIVE] for point in curve], None, 1e30)  # beyond, logarithmic axes overflow
         rows.append(objectives[np.searchsorted(places, grid, side="right") - 1])
     return grid, np.array(rows)

@@ -138,10 +138,10 @@ _ALL = [
         "BandedNewton, Kronecker",
         banded_kronecker,
         [
-            {},
-            {"schedule": "cosine", "damping_unit": "layer"},
+            {"trust": 2e-2},
+            {"schedule": "cosine", "damping_unit": "layer", "trust": 2e-2},
             {"schedule": "cosine"},
-            {"schedule": "cosine", "trust": 2e-2},
+            {},
             {"schedule": "cosine", "trust": 1e-3, "momentum": 0.9},
             {"schedule": "cosine", "bandwidth": "full"},
         ],

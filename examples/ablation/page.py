@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ablation.contender import Contender
 from ablation.figures import draw
+from ablation.parts import main_rows, part_tables
 from ablation.results import WORK, Entry, Verdict, entries, lower_median, standing, verdicts
 from ablation.table import Row
 from ablation.task import Problem
@@ -29,6 +30,9 @@ the start: less is rounding). Times are medians over seeds, with
 the range over those seeds that reach the target in brackets, and how many do. Lower is better everywhere.
 """
 
+PARTS = """Settings of one optimizer side by side, untuned, beside tuned peers: median final objectives over the same
+seeds and budgets; bold is the lowest of a column."""
+
 Name = tuple[str, str, str]
 
 
@@ -39,12 +43,19 @@ class Page:
         rows: Of the table.
         contenders: All, by name.
         problems: All, by name.
+        notes: Markdown of what was learned, written by hand; comes after the standings.
     """
 
     def __init__(
-        self, rows: Sequence[Row], contenders: Mapping[str, Contender], problems: Mapping[str, Problem]
+        self,
+        rows: Sequence[Row],
+        contenders: Mapping[str, Contender],
+        problems: Mapping[str, Problem],
+        notes: str = "",
     ) -> None:
-        self.rows = list(rows)
+        self.rows = main_rows(rows, contenders)
+        self.parts = part_tables(rows, contenders, problems)
+        self.notes = notes
         self.contenders = contenders
         self.problems = problems
         # Contenders that are no longer registered have no title: their rows are left out.
@@ -61,7 +72,11 @@ class Page:
             draw(here, list(self.contenders.values()), self._titles(name), images / f"{name}.png")
 
     def text(self, folder: str = "images/ablation") -> str:
-        parts = [INTRODUCTION, self._conditions(), "## In short", self._summary(), self._standings()]
+        parts = [INTRODUCTION, self._conditions(), "## In short", self._summary(), self._standings(), self.notes]
+        if self.parts:
+            parts += ["## What the parts contribute", PARTS]
+            for study, table in self.parts:
+                parts += [f"### Study `{study}`", table]
         for family in dict.fromkeys(entry.family for entry in self.entries):
             parts.append(f"## {family[:1].upper()}{family[1:]}")
             for name in dict.fromkeys(e.problem for e in self.entries if e.family == family):

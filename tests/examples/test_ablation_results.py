@@ -12,6 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
 
 from ablation.page import Page
+from ablation.parts import main_rows
 from ablation.results import Entry, entries, standing, to_target, verdicts
 from ablation.table import Table
 
@@ -110,10 +111,21 @@ def test_the_page_shows_every_entry_and_who_wins(tmp_path: Path) -> None:
     for problem in ("Full batch", "Mini-batches"):
         _, _, rest = text.partition(f"### {problem}")
         section = rest.split("### ")[0].split("\n## ")[0]
-        for name in ("| sgd (lr 0.3) |", "**ours, tuned** (lr 0.3)", "**ours, defaults**", "**ours: fast**"):
+        for name in ("| sgd (lr 0.3) |", "**ours, tuned** (lr 0.3)", "**ours, defaults**"):
             assert name in section
         assert "- never, tuned: ValueError: schedule must be" in section
         assert "(images/ablation/" in section
+        assert "ours: fast" not in section
+    parts = text.partition("## What the parts contribute")[2].partition("\n## ")[0]
+    assert "| | Full batch | Mini-batches |" in parts
+    fast = {
+        name: median(row["final"] for row in rows if row["label"] == "fast" and row["problem"] == name)
+        for name in ("full", "batches")
+    }
+    (line,) = [line for line in parts.splitlines() if line.startswith("| ours: fast |")]
+    assert [float(cell.strip(" *")) for cell in line.split("|")[2:4]] == [
+        pytest.approx(fast[name], rel=5e-3) for name in ("full", "batches")
+    ]
     # Of two numbers of steps at one learning rate, the more steps win: ours has one more.
     best = median(row["final"] for row in rows if row["contender"] == "sgd" and row["role"] == "tuned"
                   and row["problem"] == "full")  # fmt: skip
@@ -137,3 +149,27 @@ def test_no_rows_no_claims() -> None:
     text = page([]).text()
     assert "There are no runs yet." in text
     assert "|" not in text
+
+
+def test_of_several_studies_of_a_problem_the_one_with_most_time_counts(tmp_path: Path) -> None:
+    rows = session(tmp_path / "table.jsonl").run().rows
+    longer = [
+        {**row, "study": "longer", "budget": {**row["budget"], "seconds": 10 * row["budget"]["seconds"]}}
+        for row in rows
+        if row["problem"] == "full" and row["role"] != "variant"
+    ]
+    # Ours takes no part in this one: it does not count, however long it is.
+    peers = [
+        {**row, "study": "peers", "budget": {**row["budget"], "seconds": 100 * row["budget"]["seconds"]}}
+        for row in rows
+        if row["contender"] == "sgd"
+    ]
+    found = main_rows([*rows, *longer, *peers], {c.name: c for c in (SGD, OURS, NEVER)})
+    assert {(row["problem"], row["study"]) for row in found} == {("full", "longer"), ("batches", rows[0]["study"])}
+    assert not [row for row in found if row["role"] == "variant"]
+
+
+def test_notes_are_part_of_the_page(tmp_path: Path) -> None:
+    rows = session(tmp_path / "table.jsonl").run().rows
+    by_name = {c.name: c for c in (SGD, OURS, NEVER)}
+    assert "## What was learned" in Page(rows, by_name, {}, "## What was learned\n\nNothing.").text()
