@@ -224,9 +224,11 @@ def _invert(factor: Tensor, extra: Tensor, diagonal: bool, root: bool, kept: Ten
     damped = factor.clone()
     damped.diagonal(dim1=1, dim2=2).add_(extra.unsqueeze(1))
     lower, info = torch.linalg.cholesky_ex(damped)
-    inverse = triangular_inverse(lower)
-    if not root:
-        inverse = inverse.mT @ inverse
+    # A factorization that failed may leave a zero on the diagonal, which LAPACK refuses.
+    lower = torch.where(
+        (info == 0)[:, None, None], lower, torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    )
+    inverse = triangular_inverse(lower) if root else torch.cholesky_inverse(lower)
     sound = (info == 0) & inverse.isfinite().flatten(1).all(1)
     kept.copy_(torch.where(sound[:, None, None], inverse, kept))
 
