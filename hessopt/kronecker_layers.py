@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -105,12 +106,12 @@ class Block:
         if self.kind == "bias":
             return _one(_sums(j, x.ndim - 1 if dimensions is None else 1))
         if dimensions is not None:
-            inputs, j = _patches(module, x), _by_group(j, self.shape[0])
+            inputs, j = _patches(module, x, self.bias is not None), _by_group(j, self.shape[0])
         else:
             inputs = x.reshape(1, len(x), -1, x.shape[-1])
             j = j.reshape(1, len(j), len(x), -1, j.shape[-1])
-        if self.bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+            if self.bias is not None:
+                inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
         if sharing == "reduce" and self.kind == "linear":
             inputs, j = inputs.mean(2, keepdim=True), j.sum(3, keepdim=True)
         return Rows(inputs, j)
@@ -273,8 +274,11 @@ def _by_group(j: Tensor, groups: int) -> Tensor:
     return grouped.permute(2, 0, 1, 4, 3)
 
 
-def _patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What each output position of a convolution sees, ``(g, n, T, c·k)``."""
+def _patches(module: nn.Module, x: Tensor, one: bool) -> Tensor:
+    """What each output position of a convolution sees, ``(g, n, T, c·k)``; with ``one`` also the number one.
+
+    In memory positions come last: they lie next to each other in the image as well, which makes the copy fast.
+    """
     assert isinstance(module, nn.modules.conv._ConvNd)
     padding = module._reversed_padding_repeated_twice
     if any(padding):
@@ -288,16 +292,18 @@ def _patches(module: nn.Module, x: Tensor) -> Tensor:
     ]
     per_group = x.shape[1] // module.groups
     view = x.as_strided(
-        (module.groups, len(x), *counts, per_group, *module.kernel_size),
+        (module.groups, per_group, *module.kernel_size, len(x), *counts),
         (
             per_group * strides[1],
-            strides[0],
-            *(stride * s for stride, s in zip(strides[2:], module.stride, strict=True)),
             strides[1],
             *(stride * d for stride, d in zip(strides[2:], module.dilation, strict=True)),
+            strides[0],
+            *(stride * s for stride, s in zip(strides[2:], module.stride, strict=True)),
         ),
     )
-    positions = 1
-    for count in counts:
-        positions *= count
-    return view.reshape(module.groups, len(x), positions, -1)
+    size = per_group * prod(module.kernel_size)
+    patches = x.new_empty(module.groups, size + one, len(x), prod(counts))
+    patches[:, :size].view(view.shape).copy_(view)
+    if one:
+        patches[:, size] = 1.0
+    return patches.permute(0, 2, 3, 1)
