@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -304,9 +305,12 @@ class KroneckerBand:
         """Average in one batch; returns the weight."""
         assert self.factors is not None
         found: dict[int, list[Rows]] = {}
+        times = Counter(call.block for call in calls)
+        inside = not self.factors.pairs and self.probe is None  # nothing between blocks is gathered
         for call, j in zip(calls, cotangents, strict=True):
             if call.block in self.called and j is not None:
-                row = self.blocks[call.block].rows(call.module, call.input, j, self.sharing, self.dtype)
+                gram = inside and times[call.block] == 1
+                row = self.blocks[call.block].rows(call.module, call.input, j, self.sharing, self.dtype, gram)
                 found.setdefault(call.block, []).append(row)
         rows = [_merge(found[i]) if i in found else None for i in self.called]
         self.rows = [0 if row is None else row.cotangents.shape[2] * row.cotangents.shape[3] for row in rows]

@@ -238,12 +238,19 @@ def _average(block: Block, rows: Rows, a: Tensor, g: Tensor, weight: float) -> N
         else:
             a.baddbmm_(j.mT, j, beta=1 - weight, alpha=weight)
         return
-    x = rows.inputs.flatten(1, 2)
-    for factor, part, diagonal, scale in ((a, x, block.diagonal[1], 1 / x.shape[1]), (g, j, block.diagonal[0], 1.0)):
-        if diagonal:
-            factor.mul_(1 - weight).add_(part.square().sum(1), alpha=weight * scale)
-        else:
-            factor.baddbmm_(part.mT, part, beta=1 - weight, alpha=weight * scale)
+    share = 1 / (rows.inputs.shape[1] * rows.inputs.shape[2])
+    if rows.gram is not None:
+        a.mul_(1 - weight).add_(rows.gram, alpha=weight * share)
+    else:
+        _add_gram(a, rows.inputs.flatten(1, 2), block.diagonal[1], weight, share)
+    _add_gram(g, j, block.diagonal[0], weight, 1.0)
+
+
+def _add_gram(factor: Tensor, x: Tensor, diagonal: bool, weight: float, scale: float) -> None:
+    if diagonal:
+        factor.mul_(1 - weight).add_(x.square().sum(1), alpha=weight * scale)
+    else:
+        factor.baddbmm_(x.mT, x, beta=1 - weight, alpha=weight * scale)
 
 
 def _positions(rows: Rows, samples: int) -> Rows | None:

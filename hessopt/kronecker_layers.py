@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from hessopt.patches import patch_gram, patches_of
 
 Sharing = Literal["expand", "reduce"]
 
@@ -34,10 +35,12 @@ class Rows:
         inputs: ``(g, n, T, a)``, the homogeneous coordinate of the bias included; for an embedding the positions'
             indices, ``(1, n, T)``, which stand for unit vectors.
         cotangents: ĵ, ``(g, K, n, T, o)``.
+        gram: ``Σ x xᵀ`` over samples and positions, ``(g, a, a)``, in place of inputs, whose shape alone is right then.
     """
 
     inputs: Tensor
     cotangents: Tensor
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,15 @@ class Block:
         views = [matrix[..., : self.weight[0].numel()].view(self.weight.shape)]
         return views if self.bias is None else [*views, matrix[..., -1].view(self.bias.shape)]
 
-    def rows(self, module: nn.Module, x: Tensor, cotangents: Tensor, sharing: Sharing, dtype: torch.dtype) -> Rows:
+    def rows(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        cotangents: Tensor,
+        sharing: Sharing,
+        dtype: torch.dtype,
+        gram: bool = False,
+    ) -> Rows:
         """The rows of one call.
 
         Args:
@@ -93,6 +104,7 @@ class Block:
             sharing: For a linear layer with several positions a sample: ``"expand"`` takes positions for independent,
                 ``"reduce"`` takes the mean of their inputs and the sum of their cotangents.
             dtype: Of the rows.
+            gram: The Gram matrix of the inputs is enough, where that is less work.
         """
         j = cotangents.to(dtype)
         if self.kind == "embedding":
@@ -106,7 +118,12 @@ class Block:
         if self.kind == "bias":
             return _one(_sums(j, x.ndim - 1 if dimensions is None else 1))
         if dimensions is not None:
-            inputs, j = _patches(module, x, self.bias is not None), _by_group(j, self.shape[0])
+            assert isinstance(module, nn.modules.conv._ConvNd)
+            j = _by_group(j, self.shape[0])
+            found = patch_gram(module, x, self.bias is not None) if gram and not self.diagonal[1] else None
+            if found is not None:
+                return Rows(x.new_zeros(()).expand(j.shape[0], *j.shape[2:4], self.shape[2]), j, found)
+            inputs = patches_of(module, x, self.bias is not None)
         else:
             inputs = x.reshape(1, len(x), -1, x.shape[-1])
             j = j.reshape(1, len(j), len(x), -1, j.shape[-1])
@@ -272,38 +289,3 @@ def _by_group(j: Tensor, groups: int) -> Tensor:
     j = j.flatten(3) if j.ndim > 3 else j
     grouped: Tensor = j.unflatten(2, (groups, -1))
     return grouped.permute(2, 0, 1, 4, 3)
-
-
-def _patches(module: nn.Module, x: Tensor, one: bool) -> Tensor:
-    """What each output position of a convolution sees, ``(g, n, T, c·k)``; with ``one`` also the number one.
-
-    In memory positions come last: they lie next to each other in the image as well, which makes the copy fast.
-    """
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    padding = module._reversed_padding_repeated_twice
-    if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = functional.pad(x, padding, mode=mode)
-    x = x.contiguous()
-    spatial, strides = x.shape[2:], x.stride()
-    counts = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(spatial, module.kernel_size, module.stride, module.dilation, strict=True)
-    ]
-    per_group = x.shape[1] // module.groups
-    view = x.as_strided(
-        (module.groups, per_group, *module.kernel_size, len(x), *counts),
-        (
-            per_group * strides[1],
-            strides[1],
-            *(stride * d for stride, d in zip(strides[2:], module.dilation, strict=True)),
-            strides[0],
-            *(stride * s for stride, s in zip(strides[2:], module.stride, strict=True)),
-        ),
-    )
-    size = per_group * prod(module.kernel_size)
-    patches = x.new_empty(module.groups, size + one, len(x), prod(counts))
-    patches[:, :size].view(view.shape).copy_(view)
-    if one:
-        patches[:, size] = 1.0
-    return patches.permute(0, 2, 3, 1)

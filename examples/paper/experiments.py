@@ -194,6 +194,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             64,
             data="cifar100",
             classes=100,
+            quick_seeds=1,
         ),
         Experiment("exp3", grid(activation=ACTIVATIONS), _activation(norm=False), _whole, 16, SHORT),
         Experiment("exp3_norm", grid(activation=ACTIVATIONS), _activation(norm=True), _whole, 16, SHORT),
@@ -223,6 +224,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Schedule(epochs=100, lr=0.1, weight_decay=5e-4),
             alone=True,
             augmented=True,
+            quick_seeds=1,
         ),
         Experiment(
             "ablation_probes", grid(activation=SMOOTH), _activation(norm=False), _exact_and_estimated, 16, SHORT
