@@ -12,7 +12,7 @@ import hessopt
 from ablation.baselines.gradient import adahessian, adamw, muon, psgd, sgd, shampoo, soap
 from ablation.baselines.kfac import kfac
 from ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
-from ablation.contender import ClosureStep, Contender, Settings, Stepper, need_full_batch, trained
+from ablation.contender import ClosureStep, Contender, NotApplicable, Settings, Stepper, need_full_batch, trained
 from ablation.task import Task
 
 
@@ -39,6 +39,14 @@ def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any)
     optimizer = hessopt.BandedNewton(
         task.model, factors="kronecker", mini_batch=hessopt.MiniBatch(**options), **settings
     )
+    return ClosureStep(task, optimizer, schedule)
+
+
+def spectral_newton(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
+    """Matrices by the spectral map, the rest by AdamW."""
+    optimizer = hessopt.SpectralNewton(task.model, **settings)
+    if all(group["name"] != "spectral" for group in optimizer.param_groups):
+        raise NotApplicable("the network has no hidden matrices")
     return ClosureStep(task, optimizer, schedule)
 
 
@@ -144,6 +152,20 @@ _ALL = [
             {},
             {"schedule": "cosine", "trust": 1e-3, "momentum": 0.9},
             {"schedule": "cosine", "bandwidth": "full"},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "spectral_newton",
+        "SpectralNewton",
+        spectral_newton,
+        [
+            {"lr": 0.01, "adamw_ratio": 1.0, "schedule": "cosine"},
+            {"lr": 0.02, "schedule": "cosine"},
+            {"lr": 0.003, "adamw_ratio": 1.0, "schedule": "cosine"},
+            {"lr": 0.03, "adamw_ratio": 0.3, "schedule": "cosine"},
+            {"lr": 0.01, "alpha": 1.0, "adamw_ratio": 1.0, "schedule": "cosine"},
+            {"lr": 0.05, "schedule": "cosine"},
         ],
         ours=True,
     ),

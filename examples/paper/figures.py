@@ -48,7 +48,7 @@ def _decay(rows: Rows) -> Figure | None:
             _curves(axes, here, lambda v: f"{v[1]}, L={v[0]}")
             axes.set_title(f"{quantity}(d), {phase}", fontsize="medium")
             axes.set_yscale("log")
-    figure.axes[0].legend(fontsize="x-small")
+    figure.axes[0].legend(fontsize="x-small", loc="lower left")
     return figure
 
 
@@ -92,7 +92,7 @@ def _gap(rows: Rows) -> Figure | None:
         axes.set_xticks(range(len(variants)), [" ".join(v) for v in variants], rotation=30, fontsize="small")
         axes.set_title(f"Gap, {title}: paper (bars), ours (dots)", fontsize="medium")
         axes.grid(alpha=0.25)
-    every[0].legend(fontsize="x-small")
+    every[0].legend(fontsize="x-small", loc="upper left")
     lines = panels[0][2]
     for key, marker in (("paper", "s"), ("ours", "o")):
         found = {(line.variant, line.quantity): getattr(line, key) for line in lines if line.phase == "init"}
@@ -105,7 +105,7 @@ def _gap(rows: Rows) -> Figure | None:
             axes = every[2]
             axes.plot([x[0] for x, _ in points], [y[0] for _, y in points], marker, mfc="none", label=key)
     every[2].set(xlabel="E[σ''²] at initialisation", ylabel="Gap")
-    every[2].legend(fontsize="x-small")
+    every[2].legend(fontsize="x-small", loc="upper left")
     every[2].grid(alpha=0.25)
     return figure
 
@@ -122,7 +122,7 @@ def _diamond(rows: Rows) -> Figure | None:
             _curves(axes, here, lambda v: f"{v[1]}, {v[2]}")
             axes.set_title(f"R between the branches, k={k}, {phase}", fontsize="small")
             axes.set_yscale("log")
-    figure.axes[0].legend(fontsize="x-small")
+    figure.axes[0].legend(fontsize="x-small", loc="lower left")
     return figure
 
 
@@ -143,7 +143,7 @@ def _labels(rows: Rows) -> Figure | None:
     for (activation, points), colour in zip(found.items(), COLOURS, strict=False):
         axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, label=activation)
     axes.set(xlabel="norm of the mean error signal at the output", ylabel="Gap", xlim=(0, None), ylim=(0, None))
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     axes.grid(alpha=0.25)
     return figure
 
@@ -173,7 +173,7 @@ def _densenet(rows: Rows) -> Figure | None:
     panels[0].set_xlabel("distance")
     panels[1].set_xlabel("distance")
     panels[2].set_xlabel("layer")
-    panels[0].legend(fontsize="x-small")
+    panels[0].legend(fontsize="x-small", loc="lower left")
     return figure
 
 
