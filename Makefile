@@ -76,6 +76,7 @@ theories: $(VENV)/.stamp-examples ## the three other theories, with their contro
 	$(BIN)/python examples/theories/spectral_newton.py --data $(DATA)
 	$(BIN)/python examples/theories/conservation.py
 	$(BIN)/python examples/theories/null_cone.py --data $(DATA)
+	$(BIN)/python examples/theories/continual.py --data $(DATA)
 
 dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
 	$(BIN)/pre-commit install

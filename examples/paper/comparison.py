@@ -241,6 +241,6 @@ def coverage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for (data, epochs, found_seeds), variants in kinds.items():
         which = f"{len(variants)} of {whole} variants ({', '.join(variants)})"
         which = "all variants" if len(variants) == whole else which
-        trained = f"{epochs} epochs" if epochs else "initialisation only"
+        trained = f"{epochs} epoch{'s' * (epochs > 1)}" if epochs else "initialisation only"
         lines.append(f"{data}, {trained}, seeds {', '.join(map(str, found_seeds))}: {which}")
     return lines

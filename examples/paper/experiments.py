@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 import diagnostics
-from paper.images import Data
+from paper.images import Data, generated, standardised_cifar10
 from paper.measurement import (
     Batch,
     Rows,
@@ -224,6 +224,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Schedule(epochs=100, lr=0.1, weight_decay=5e-4),
             alone=True,
             augmented=True,
+            load=lambda folder, seed: generated() if folder is None else standardised_cifar10(folder),
             quick_seeds=1,
         ),
         Experiment(

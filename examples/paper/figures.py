@@ -199,6 +199,10 @@ def _unet(rows: Rows) -> Figure | None:
     for axes, skips in zip(figure.subplots(1, 2), (True, False), strict=True):
         values = _means((row["quantity"], row["value"]) for row in here if row["variant"]["skips"] is skips)
         names = list(dict.fromkeys(quantity.split()[1] for quantity in values))
+        axes.set_title(f"C, {phase}, {'with' if skips else 'without'} skips", fontsize="medium")
+        if not values:
+            axes.set_axis_off()
+            continue
         matrix = np.full((len(names), len(names)), np.nan)
         for quantity, value in values.items():
             i, j = (names.index(name) for name in quantity.split()[1:])
@@ -209,7 +213,6 @@ def _unet(rows: Rows) -> Figure | None:
                       color="black" if matrix[i, j] > 0.6 else "white")  # fmt: skip
         axes.set_xticks(range(len(names)), names, rotation=45, fontsize="small")
         axes.set_yticks(range(len(names)), names, fontsize="small")
-        axes.set_title(f"C, {phase}, {'with' if skips else 'without'} skips", fontsize="medium")
     return figure
 
 

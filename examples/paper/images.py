@@ -13,6 +13,9 @@ from torch.nn.functional import interpolate
 FIRST_TEST_LABELS = "3880661631095798578670495240966545924195465609397698038877467363"
 """Of CIFAR-10."""
 
+CHANNELS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+"""Mean and deviation of CIFAR-10's training images by channel."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -29,6 +32,14 @@ def cifar10(folder: Path) -> Data:
     """All of CIFAR-10, scaled to [-1, 1]."""
     x, y, x_test, y_test = cifar10_pixels(folder)
     return Data(scaled(x), y, scaled(x_test), y_test, f"CIFAR-10, {len(x)} training images")
+
+
+def standardised_cifar10(folder: Path) -> Data:
+    """All of CIFAR-10, each channel less its mean and divided by its deviation, as published: Experiment 6."""
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in CHANNELS)
+    x, y, x_test, y_test = cifar10_pixels(folder)
+    x, x_test = (((scaled(part) + 1) / 2 - mean) / deviation for part in (x, x_test))
+    return Data(x, y, x_test, y_test, f"CIFAR-10, {len(x)} training images, standardised")
 
 
 def cifar100(folder: Path) -> Data:

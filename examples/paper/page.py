@@ -41,7 +41,7 @@ def write(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], page: Path)
         figure=figure,
         facts=Facts(rows),
     )
-    page.write_text(text, encoding="utf-8")
+    page.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
 
 
 def ran(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

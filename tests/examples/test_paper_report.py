@@ -161,3 +161,13 @@ def test_decay_of_an_exponential() -> None:
         Facts([{**row, "distance": d, "value": 2.0**-d} for d in range(8)]).decay("8 plain", "init")
         == "0.693 (R² 1.00)"
     )
+
+
+def test_coupling_of_one_of_the_two_networks_is_drawn(tmp_path: Path) -> None:
+    run = {"experiment": "unet", "variant": {"skips": True}, "seed": 42, "epochs": 1, "data": "CIFAR-10 at 16×16"}
+    pairs = {"C bottom bottom": 1.0, "C bottom decoder.2": 0.5, "C decoder.2 decoder.2": 1.0}
+    rows = [{"phase": "final", "quantity": q, "distance": None, "value": value} for q, value in pairs.items()]
+    Store(tmp_path / "r" / "architectures.jsonl").add(run, rows)
+    main(["--results", str(tmp_path / "r"), "--docs", str(tmp_path / "docs")])
+    assert [path.name for path in (tmp_path / "docs" / "images").iterdir()] == ["paper_unet.png"]
+    assert "1 epoch, seeds 42: 1 of 2 variants (True)" in (tmp_path / "docs" / "paper.md").read_text()
