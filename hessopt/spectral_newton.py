@@ -55,7 +55,7 @@ class SpectralNewton(Optimizer):
 
     Args:
         params: The network, or parameters in any form that :mod:`torch.optim` takes.
-        lr: γ. Default: 0.02.
+        lr: γ. Default: 0.01.
         alpha: A number of at least 0; ``"online"``; or a dict of these for ``"conv"`` and ``"linear"``. Default: 2.
         form: ``"scale_free"`` or ``"published"``. Default: ``"scale_free"``.
         delta: δ ≥ 0. Default: 0.1.
@@ -66,7 +66,7 @@ class SpectralNewton(Optimizer):
         newton_schulz: For α = 1: Newton-Schulz iterations in place of the exact polar factor. Default: None.
         adamw: Which matrices AdamW trains: names, patterns or a predicate; None: embeddings and the head. Needs the
             network.
-        adamw_ratio: AdamW's learning rate in units of ``lr``. Default: 0.15.
+        adamw_ratio: AdamW's learning rate in units of ``lr``. Default: 1.
         betas: Of AdamW. Default: (0.9, 0.999).
         eps: Of AdamW. Default: 1e-8.
         model: The network, if ``params`` is not the network itself.
@@ -111,7 +111,7 @@ class SpectralNewton(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 0.02,
+        lr: float | Tensor = 0.01,
         alpha: Exponents = 2.0,
         *,
         form: Form = "scale_free",
@@ -122,7 +122,7 @@ class SpectralNewton(Optimizer):
         maximize: bool = False,
         newton_schulz: NewtonSchulz | None = None,
         adamw: Selection = None,
-        adamw_ratio: float = 0.15,
+        adamw_ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         model: nn.Module | None = None,

@@ -107,9 +107,9 @@ CONTENDERS = {
         with_backward(lambda m, lr: [SGD(m.parameters(), lr=lr, momentum=0.9, nesterov=True)]), 0.05
     ),
     "Muon": Contender(with_backward(muon), 0.02),
-    "scale-free, α = 1": Contender(spectral(alpha=1.0), 0.02),
-    "scale-free, α = 2": Contender(spectral(alpha=2.0), 0.02),
-    "scale-free, online α": Contender(spectral(alpha="online", update_every=30), 0.02),
+    "scale-free, α = 1": Contender(spectral(alpha=1.0, adamw_ratio=0.15), 0.02),
+    "scale-free, α = 2": Contender(spectral(alpha=2.0, adamw_ratio=0.15), 0.02),
+    "scale-free, online α": Contender(spectral(alpha="online", adamw_ratio=0.15, update_every=30), 0.02),
     "published, α = 1": Contender(spectral(alpha=1.0, form="published", adamw_ratio=0.03), 0.1),
     "published, α = 2": Contender(spectral(alpha=2.0, form="published", adamw_ratio=0.03), 0.1),
     "published, online α": Contender(
