@@ -30,8 +30,9 @@ the start: less is rounding). Times are medians over seeds, with
 the range over those seeds that reach the target in brackets, and how many do. Lower is better everywhere.
 """
 
-PARTS = """Settings of one optimizer side by side, untuned, beside tuned peers: median final objectives over the same
-seeds and budgets; bold is the lowest of a column."""
+PARTS = """Settings of one optimizer side by side, untuned, beside tuned peers: median objectives at the end of the same
+budgets of seconds, and at the most gradient-equivalents that all of them got to (without the linear algebra of a step);
+bold is the lowest of a column."""
 
 Name = tuple[str, str, str]
 
@@ -75,8 +76,8 @@ class Page:
         parts = [INTRODUCTION, self._conditions(), "## In short", self._summary(), self._standings(), self.notes]
         if self.parts:
             parts += ["## What the parts contribute", PARTS]
-            for study, table in self.parts:
-                parts += [f"### Study `{study}`", table]
+            for study, ends, equal in self.parts:
+                parts += [f"### Study `{study}`", ends, "At equal gradient-equivalents:", equal]
         for family in dict.fromkeys(entry.family for entry in self.entries):
             parts.append(f"## {family[:1].upper()}{family[1:]}")
             for name in dict.fromkeys(e.problem for e in self.entries if e.family == family):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ablation.contender import Contender
-from ablation.results import Entry, entries
+from ablation.results import OBJECTIVE, WORK, Entry, entries, lower_median
 from ablation.table import Row
 from ablation.task import Problem
 
@@ -31,34 +31,55 @@ def main_rows(rows: Sequence[Row], contenders: Mapping[str, Contender]) -> list[
 
 def part_tables(
     rows: Sequence[Row], contenders: Mapping[str, Contender], problems: Mapping[str, Problem]
-) -> list[tuple[str, str]]:
-    """Of each study with variants its name and a table: median final objectives, a line a variant or tuned peer."""
+) -> list[tuple[str, str, str]]:
+    """Of each study with variants its name and two tables, with a line for each variant or tuned peer.
+
+    Median objectives at the end, which is at equal seconds; and at equal gradient-equivalents, the most that all of the
+    lines got to.
+    """
     found = []
     for study in dict.fromkeys(row["study"] for row in rows if row["role"] == "variant"):
         here = entries([row for row in rows if row["study"] == study], contenders)
-        found.append((study, _table([e for e in here if e.contender in contenders], contenders, problems)))
+        here = [e for e in here if e.contender in contenders]
+        ends = {(_label(e, contenders), e.problem): e.final for e in here if e.curves}
+        found.append((study, _table(ends, problems), _table(_at_equal_work(here, contenders), problems)))
     return found
 
 
-def _table(here: Sequence[Entry], contenders: Mapping[str, Contender], problems: Mapping[str, Problem]) -> str:
-    names = list(dict.fromkeys(e.problem for e in here))
-    titles = [problems[name].title.split(",")[0] if name in problems else name for name in names]
+Cells = Mapping[tuple[str, str], float]
+
+
+def _label(e: Entry, contenders: Mapping[str, Contender]) -> str:
+    title = contenders[e.contender].title
+    return {"tuned": f"{title}, tuned", "default": f"{title}, defaults"}.get(e.role, f"{title}: {e.label}")
+
+
+def _at_equal_work(here: Sequence[Entry], contenders: Mapping[str, Contender]) -> dict[tuple[str, str], float]:
+    found = {}
+    for problem in dict.fromkeys(e.problem for e in here):
+        applied = [e for e in here if e.problem == problem and e.curves]
+        least = min((lower_median([curve[-1][WORK] for curve in e.curves]) for e in applied), default=0.0)
+        for e in applied:
+            # Before its first point after the start a curve has the objective that it begins with.
+            seen = [[p[OBJECTIVE] for p in curve if p[WORK] <= least] or [curve[0][OBJECTIVE]] for curve in e.curves]
+            found[_label(e, contenders), problem] = lower_median([values[-1] for values in seen])
+    return found
+
+
+def _table(cells: Cells, problems: Mapping[str, Problem]) -> str:
+    names = list(dict.fromkeys(name for _, name in cells))
+    titles = [problems[name].title if name in problems else name for name in names]
     lines = [f"| | {' | '.join(titles)} |", "| --- " * (len(names) + 1) + "|"]
-    best = {name: min(e.final for e in here if e.problem == name) for name in names}
-    groups: dict[str, dict[str, Entry]] = {}
-    for e in sorted(here, key=lambda e: e.role != "tuned"):
-        title = contenders[e.contender].title
-        label = {"tuned": f"{title}, tuned", "default": f"{title}, defaults"}.get(e.role, f"{title}: {e.label}")
-        groups.setdefault(label, {})[e.problem] = e
-    for label, row in groups.items():
-        lines.append(f"| {label} | {' | '.join(_cell(row.get(name), best[name]) for name in names)} |")
+    best = {name: min(value for (_, problem), value in cells.items() if problem == name) for name in names}
+    for label in dict.fromkeys(label for label, _ in cells):
+        row = [_cell(cells.get((label, name)), best[name]) for name in names]
+        lines.append(f"| {label} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def _cell(entry: Entry | None, best: float) -> str:
-    if entry is None or not entry.curves:
+def _cell(value: float | None, best: float) -> str:
+    if value is None:
         return "–"
-    if not math.isfinite(entry.final):
+    if not math.isfinite(value):
         return "diverged"
-    text = f"{entry.final:.3g}"
-    return f"**{text}**" if entry.final <= best else text
+    return f"**{value:.3g}**" if value <= best else f"{value:.3g}"

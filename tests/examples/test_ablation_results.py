@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
 
 from ablation.page import Page
-from ablation.parts import main_rows
+from ablation.parts import main_rows, part_tables
 from ablation.results import Entry, entries, standing, to_target, verdicts
 from ablation.table import Table
 
@@ -122,7 +122,7 @@ def test_the_page_shows_every_entry_and_who_wins(tmp_path: Path) -> None:
         name: median(row["final"] for row in rows if row["label"] == "fast" and row["problem"] == name)
         for name in ("full", "batches")
     }
-    (line,) = [line for line in parts.splitlines() if line.startswith("| ours: fast |")]
+    line, _ = (line for line in parts.splitlines() if line.startswith("| ours: fast |"))  # in time, and in work
     assert [float(cell.strip(" *")) for cell in line.split("|")[2:4]] == [
         pytest.approx(fast[name], rel=5e-3) for name in ("full", "batches")
     ]
@@ -173,3 +173,18 @@ def test_notes_are_part_of_the_page(tmp_path: Path) -> None:
     rows = session(tmp_path / "table.jsonl").run().rows
     by_name = {c.name: c for c in (SGD, OURS, NEVER)}
     assert "## What was learned" in Page(rows, by_name, {}, "## What was learned\n\nNothing.").text()
+
+
+def test_parts_at_equal_work_by_hand(tmp_path: Path) -> None:
+    rows = session(tmp_path / "table.jsonl").run().rows
+    (row,) = [row for row in rows if row["label"] == "fast" and row["problem"] == "full" and row["seed"] == 1]
+    base = {**row, "seed": 1}
+    short = [[0.0, 0, 0, 9.0], [1.0, 10, 1, 5.0]]
+    long = [[0.0, 0, 0, 9.0], [1.0, 8, 1, 7.0], [2.0, 11, 2, 3.0]]
+    made = [
+        {**base, "label": "short", "curve": short, "final": 5.0},
+        {**base, "label": "long", "curve": long, "final": 3.0},
+    ]
+    ((_, ends, equal),) = part_tables(made, {c.name: c for c in (SGD, OURS, NEVER)}, {})
+    assert ends.splitlines()[2:] == ["| ours: long | **3** |", "| ours: short | 5 |"]
+    assert equal.splitlines()[2:] == ["| ours: long | 7 |", "| ours: short | **5** |"]
