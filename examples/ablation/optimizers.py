@@ -161,7 +161,7 @@ _ALL = [
         spectral_newton,
         [
             {"lr": 0.01, "adamw_ratio": 1.0, "schedule": "cosine"},
-            {"lr": 0.02, "adamw_ratio": 0.15, "schedule": "cosine"},
+            {},
             {"lr": 0.003, "adamw_ratio": 1.0, "schedule": "cosine"},
             {"lr": 0.03, "adamw_ratio": 0.3, "schedule": "cosine"},
             {"lr": 0.01, "alpha": 1.0, "adamw_ratio": 1.0, "schedule": "cosine"},
