@@ -146,9 +146,10 @@ class BandwidthChoice:
         least = float("inf")
         for k in reversed(bandwidths):
             cliques = bandwidth_cliques(distances, k)
-            if system.operations(cliques) < least:
-                least = system.operations(cliques)
-                found.insert(0, self._candidate(k, cliques, model, system, damping))
+            operations = system.operations(cliques)
+            if operations < least:
+                least = operations
+                found.insert(0, self._candidate(k, cliques, operations, model, system, damping))
         chosen = most_gain(found, current, self.hysteresis)
         evidence = ", ".join(f"{c.bandwidth}: {c.reduction:.3g} for {c.cost:.3g}" for c in found)
         _log.info(
@@ -157,7 +158,13 @@ class BandwidthChoice:
         return chosen
 
     def _candidate(
-        self, bandwidth: int, cliques: Cliques, model: QuadraticModel, system: BandedSystem, damping: float
+        self,
+        bandwidth: int,
+        cliques: Cliques,
+        operations: float,
+        model: QuadraticModel,
+        system: BandedSystem,
+        damping: float,
     ) -> Candidate:
         start = time.perf_counter()
         try:
@@ -165,4 +172,4 @@ class BandwidthChoice:
         except SolveError:
             reduction = 0.0
         seconds = time.perf_counter() - start
-        return Candidate(bandwidth, reduction, seconds if self.cost == "measured" else system.operations(cliques))
+        return Candidate(bandwidth, reduction, seconds if self.cost == "measured" else operations)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diagnostics.backends import second_order_kernels
 from hessopt.errors import ClosureError
 
 
@@ -122,10 +123,20 @@ class ClosureRunner:
         closure: See the module's documentation.
         parameters: The optimizer's parameters.
         module: The network, if the optimizer knows it: its outputs are recorded and its buffers are protected.
+        twice_differentiable: The loss will be differentiated twice: every run, trials too, uses kernels that can be
+            (:func:`diagnostics.backends.second_order_kernels`).
     """
 
-    def __init__(self, closure: Closure, parameters: Iterable[Tensor], module: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        parameters: Iterable[Tensor],
+        module: nn.Module | None = None,
+        *,
+        twice_differentiable: bool = False,
+    ) -> None:
         self.closure = closure
+        self._kernels = second_order_kernels if twice_differentiable else nullcontext
         self.parameters = list(parameters)
         self.module = module
         # The closure's zero_grad() may be the module's, which knows more parameters than the optimizer.
@@ -143,7 +154,7 @@ class ClosureRunner:
         """
         self._before = self._surroundings()
         calls = _AutogradCalls(retain_graph=True)
-        with torch.enable_grad(), _outputs_of(self.module) as outputs, calls.watching():
+        with self._kernels(), torch.enable_grad(), _outputs_of(self.module) as outputs, calls.watching():
             result = self.closure()
             loss = _loss_of(result).reshape(())
         self.runs += 1
@@ -177,7 +188,7 @@ class ClosureRunner:
                 # A stand-in: zero_grad() may drop it or overwrite it in place.
                 p.grad = None if p.grad is None else p.grad.clone()
             calls = _AutogradCalls(swallow_for=self._protected)
-            with torch.set_grad_enabled(self._derives), calls.watching():
+            with self._kernels(), torch.set_grad_enabled(self._derives), calls.watching():
                 result = self.closure()
         finally:
             for p, gradient in zip(self._protected, gradients, strict=True):

@@ -67,9 +67,10 @@ class KroneckerInverse:
         roots = bool(self.factors.pairs)
         self.ready = True
         for stack, inverse in zip(self.factors.stacks, self.inverses, strict=True):
+            extra_inputs, extra_outputs = self.damping(stack, damping)
             for factor, extra, diagonal, kept in (
-                (stack.inputs, self.damping(stack, damping)[0], stack.diagonal[1], inverse.inputs),
-                (stack.outputs, self.damping(stack, damping)[1], stack.diagonal[0], inverse.outputs),
+                (stack.inputs, extra_inputs, stack.diagonal[1], inverse.inputs),
+                (stack.outputs, extra_outputs, stack.diagonal[0], inverse.outputs),
             ):
                 _invert(factor, extra, diagonal, roots, kept)
         self._refresh_cross()

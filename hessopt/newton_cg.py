@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
-from diagnostics.backends import second_order_kernels
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.curvature_choice import CurvatureChoice
 from hessopt.damping import NielsenDamping
@@ -226,9 +225,8 @@ class NewtonCG(Optimizer):
                 "scaler."
             )
         objective = Objective(self.param_groups)
-        runner = ClosureRunner(closure, objective.parameters, self.model)
-        with second_order_kernels():
-            evaluation = runner.evaluate()
+        runner = ClosureRunner(closure, objective.parameters, self.model, twice_differentiable=True)
+        evaluation = runner.evaluate()
         loss = evaluation.loss.detach()
         output = self._output(evaluation, objective.parameters)
         tape = StepCurvature(evaluation.loss, objective.parameters, output, verify=not self._verified)
@@ -342,7 +340,7 @@ class NewtonCG(Optimizer):
 
         def evaluate() -> float:
             # The runner puts buffers back, bit for bit, which the tape would take for an error.
-            with second_order_kernels(), _unsafe_preserve_version_counter(buffers):
+            with _unsafe_preserve_version_counter(buffers):
                 return runner.trial_loss()
 
         return evaluate

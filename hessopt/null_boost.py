@@ -163,7 +163,7 @@ class NullBoost(OptimizerWrapper):
 
         try:
             if closure is not None:
-                loss: Any = self.base.step(self._for_base(closure, before_base))
+                loss: Any = self.base.step(self._for_base(closure, before_base, curvature=due))
             else:
                 if due:
                     raise ClosureError(
@@ -188,7 +188,7 @@ class NullBoost(OptimizerWrapper):
         """
         gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters()]
         try:
-            self._for_base(closure, self._refresh)()
+            self._for_base(closure, self._refresh, curvature=True)()
         finally:
             for p, gradient in gradients:
                 p.grad = gradient

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.backends import second_order_kernels
 from diagnostics.graph import Graph
 from diagnostics.lanczos import ExtremeEigenpairs, extreme_eigenpairs
 from diagnostics.linear_operator import LinearOperator
 from diagnostics.routing import route
-from hessopt.closure import Closure, ClosureRunner, LeastSquares
+from hessopt.closure import Closure, ClosureRunner
 from hessopt.errors import ClosureError
 from hessopt.escape import CurvatureCheck, Ray, escape_direction, first_length, search_rays
+from hessopt.loss_hessian import LossHessian
 from hessopt.stationarity import Stationarity
 from hessopt.step_curvature import StepCurvature
+from hessopt.wrapper import OptimizerWrapper
 
 _logger = logging.getLogger(__name__)
 
 
-class SaddleEscape(Optimizer):
+class SaddleEscape(OptimizerWrapper):
     r"""Wraps an optimizer: near saddle points it first moves along directions of negative curvature.
 
     .. math::
@@ -97,9 +98,11 @@ class SaddleEscape(Optimizer):
     """
 
     _OWN = (
-        "base", "model", "directions", "threshold", "max_products", "max_trials", "reset_state", "stationarity",
-        "last_check", "escapes", "_vectors",
+        "directions", "threshold", "max_products", "max_trials", "reset_state", "stationarity", "last_check", "escapes",
+        "_vectors",
     )  # fmt: skip
+    _KEY = "saddle_escape"
+    _DENSE = False
 
     def __init__(
         self,
@@ -113,12 +116,7 @@ class SaddleEscape(Optimizer):
         reset_state: bool = True,
         stationarity: Stationarity | None = None,
     ) -> None:
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}.")
-        if any(p.is_complex() for group in base.param_groups for p in group["params"]):
-            raise ValueError("SaddleEscape has no complex parameters; use torch.view_as_real.")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self._begin(base, model)
         for name, value in (("directions", directions), ("max_trials", max_trials)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
@@ -126,9 +124,6 @@ class SaddleEscape(Optimizer):
             raise ValueError(f"max_products must be more than directions ({directions}), got {max_products}.")
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is a share of the largest eigenvalue, in [0, 1), got {threshold}.")
-        self._constructing = True
-        self.base = base
-        self.model = model
         self.directions = directions
         self.threshold = threshold
         self.max_products = max_products
@@ -138,33 +133,7 @@ class SaddleEscape(Optimizer):
         self.last_check: CurvatureCheck | None = None
         self.escapes = 0
         self._vectors: Tensor | None = None
-        super().__init__(base.param_groups, base.defaults)
-        self._constructing = False
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's own."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        if not self.__dict__.get("_constructing"):
-            self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's own."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if not self.__dict__.get("_constructing"):
-            self.base.state = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer."""
-        if not self.__dict__.get("_constructing"):
-            self.base.add_param_group(param_group)
+        self._finish()
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Check the curvature if that is due, and take a step of the wrapped optimizer.
@@ -193,7 +162,9 @@ class SaddleEscape(Optimizer):
                     self.base.state.clear()
         own = getattr(self.base, "last_step", self) is not self  # one of this package: it takes the closure as it is
         seen: list[float] = []
-        passed: Any = closure if own else self._for_base(closure, seen)
+        passed: Any = (
+            closure if own else self._for_base(closure, lambda evaluation: seen.append(evaluation.loss.item()))
+        )
         loss: Any = self.base.step(passed)
         if own:
             self.stationarity.observe(float(loss), self.base.last_step.gradient_norm)  # type: ignore[attr-defined]
@@ -237,34 +208,12 @@ class SaddleEscape(Optimizer):
         shares = {u: along(products) for u, products in routed.tensor_by_source.items()}
         return {"gauss-newton": along(routed.gn), **shares}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and this one's own under ``"saddle_escape"``."""
-        own = {"escapes": self.escapes, "vectors": self._vectors, "stationarity": self.stationarity.state_dict()}
-        return {**super().state_dict(), "saddle_escape": own}
+    def _own_state(self) -> dict[str, Any]:
+        return {"escapes": self.escapes, "vectors": self._vectors, "stationarity": self.stationarity.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave; one of the wrapped optimizer alone will do as well."""
-        own = state_dict.get("saddle_escape")
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "saddle_escape"})
-        if own is not None:
-            self.escapes, self._vectors = own["escapes"], own["vectors"]
-            self.stationarity.load_state_dict(own["stationarity"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**{name: self.__dict__[name] for name in self._OWN}, "defaults": self.defaults}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" in state:
-            self.__dict__.update(state, _constructing=False)
-            super().__setstate__({})
-        else:  # from load_state_dict
-            self.base.__setstate__(state)
-
-    def __repr__(self) -> str:
-        return f"SaddleEscape({self.base!r})"
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        self.escapes, self._vectors = own["escapes"], own["vectors"]
+        self.stationarity.load_state_dict(own["stationarity"])
 
     def _moved(self) -> list[Tensor]:
         """What an escape moves: not the groups whose learning rate is next to nothing beside the largest."""
@@ -277,48 +226,30 @@ class SaddleEscape(Optimizer):
             if p.requires_grad
         ]
 
-    def _for_base(self, closure: Closure, seen: list[float]) -> Callable[[], Any]:
-        """The closure as optimizers of torch.optim expect it: it calls backward and returns the loss."""
-        parameters = self._trained()
-
-        def wrapped() -> Tensor:
-            runner = ClosureRunner(closure, parameters, self.model)
-            evaluation = runner.evaluate()
-            if not evaluation.backward_called:
-                gradients = torch.autograd.grad(evaluation.loss, parameters, allow_unused=True)
-                for p, gradient in zip(parameters, gradients, strict=True):
-                    p.grad = gradient
-            seen.append(evaluation.loss.item())
-            result = evaluation.result
-            return (result.loss if isinstance(result, LeastSquares) else evaluation.loss).detach()
-
-        return wrapped
-
     def _check(self, closure: Closure) -> CurvatureCheck:
         parameters = self._moved()
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-        runner = ClosureRunner(closure, parameters, self.model)
+        runner = ClosureRunner(closure, parameters, self.model, twice_differentiable=True)
         try:
-            with second_order_kernels():
-                evaluation = runner.evaluate()
-            sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
-            curvature = StepCurvature(evaluation.loss, parameters, verify=True)
-            g = sign * curvature.gradient()
+            evaluation = runner.evaluate()
+            maximize = bool(self.param_groups[0].get("maximize"))
+            sign = -1.0 if maximize else 1.0
+            op = LossHessian(StepCurvature(evaluation.loss, parameters, verify=True), maximize=maximize)
+            g = op.gradient
             if not g.isfinite().all():
                 raise ClosureError(
                     "the gradient is not finite at the current parameters, which were left as they are, although the "
                     "loss is. torch.autograd.set_detect_anomaly(True) finds the operation."
                 )
-            pairs = self._eigenpairs(_Hessian(curvature, g, sign))
+            pairs = self._eigenpairs(op)
             loss = evaluation.loss.item()
-            del evaluation, curvature  # the tape, before trials need memory
+            del evaluation, op  # the tape, before trials need memory
 
             def gain(t: float, direction: Sequence[Tensor]) -> float:
                 saved = [p.detach().clone() for p in parameters]
                 try:
                     _move(parameters, direction, t)
-                    with second_order_kernels():  # the loss before was by these
-                        return sign * (loss - runner.trial_loss())
+                    return sign * (loss - runner.trial_loss())
                 finally:
                     _restore(parameters, saved)
 
@@ -393,21 +324,6 @@ class SaddleEscape(Optimizer):
         _move(parameters, parts, ray.length)
         reason = f"left a saddle of curvature {values[0]:.3g}: the loss gains {ray.gain:.3g}"
         return check(reason, slope, ray.evaluations, ray)
-
-
-class _Hessian(LinearOperator):
-    """The Hessian of the objective on the tape of one evaluation."""
-
-    def __init__(self, curvature: StepCurvature, like: Tensor, sign: float) -> None:
-        super().__init__((len(like), len(like)), like.dtype, like.device, symmetric=True)
-        self._curvature = curvature
-        self._sign = sign
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """``H V``."""
-        if vectors.shape[1] == 1:
-            return self._sign * self._curvature.hessian(vectors[:, 0]).unsqueeze(1)
-        return self._sign * self._curvature.hessian(vectors.mT).mT
 
 
 def _parts(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.backends import second_order_kernels
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
 from hessopt.newton_cg import Params
@@ -274,12 +273,7 @@ class SpectralNewton(Optimizer):
         if closure is not None:
             if not parameters:
                 raise ClosureError("none of the optimizer's parameters requires grad.")
-            runner = ClosureRunner(closure, parameters, self.model)
-            if tape:
-                with second_order_kernels():
-                    evaluation = runner.evaluate()
-            else:
-                evaluation = runner.evaluate()
+            evaluation = ClosureRunner(closure, parameters, self.model, twice_differentiable=tape).evaluate()
         if evaluation is not None and not evaluation.backward_called:
             gradients = list(torch.autograd.grad(evaluation.loss, parameters, allow_unused=True, retain_graph=True))
         else:

@@ -16,8 +16,9 @@ from hessopt.errors import ModelError
 class OptimizerWrapper(Optimizer):
     """Base class: param groups, state and defaults are the wrapped optimizer's own, so schedulers take either.
 
-    Subclasses name what they keep in ``_OWN`` (for copies and pickles), set it between :meth:`_begin` and
-    ``super().__init__``-like :meth:`_finish`, and implement ``step``, ``_own_state`` and ``_load_own_state``.
+    Subclasses name what they keep in ``_OWN`` (for copies and pickles) and their key in state dicts in ``_KEY``, set
+    what they keep between :meth:`_begin` and :meth:`_finish`, and implement ``step``, ``_own_state`` and
+    ``_load_own_state``.
 
     Attributes:
         base: The wrapped optimizer.
@@ -26,6 +27,7 @@ class OptimizerWrapper(Optimizer):
 
     _OWN: ClassVar[tuple[str, ...]] = ()
     _KEY: ClassVar[str]
+    _DENSE: ClassVar[bool] = True  # sparse gradients are refused
     base: Optimizer
     model: nn.Module | None
 
@@ -104,22 +106,30 @@ class OptimizerWrapper(Optimizer):
         """All of the groups, in their order."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _for_base(self, closure: Closure, before_base: Callable[[Evaluation], None]) -> Callable[[], Any]:
+    def _trained(self) -> list[Tensor]:
+        """Those that require grad."""
+        return [p for p in self._parameters() if p.requires_grad]
+
+    def _for_base(
+        self, closure: Closure, before_base: Callable[[Evaluation], None], *, curvature: bool = False
+    ) -> Callable[[], Any]:
         """The closure as optimizers of torch.optim expect it: it leaves gradients behind and returns the loss.
 
         Args:
             closure: See :mod:`hessopt.closure`.
             before_base: Called after each run, with gradients in ``.grad``.
+            curvature: ``before_base`` differentiates the loss again.
         """
-        trained = [p for p in self._parameters() if p.requires_grad]
+        trained = self._trained()
 
         def wrapped() -> Tensor:
-            evaluation = ClosureRunner(closure, trained, self.model).evaluate()
+            evaluation = ClosureRunner(closure, trained, self.model, twice_differentiable=curvature).evaluate()
             if not evaluation.backward_called:
-                gradients = torch.autograd.grad(evaluation.loss, trained, allow_unused=True, retain_graph=True)
+                gradients = torch.autograd.grad(evaluation.loss, trained, allow_unused=True, retain_graph=curvature)
                 for p, gradient in zip(trained, gradients, strict=True):
                     p.grad = gradient
-            refuse_sparse(trained)
+            if self._DENSE:
+                refuse_sparse(trained)
             before_base(evaluation)
             result = evaluation.result
             return (result.loss if isinstance(result, LeastSquares) else evaluation.loss).detach()

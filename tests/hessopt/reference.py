@@ -1,13 +1,16 @@
 """Networks to test on, and the same quantities by dense linear algebra and torch.func."""
 
+import copy
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from hessopt import BandedNewton, LeastSquares
 from hessopt.closure import Evaluation
@@ -263,3 +266,27 @@ def dags(draw: st.DrawFn) -> Dag:
     bias = draw(st.lists(st.booleans(), min_size=count, max_size=count))
     merge, seed = draw(st.sampled_from(["cat", "add"])), draw(st.integers(0, 1000))
     return Dag(parents, widths, outputs, merge=merge, bias=bias, seed=seed, in_place=draw(st.booleans()))
+
+
+Training: TypeAlias = tuple[nn.Module, Optimizer, Callable[[], Any]]
+"""A network, its optimizer and the closure of a step."""
+
+
+def resumes(first: Training, second: Training, through_file: bool) -> None:
+    """Five steps of ``second``, loaded with the state of ``first`` after four, are those of ``first``, bit for bit."""
+    net, optimizer, closure = first
+    other, resumed, again = second
+    for _ in range(4):
+        optimizer.step(closure)
+    saved = copy.deepcopy({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    if through_file:
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+    other.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    for _ in range(5):
+        assert optimizer.step(closure) == resumed.step(again)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+    assert optimizer.state_dict()["state"] == resumed.state_dict()["state"]

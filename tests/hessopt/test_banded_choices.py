@@ -1,7 +1,5 @@
 """bandwidth="auto" and the space of the solves."""
 
-import copy
-import io
 import logging
 from typing import Any
 
@@ -36,6 +34,7 @@ from tests.hessopt.reference import (
     losses,
     regression,
     relative,
+    resumes,
     skip,
     step_of,
     unflat,
@@ -196,26 +195,9 @@ def test_radius_rule_is_the_radius() -> None:
 
 @pytest.mark.parametrize("through_file", [False, True])
 def test_resume_with_auto_bit_for_bit(through_file: bool) -> None:
-    net, closure = regression()
-    optimizer = BandedNewton(net, bandwidth="auto", bandwidth_every=3)
-    for _ in range(4):
-        optimizer.step(closure)
-    saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-    if through_file:
-        file = io.BytesIO()
-        torch.save(saved, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-    else:
-        saved = copy.deepcopy(saved)
-    other, again = regression(seed=9)
-    resumed = BandedNewton(other, bandwidth="auto", bandwidth_every=3)
-    other.load_state_dict(saved["net"])
-    resumed.load_state_dict(saved["optimizer"])
-    for _ in range(5):
-        assert optimizer.step(closure).item() == resumed.step(again).item()
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
-    assert optimizer.state_dict()["state"] == resumed.state_dict()["state"]
+    (net, closure), (other, again) = regression(), regression(seed=9)
+    optimizer, resumed = (BandedNewton(m, bandwidth="auto", bandwidth_every=3) for m in (net, other))
+    resumes((net, optimizer, closure), (other, resumed, again), through_file)
 
 
 @pytest.mark.parametrize("factors", ["sample", "dense"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -255,3 +255,22 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         hessopt.NullBoost(base, **arguments)
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         hessopt.NullBoost("sgd")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_uses_kernels_with_a_second_derivative(backward: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
+    x = torch.randn(3, 5, 4, dtype=F64)
+    optimizer = NullBoost(torch.optim.SGD(net.parameters(), lr=0.05), model=net, every=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (net(x) - 1).square().mean()
+        if backward:
+            loss.backward()
+        return loss
+
+    losses = [float(cast(Tensor, optimizer.step(closure))) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert optimizer.refresh(closure).rank > 0
