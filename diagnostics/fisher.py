@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from diagnostics.coupling import mixes_samples
 from diagnostics.curvature_tape import Columns, SplitTape, Tape
 from diagnostics.errors import DiagnosticsError
-from diagnostics.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from diagnostics.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from diagnostics.operators import CurvatureOperator
 from diagnostics.parameter_space import ParameterSelection
 
 T = TypeVar("T", bound=Tape)
 
 KINDS = ("type-2", "monte-carlo", "empirical")
-LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
+LIKELIHOODS = ("categorical", "gaussian", "bernoulli", "poisson")
 
 
 class FisherOperator(CurvatureOperator):
@@ -48,8 +48,8 @@ class FisherOperator(CurvatureOperator):
         loss_fn: ``loss_fn(z, targets) -> scalar``.
         kind: ``"type-2"``, ``"monte-carlo"`` or ``"empirical"``.
         likelihood: ``"categorical"`` (cross-entropy; classes along the last dimension of z, or the second where that
-            fits the loss), ``"gaussian"`` (½‖z − y‖² and its multiples) or ``"bernoulli"`` (binary cross-entropy with
-            logits). For the first two kinds.
+            fits the loss), ``"gaussian"`` (½‖z − y‖² and its multiples), ``"bernoulli"`` (binary cross-entropy with
+            logits) or ``"poisson"`` (counts whose rates have the logarithms z). For the first two kinds.
         samples: Draws for each unit, for ``"monte-carlo"``.
         generator: Source of the draws, for ``"monte-carlo"``; it is advanced by one number.
         parameters: Which parameters.
@@ -72,7 +72,7 @@ class FisherOperator(CurvatureOperator):
         loss_fn: Callable[[Any, Any], Tensor],
         *,
         kind: Literal["type-2", "monte-carlo", "empirical"] = "type-2",
-        likelihood: Literal["categorical", "gaussian", "bernoulli"] | None = None,
+        likelihood: Literal["categorical", "gaussian", "bernoulli", "poisson"] | None = None,
         samples: int = 1,
         generator: torch.Generator | None = None,
         parameters: ParameterSelection = None,
@@ -86,7 +86,7 @@ class FisherOperator(CurvatureOperator):
         if kind != "empirical" and likelihood is None:
             raise ValueError(
                 f"kind={kind!r} is an expectation over the targets' distribution: say which it is, likelihood="
-                f'"categorical", "gaussian" or "bernoulli".'
+                f'"categorical", "gaussian", "bernoulli" or "poisson".'
             )
         if kind == "monte-carlo" and generator is None:
             raise ValueError(
@@ -172,6 +172,8 @@ class FisherOperator(CurvatureOperator):
                 return [Categorical(dim) for dim in ([-1] if z.ndim < 3 else [-1, 1])]
             case "gaussian":
                 return [Gaussian()]
+            case "poisson":
+                return [Poisson()]
             case _:
                 return [Bernoulli()]
 

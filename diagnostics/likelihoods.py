@@ -20,6 +20,10 @@ class Likelihood(ABC):
         """``F u`` with F the Fisher information of z, for vectors ``(k, *z.shape)``; equals ``∇²(-log p) u``."""
 
     @abstractmethod
+    def root(self, z: Tensor, u: Tensor) -> Tensor:
+        """``S u`` with ``S Sᵀ = F``, which leaves vectors within their unit."""
+
+    @abstractmethod
     def scores(self, z: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """``∂(-log p(y))/∂z`` of ``count`` draws of y from p, ``(count, *z.shape)``."""
 
@@ -42,6 +46,12 @@ class Categorical(Likelihood):
         """``diag(p) u − p pᵀu``."""
         p = z.softmax(self._dim)
         return p * (u - self.unit_sum(p * u))
+
+    def root(self, z: Tensor, u: Tensor) -> Tensor:
+        """``√p ∘ u − p √pᵀu``."""
+        p = z.softmax(self._dim)
+        scaled = p.sqrt() * u
+        return scaled - p * self.unit_sum(scaled)
 
     def scores(self, z: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """``p − onehot(y)``."""
@@ -79,6 +89,10 @@ class Gaussian(_Independent):
         """``u``."""
         return u
 
+    def root(self, z: Tensor, u: Tensor) -> Tensor:
+        """``u``."""
+        return u
+
     def scores(self, z: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """``z − y``, standard normal."""
         return torch.randn(count, *z.shape, dtype=z.dtype, device=z.device, generator=generator)
@@ -92,10 +106,31 @@ class Bernoulli(_Independent):
         p = z.sigmoid()
         return p * (1 - p) * u
 
+    def root(self, z: Tensor, u: Tensor) -> Tensor:
+        """``√(p (1 − p)) u``."""
+        return z.sigmoid().mul_(z.neg().sigmoid()).sqrt() * u
+
     def scores(self, z: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """``p − y``."""
         p = z.sigmoid().expand(count, *z.shape)
         return p - torch.bernoulli(p, generator=generator)
+
+
+class Poisson(_Independent):
+    """Logarithms z of the rates of independent counts: ``exp(z) − y z``, Poisson regression."""
+
+    def information(self, z: Tensor, u: Tensor) -> Tensor:
+        """``exp(z) u``."""
+        return z.exp() * u
+
+    def root(self, z: Tensor, u: Tensor) -> Tensor:
+        """``exp(z/2) u``."""
+        return (z / 2).exp() * u
+
+    def scores(self, z: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """``exp(z) − y``."""
+        rate = z.exp().expand(count, *z.shape)
+        return rate - torch.poisson(rate, generator)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

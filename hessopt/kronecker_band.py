@@ -22,8 +22,9 @@ from hessopt.kronecker_inverse import KroneckerInverse
 from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
 from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
 from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment
-from hessopt.kronecker_seeds import LOSSES, Columns, Loss, Reduction, declared_columns, hessian_columns
+from hessopt.kronecker_seeds import Seeds
 from hessopt.kronecker_state import load_state, state_of
+from hessopt.loss_curvature import LOSSES, Columns, Loss, Reduction
 from hessopt.mini_batch import check_curvature, check_engine
 from hessopt.taper import clique_taper
 from hessopt.weak_hooks import WeakHooks
@@ -78,7 +79,8 @@ class KroneckerBand:
         bandwidth: k, or ``"full"``.
         curvature: ``"fisher"``: Monte-Carlo columns; ``"ggn"``: root of the output Hessian times random signs, or
             exact; ``"empirical"``: the gradients of the samples, for which no extra backward pass is needed.
-        loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, or None, then :meth:`gather` takes the loss.
+        loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"poisson_nll"``; the module that computes the
+            loss; or None, then :meth:`gather` takes the loss.
         reduction: Of the loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum over all, divided by B).
         class_dim: Of the classes in the output of ``"cross_entropy"``; None: as PyTorch has it.
         columns: K, columns of the output curvature a sample, or ``"exact"``.
@@ -131,11 +133,14 @@ class KroneckerBand:
             factor_every=factor_every, inverse_every=inverse_every, iterations=iterations, max_size=max_size, seed=seed,
             damping_unit=damping_unit,
         )  # fmt: skip
-        self.model, self.bandwidth, self.curvature, self.loss, self.reduction = (
-            model, bandwidth, curvature, loss, reduction,
-        )  # fmt: skip
-        self.class_dim, self.per_layer = class_dim, damping_unit == "layer"
-        self.columns, self.damping, self.decay, self.sharing = columns, damping, decay, sharing
+        self.model, self.bandwidth, self.curvature, self.per_layer = (
+            model,
+            bandwidth,
+            curvature,
+            damping_unit == "layer",
+        )
+        self.reduction = getattr(loss, "reduction", reduction)
+        self.damping, self.decay, self.sharing = damping, decay, sharing
         self.factor_every, self.inverse_every, self.iterations = factor_every, inverse_every, iterations
         self.cross = True
         self.scale = 1.0
@@ -147,6 +152,7 @@ class KroneckerBand:
             raise ModelError("the trained parameters are on several devices; move the network to one.")
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.seeds = Seeds(loss, reduction, class_dim, columns, curvature == "fisher", self.generator)
         self.blocks, self.others = plan_blocks(model, self.parameters, max_size)
         self.steps = 0
         self.excluded: list[int] = []
@@ -161,6 +167,9 @@ class KroneckerBand:
         self.recorder = Recorder(self.blocks, curvature == "empirical")
         self._hooks = WeakHooks(self, "_see_output")
         self._hooks.attach(model)
+        self._loss_hooks = WeakHooks(self, "_see_loss")
+        if isinstance(loss, nn.Module) and curvature != "empirical":
+            self._loss_hooks.attach(loss)
         self.samples = 0
         self.recorder.start()
 
@@ -177,6 +186,7 @@ class KroneckerBand:
         """Remove all hooks from the network."""
         self.recorder.remove()
         self._hooks.remove()
+        self._loss_hooks.remove()
 
     @property
     def waits(self) -> bool:
@@ -200,7 +210,8 @@ class KroneckerBand:
     def gather(self, loss: Tensor, output: Tensor) -> None:
         """Update the factors from a loss on its tape, if an update is due. The tape is retained.
 
-        Not needed where the loss is declared or the curvature is the empirical one, and the network itself was called.
+        Not needed where the loss is declared or the curvature is the empirical one, and the network itself was called;
+        nor ever where it was declared as a module.
 
         Args:
             loss: A sum or mean over samples.
@@ -210,29 +221,33 @@ class KroneckerBand:
             return
         if self.curvature == "empirical":
             self._see_batch(output)
-        elif self.loss is not None:
-            self._see_declared(self.loss, output)
-        else:
-            self._back_propagate(output, hessian_columns(loss, output, self.columns, self.generator))
+            return
+        if isinstance(self.seeds.loss, nn.Module):
+            raise ClosureError(
+                f"the declared {type(self.seeds.loss).__name__} was not called, on what the network returns, since the "
+                "last step. Call that very module in the closure, or leave out loss=."
+            )
+        columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
+        self._back_propagate(output, columns)
 
     def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
+        """After the network's forward pass: the curvature of a loss that is declared by name, or the empirical one."""
         if not self.recorder.active or not torch.is_grad_enabled():
             return
         if self.curvature == "empirical":
             leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
             if leaves:
                 self._see_batch(leaves[0])
-            return
-        if self.loss is None:
-            return
-        if not isinstance(output, Tensor):
-            raise ModelError(
-                f"the network returns {type(output).__name__}, and the loss's curvature is of one tensor. Leave out "
-                "loss= and pass a closure that returns `(loss, output)`, or wrap the network in a module that returns "
-                "the tensor."
-            )
-        if output.requires_grad:
-            self._see_declared(self.loss, output)
+        elif self.seeds.name is not None and not (isinstance(output, Tensor) and not output.requires_grad):
+            columns = self.seeds.of_output(output)
+            self._back_propagate(output, columns)
+
+    def _see_loss(self, _: None, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        """After the declared loss module: it may serve other networks as well, whose passes are not recorded here."""
+        if self.recorder.active and self.recorder.calls and torch.is_grad_enabled():
+            found = self.seeds.of_call(args, kwargs, value)
+            if found is not None:
+                self._back_propagate(*found)
 
     def _see_batch(self, output: Tensor) -> None:
         """Empirical: the calls are complete, and their cotangents will come."""
@@ -240,25 +255,18 @@ class KroneckerBand:
         self._structure(self.recorder.calls, output)
         self.recorder.active = False
 
-    def _see_declared(self, loss: Loss, output: Tensor) -> None:
-        z, place = output.detach(), self.class_dim
-        if place is not None:
-            if not -z.ndim <= place < z.ndim or place % z.ndim == 0:
-                raise ModelError(f"class_dim={place} is no dimension of the classes of an output {tuple(z.shape)}.")
-            z = z.movedim(place, 1)
-        columns = declared_columns(loss, self.reduction, z, self.columns, self.curvature == "fisher", self.generator)
-        self._back_propagate(output, columns if place is None else columns.movedim(2, place % z.ndim + 1))
-
     def _back_propagate(self, output: Tensor, columns: Tensor) -> None:
         calls = self.recorder.stop()
         self.samples = _batch(output)
+        apart = all(call.input.shape[:1] == output.shape[:1] for call in calls)
         if self.factors is None:
             # The only synchronisation with the device; a loss without curvature here has no scale.
             self.scale = float(columns.square().sum()) or 1.0
         self._structure(calls, output)
         others = list(self.diagonals)
-        if others:
-            # So that columns of different samples are independent and centred, and the squared sum is unbiased.
+        if others or not apart:
+            # So that columns of different rows are independent and centred, where these meet: in the squared sum, and
+            # in layers whose rows are not the output's (its rows may be positions of a sequence).
             signs = torch.randint(0, 2, columns.shape[:2], generator=self.generator, device=self.device)
             columns = columns * signs.mul_(2).sub_(1).view(*signs.shape, *[1] * (columns.ndim - 2))
         cotangents, slopes = back_propagate(output, columns, calls, others)

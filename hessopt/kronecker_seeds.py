@@ -1,98 +1,122 @@
-"""Columns of the loss's output curvature, to be back-propagated: sampled, sketched or exact."""
+"""Columns of the loss's output curvature, to be back-propagated: what is known of the loss decides how."""
 
 from __future__ import annotations
 
-import math
-from typing import Literal, TypeAlias
+import inspect
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diagnostics.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from hessopt.errors import ModelError
-from hessopt.output_curvature import curvature_roots, output_hessians
+from hessopt.loss_curvature import (
+    LOSSES,
+    Columns,
+    Loss,
+    LossCurvature,
+    LossName,
+    Reduction,
+    criterion_curvature,
+    named_curvature,
+    random_signs,
+)
+from hessopt.output_curvature import check_separable, curvature_roots, output_hessians
 
-Loss: TypeAlias = Literal["cross_entropy", "mse", "bce_with_logits"]
-Reduction: TypeAlias = Literal["mean", "sum", "batchmean"]
-Columns: TypeAlias = int | Literal["exact"]
-
-LOSSES = ("cross_entropy", "mse", "bce_with_logits")
-REDUCTIONS = ("mean", "sum", "batchmean")
 MAX_OUTPUTS = 256
-"""Outputs a sample up to which the output Hessian of a loss that is not declared is formed."""
+"""Outputs a sample up to which the output Hessian of a loss without a closed form is formed."""
 
 
-def class_dimension(z: Tensor) -> int:
-    """Dimension of the classes, as ``torch.nn.functional.cross_entropy`` has it."""
-    return -1 if z.ndim < 3 else 1
-
-
-def likelihood_of(loss: Loss, z: Tensor) -> Likelihood:
-    """The likelihood whose negative logarithm the loss is, up to a factor."""
-    match loss:
-        case "cross_entropy":
-            return Categorical(class_dimension(z))
-        case "mse":
-            return Gaussian()
-        case _:
-            return Bernoulli()
-
-
-def loss_factor(loss: Loss, reduction: Reduction, z: Tensor) -> float:
-    """The factor c of the loss on the negative log-likelihood of one unit."""
-    if reduction == "sum":
-        count = 1
-    elif reduction == "batchmean":
-        count = len(z)
-    else:
-        count = z.numel() // (z.shape[class_dimension(z)] if loss == "cross_entropy" else 1)
-    return (2.0 if loss == "mse" else 1.0) / max(count, 1)
-
-
-def declared_columns(
-    loss: Loss, reduction: Reduction, z: Tensor, columns: Columns, sampled: bool, generator: torch.Generator
-) -> Tensor:
-    """Columns s of a declared loss, ``(K, *z.shape)``, with ``E Σ_k s_k s_kᵀ = ∂²ℓ/∂z²`` within each unit.
+class Seeds:
+    """Gives columns of the curvature of a loss.
 
     Args:
-        loss: ``"cross_entropy"`` (classes along the last dimension of ``(B, C)``, the second of ``(B, C, …)``),
-            ``"mse"`` or ``"bce_with_logits"``.
-        reduction: Of the loss: mean over everything, sum, or sum over everything divided by B.
-        z: The output, detached.
-        columns: K, or ``"exact"``: one for each output, and the expectation is exact.
-        sampled: Scores of targets drawn from the model's distribution (Monte-Carlo Fisher); else ``S ε`` with a root S
-            of the curvature in closed form and random signs ε.
+        loss: Its name, the module that computes it, or None.
+        reduction: Of a loss by name.
+        class_dim: Of the classes in the output, for ``"cross_entropy"``; None: as PyTorch has it.
+        columns: K, or ``"exact"``.
+        sampled: Monte-Carlo columns where there is a closed form.
         generator: Source of the draws.
+
+    Attributes:
+        sign: -1 if losses that are not given by name or closed form are maximized.
     """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    factor = loss_factor(loss, reduction, z)
-    if columns == "exact":
-        return _exact(loss, z) * math.sqrt(factor)
-    if sampled:
-        scores = likelihood_of(loss, z).scores(z, columns, generator)
-    else:
-        signs = _signs((columns, *z.shape), z, generator)
-        scores = _root(loss, z, signs)
-    return scores.mul_((factor / columns) ** 0.5)
 
+    def __init__(
+        self,
+        loss: Loss | None,
+        reduction: Reduction,
+        class_dim: int | None,
+        columns: Columns,
+        sampled: bool,
+        generator: torch.Generator,
+    ) -> None:
+        self.loss, self.reduction, self.class_dim = loss, reduction, class_dim
+        self.columns, self.sampled, self.generator = columns, sampled, generator
+        self.sign = 1
+        self._separable = False
 
-def _root(loss: Loss, z: Tensor, u: Tensor) -> Tensor:
-    """``S u`` with ``S Sᵀ`` the Fisher information of the likelihood."""
-    if loss == "mse":
-        return u
-    if loss == "bce_with_logits":
-        return z.sigmoid().mul_(z.neg().sigmoid()).sqrt() * u
-    dim = class_dimension(z)
-    p = z.softmax(dim)
-    along = (p.sqrt() * u).sum(dim if dim < 0 else dim + 1, keepdim=True)
-    return p.sqrt() * u - p * along
+    @property
+    def name(self) -> LossName | None:
+        """Of the loss, if it was declared by name."""
+        return None if isinstance(self.loss, nn.Module) else self.loss
 
+    def of_output(self, output: Any) -> Tensor:
+        """Columns ``(K, *output.shape)`` of the loss that was declared by name.
 
-def _exact(loss: Loss, z: Tensor) -> Tensor:
-    """All columns of the root: one for each output of a sample, so that a column is within a single unit."""
-    width = z[0].numel()
-    units = torch.eye(width, dtype=z.dtype, device=z.device).view(width, 1, *z.shape[1:]).expand(width, *z.shape)
-    return _root(loss, z, units)
+        Raises:
+            ModelError: the output is no tensor, or has no such dimension of classes.
+        """
+        assert self.name is not None
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"the network returns {type(output).__name__}, and the loss's curvature is of one tensor. Declare the "
+                "loss module that you call, MiniBatch(loss=criterion), or leave out loss= and pass a closure that "
+                "returns `(loss, output)`, or wrap the network in a module that returns the tensor."
+            )
+        z, place = output.detach(), self.class_dim
+        if place is not None:
+            if not -z.ndim <= place < z.ndim or place % z.ndim == 0:
+                raise ModelError(f"class_dim={place} is no dimension of the classes of an output {tuple(z.shape)}.")
+            z = z.movedim(place, 1)
+        columns = self._of(named_curvature(self.name, self.reduction, z))
+        return columns if place is None else columns.movedim(2, place % z.ndim + 1)
+
+    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[Tensor, Tensor] | None:
+        """Of a call of the declared module: what to back-propagate from, and columns; None if nothing depends on it.
+
+        Raises:
+            ModelError: it has no closed form, and its value or the number of outputs does not allow the general one.
+            NotConvexError: it is not convex in its input.
+        """
+        assert isinstance(self.loss, nn.Module)
+        given = inspect.signature(self.loss.forward).bind(*args, **kwargs).args
+        output = next((a for a in given if isinstance(a, Tensor) and a.requires_grad), None)
+        if output is None:
+            return None
+        form = criterion_curvature(self.loss, *given) if output is given[0] and len(given) > 1 else None
+        if form is not None:
+            return form.output, self._of(form)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ModelError(
+                f"the declared {type(self.loss).__name__} does not return the loss, a tensor with one number. Leave "
+                "out loss= and pass a closure that returns `(loss, output)`."
+            )
+        return output, self.of_loss(value.reshape(()), output)
+
+    def of_loss(self, loss: Tensor, output: Tensor) -> Tensor:
+        """Of any loss that is a sum over samples, on the tape of its output, which is retained.
+
+        Raises:
+            ModelError: more than ``MAX_OUTPUTS`` outputs a sample, or the loss couples samples.
+            NotConvexError: the loss is not convex in the output (concave, if it is maximized).
+        """
+        if not self._separable:
+            check_separable(loss, output)
+            self._separable = True
+        return hessian_columns(self.sign * loss, output, self.columns, self.generator)
+
+    def _of(self, curvature: LossCurvature) -> Tensor:
+        return curvature.columns(self.columns, self.sampled, self.generator)
 
 
 def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: torch.Generator) -> Tensor:
@@ -111,18 +135,14 @@ def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: t
     width = output[0].numel()
     if width > MAX_OUTPUTS:
         raise ModelError(
-            f"the loss is not declared, and its output Hessian is not formed for {width} outputs a sample (at most "
-            f"{MAX_OUTPUTS}). Declare the loss, loss={' | '.join(map(repr, LOSSES))}, or return an output "
-            'whose rows are one position each (`logits.flatten(0, 1)`), or use curvature="empirical".'
+            f"the loss has no closed form here, and its output Hessian is not formed for {width} outputs a sample (at "
+            f"most {MAX_OUTPUTS}). Declare it, loss={' | '.join(map(repr, LOSSES))} or its torch.nn module, or return "
+            'an output whose rows are one position each (`logits.flatten(0, 1)`), or use curvature="empirical".'
         )
     roots = curvature_roots(output_hessians(loss, output), output.dtype)
     if not len(roots):
         return torch.zeros(1, *output.shape, dtype=roots.dtype, device=roots.device)  # a loss linear in its output
     if columns != "exact":
-        signs = _signs((columns, *roots.shape[:2]), roots, generator) / columns**0.5
+        signs = random_signs((columns, *roots.shape[:2]), roots, generator) / columns**0.5
         roots = torch.einsum("ckb,kbi->cbi", signs, roots)
     return roots.reshape(len(roots), *output.shape)
-
-
-def _signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, shape, generator=generator, dtype=like.dtype, device=like.device).mul_(2).sub_(1)

@@ -14,7 +14,7 @@ from hessopt.errors import ClosureError
 from hessopt.kronecker_band import Direction, KroneckerBand
 from hessopt.kronecker_bandwidth import KroneckerBandwidth
 from hessopt.kronecker_recorder import check_strided
-from hessopt.kronecker_seeds import LOSSES
+from hessopt.loss_curvature import LOSSES
 from hessopt.mini_batch import MiniBatch
 
 Groups = Sequence[dict[str, Any]]
@@ -64,9 +64,11 @@ class KroneckerStep:
 
     def _engine(self, groups: Groups) -> KroneckerBand:
         bandwidth = 0 if self.bandwidth == "auto" else self.bandwidth
-        return KroneckerBand(
+        band = KroneckerBand(
             self.model, _all(groups), bandwidth, curvature=self.curvature, damping=self.damping, **self.options.engine
         )
+        band.seeds.sign = -1 if groups[0]["maximize"] else 1
+        return band
 
     def restart(self, groups: Groups) -> None:
         """Gather curvature anew, for other parameters."""
@@ -87,14 +89,14 @@ class KroneckerStep:
         if closure is None and self.options.loss is None and self.curvature != "empirical":
             raise ClosureError(
                 'BandedNewton.step() with factors="kronecker" needs the loss, for its curvature. Declare it, '
-                f"`mini_batch=MiniBatch(loss={' | '.join(map(repr, LOSSES))})`, use `curvature='empirical'`, or pass "
-                "a closure, `optimizer.step(lambda: loss_fn(model(x), y))`."
+                f"`mini_batch=MiniBatch(loss={' | '.join(map(repr, LOSSES))})` or the loss module itself, use "
+                "`curvature='empirical'`, or pass a closure, `optimizer.step(lambda: loss_fn(model(x), y))`."
             )
         if closure is not None and added:
             self.restart(groups)
         runner, loss = None, None
         gradients = [p.grad for p in self.band.parameters]
-        sign = -1 if groups[0]["maximize"] else 1
+        sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
             self.band.begin()
             runner = ClosureRunner(closure, _all(groups), self.model)
@@ -103,7 +105,7 @@ class KroneckerStep:
             check_strided(gradients)
             if self.band.waits:
                 with torch.enable_grad():
-                    self.band.gather(sign * evaluation.loss, evaluation.output)
+                    self.band.gather(evaluation.loss, evaluation.output)
             loss = evaluation.loss.detach()
             del evaluation  # and the tape
         else:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from hessopt.kronecker_layers import Sharing
-from hessopt.kronecker_seeds import LOSSES, REDUCTIONS, Columns, Loss, Reduction
+from hessopt.loss_curvature import LOSSES, REDUCTIONS, Columns, Loss, Reduction, check_criterion
 
 CURVATURES = ("fisher", "ggn", "empirical")
 
@@ -17,9 +19,14 @@ class MiniBatch:
     """Options of ``BandedNewton(model, factors="kronecker", mini_batch=MiniBatch(…))``.
 
     Args:
-        loss: ``"cross_entropy"``, ``"mse"`` or ``"bce_with_logits"`` of the network's output: then the optimizer takes
-            ``loss.backward(); optimizer.step()``, without a closure. None: any loss, with a closure. Default: None.
-        reduction: Of a declared loss: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
+        loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"`` or ``"poisson_nll"`` (of logarithms of rates) of the
+            network's output, or the module that computes the loss, as :class:`torch.nn.CrossEntropyLoss`: then the
+            optimizer takes ``loss.backward(); optimizer.step()``, without a closure. A module may have class weights,
+            label smoothing and ignored targets, and what it is called with need not be what the network returns
+            (:func:`hessopt.loss_curvature.criterion_curvature` lists the closed forms; of any other module the output
+            Hessian is used, if it is a sum over samples with at most 256 outputs each). None: any loss, with a
+            closure. Default: None.
+        reduction: Of a loss declared by name: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
         class_dim: Of the classes in the output of a declared ``"cross_entropy"``, for instance -1 for the ``(B, T, V)``
             of a language model. None: as in :func:`torch.nn.functional.cross_entropy`, the second of more than two.
         momentum: μ, of param groups without their own; in [0, 1). Default: 0.5.
@@ -104,7 +111,14 @@ def check_engine(
     """Raise a ValueError unless the options of the engine are in range."""
     _check_choice("reduction", reduction, REDUCTIONS)
     _check_choice("sharing", sharing, ("expand", "reduce"))
-    _check_choice("loss", loss, (*LOSSES, None))
+    if isinstance(loss, nn.Module):
+        check_criterion(loss)
+        if reduction != "mean":
+            raise ValueError(f"reduction={reduction!r} is of a loss by name; a loss module has its own.")
+    elif loss not in (*LOSSES, None):
+        raise ValueError(
+            f"loss must be one of {', '.join(map(repr, LOSSES))}, a torch.nn.Module or None, got {loss!r}."
+        )
     _check_choice("damping_unit", damping_unit, ("loss", "layer"))
     counts = {
         "factor_every": factor_every, "inverse_every": inverse_every, "iterations": iterations, "max_size": max_size,

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -18,26 +18,34 @@ GRACE = 1.2
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may use; it ends with the first of the two.
+    """What a run may use; it ends with the first of them.
 
     Attributes:
         seconds: Inside the optimizer's steps.
         gradient_equivalents: See :mod:`ablation.meter`.
+        steps: Of the optimizer; None is any number.
     """
 
     seconds: float
     gradient_equivalents: float
+    steps: float | None = None
 
     def __post_init__(self) -> None:
-        if not (self.seconds > 0 and self.gradient_equivalents > 0):
+        if not (self.seconds > 0 and self.gradient_equivalents > 0 and (self.steps is None or self.steps > 0)):
             raise ValueError(f"a budget must be positive, got {self}.")
 
-    def share(self, seconds: float, gradient_equivalents: float) -> float:
+    def share(self, seconds: float, gradient_equivalents: float, steps: int) -> float:
         """The share of the budget that is used up; beyond 1 it is spent."""
-        return max(seconds / self.seconds, gradient_equivalents / self.gradient_equivalents)
+        taken = 0.0 if self.steps is None else steps / self.steps
+        return max(seconds / self.seconds, gradient_equivalents / self.gradient_equivalents, taken)
 
     def scaled(self, fraction: float) -> Budget:
-        return Budget(self.seconds * fraction, self.gradient_equivalents * fraction)
+        steps = None if self.steps is None else self.steps * fraction
+        return Budget(self.seconds * fraction, self.gradient_equivalents * fraction, steps)
+
+    def stated(self) -> dict[str, float]:
+        """The limits that there are, by name."""
+        return {name: limit for name, limit in asdict(self).items() if limit is not None}
 
 
 class Checkpoints:

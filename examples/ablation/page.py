@@ -32,7 +32,7 @@ the range over those seeds that reach the target in brackets, and how many do. L
 
 PARTS = """Settings of one optimizer side by side, untuned, beside tuned peers: median objectives at the end of the same
 budgets of seconds, and at the most gradient-equivalents that all of them got to (without the linear algebra of a step);
-bold is the lowest of a column."""
+or at the end of the same number of steps, with what they took. Bold is the lowest of a column."""
 
 Name = tuple[str, str, str]
 
@@ -76,8 +76,9 @@ class Page:
         parts = [INTRODUCTION, self._conditions(), "## In short", self._summary(), self._standings(), self.notes]
         if self.parts:
             parts += ["## What the parts contribute", PARTS]
-            for study, ends, equal in self.parts:
-                parts += [f"### Study `{study}`", ends, "At equal gradient-equivalents:", equal]
+            for part in self.parts:
+                parts.append(f"### Study `{part.study}`")
+                parts += [text for table in part.tables for text in table]
         for family in dict.fromkeys(entry.family for entry in self.entries):
             parts.append(f"## {family[:1].upper()}{family[1:]}")
             for name in dict.fromkeys(e.problem for e in self.entries if e.family == family):

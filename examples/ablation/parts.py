@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ablation.contender import Contender
-from ablation.results import OBJECTIVE, WORK, Entry, entries, lower_median
+from ablation.results import OBJECTIVE, SECONDS, STEPS, WORK, Entry, entries, lower_median
 from ablation.table import Row
 from ablation.task import Problem
 
@@ -14,12 +15,13 @@ from ablation.task import Problem
 def main_rows(rows: Sequence[Row], contenders: Mapping[str, Contender]) -> list[Row]:
     """Of each problem the rows of one study, the one of the largest budget in which ours is tuned or has its defaults.
 
-    Variants are left out, and so are problems that ours was not compared on: there is nothing to win or to lose.
+    Variants are left out, and so are studies of equal steps, and problems that ours was not compared on: there is
+    nothing to win or to lose.
     """
     chosen: dict[str, tuple[float, str]] = {}
     for row in rows:
         own = row["contender"] in contenders and contenders[row["contender"]].ours
-        if own and row["role"] in ("tuned", "default"):
+        if own and row["role"] in ("tuned", "default") and "steps" not in row["budget"]:
             candidate = (float(row["budget"]["seconds"]), row["study"])
             chosen[row["problem"]] = max(candidate, chosen.get(row["problem"], candidate))
     return [
@@ -29,20 +31,45 @@ def main_rows(rows: Sequence[Row], contenders: Mapping[str, Contender]) -> list[
     ]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A study with variants: its name, and two tables with their titles."""
+
+    study: str
+    tables: Sequence[tuple[str, str]]
+
+
 def part_tables(
     rows: Sequence[Row], contenders: Mapping[str, Contender], problems: Mapping[str, Problem]
-) -> list[tuple[str, str, str]]:
-    """Of each study with variants its name and two tables, with a line for each variant or tuned peer.
+) -> list[Parts]:
+    """Of each study with variants two tables, with a line for each variant or tuned peer.
 
-    Median objectives at the end, which is at equal seconds; and at equal gradient-equivalents, the most that all of the
-    lines got to.
+    Median objectives at the end, which is at equal seconds, and at equal gradient-equivalents, the most that all of the
+    lines got to. Of a study of equal steps the objectives at the end, and the seconds to there.
     """
     found = []
     for study in dict.fromkeys(row["study"] for row in rows if row["role"] == "variant"):
-        here = entries([row for row in rows if row["study"] == study], contenders)
-        here = [e for e in here if e.contender in contenders]
+        own = [row for row in rows if row["study"] == study]
+        here = [e for e in entries(own, contenders) if e.contender in contenders]
         ends = {(_label(e, contenders), e.problem): e.final for e in here if e.curves}
-        found.append((study, _table(ends, problems), _table(_at_equal_work(here, contenders), problems)))
+        if any("steps" in row["budget"] for row in own):
+            taken = {row["problem"]: row["budget"].get("steps") for row in own if row["role"] != "tuning"}
+            titles = {name: f"after {steps:g} steps" for name, steps in taken.items() if steps is not None}
+            spent = {
+                (_label(e, contenders), e.problem): lower_median([c[-1][SECONDS] for c in e.curves])
+                for e in here
+                if e.curves and all(c[-1][STEPS] == taken[e.problem] for c in e.curves)
+            }
+            tables = [
+                ("At equal steps:", _table(ends, problems, titles)),
+                ("Seconds to there, on a machine that other work ran on:", _table(spent, problems, titles)),
+            ]
+        else:
+            tables = [
+                ("At equal seconds:", _table(ends, problems)),
+                ("At equal gradient-equivalents:", _table(_at_equal_work(here, contenders), problems)),
+            ]
+        found.append(Parts(study, tables))
     return found
 
 
@@ -66,9 +93,13 @@ def _at_equal_work(here: Sequence[Entry], contenders: Mapping[str, Contender]) -
     return found
 
 
-def _table(cells: Cells, problems: Mapping[str, Problem]) -> str:
+def _table(cells: Cells, problems: Mapping[str, Problem], after: Mapping[str, str] | None = None) -> str:
     names = list(dict.fromkeys(name for _, name in cells))
     titles = [problems[name].title if name in problems else name for name in names]
+    if after:
+        titles = [
+            f"{title}, {after[name]}" if name in after else title for name, title in zip(names, titles, strict=True)
+        ]
     lines = [f"| | {' | '.join(titles)} |", "| --- " * (len(names) + 1) + "|"]
     best = {name: min(value for (_, problem), value in cells.items() if problem == name) for name in names}
     for label in dict.fromkeys(label for label, _ in cells):

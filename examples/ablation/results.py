@@ -11,7 +11,7 @@ from ablation.contender import Contender
 from ablation.table import Row
 
 Curve = Sequence[Sequence[float]]
-SECONDS, WORK, OBJECTIVE = 0, 1, 3
+SECONDS, WORK, STEPS, OBJECTIVE = range(4)
 """Columns of a curve."""
 
 SOLVED = 1e-10

@@ -124,7 +124,7 @@ class _Runner:
         while True:
             batch = next(self.metered.batches)
             if hasattr(stepper, "share"):
-                stepper.share = self.budget.share(self.clock.seconds, self.meter.spent)
+                stepper.share = self._share()
             with self.clock.running(), self.meter.watching(self.metered):
                 loss = stepper.step(batch)
             self._after_step(loss)
@@ -136,13 +136,16 @@ class _Runner:
 
     def _after_step(self, loss: float) -> None:
         self.result.steps += 1
-        share = self.budget.share(self.clock.seconds, self.meter.spent)
+        share = self._share()
         if share > 1:
             raise BudgetSpent
         if not math.isfinite(loss):
             raise _Diverged(f"the loss is {loss} at step {self.result.steps}")
         if self.checkpoints.due(share):
             self._measure()
+
+    def _share(self) -> float:
+        return self.budget.share(self.clock.seconds, self.meter.spent, self.result.steps)
 
     def _measure(self) -> None:
         result = self.result

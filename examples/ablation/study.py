@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Study:
         threads: Of torch.
         grids: By contender, in place of its own grid.
         budgets: Seconds by problem, in place of all of the above.
+        steps: Budget of a run by problem, besides seconds: for comparisons a step or an epoch.
         variants: By label: ``contender`` and its settings, run untuned, for ablations.
     """
 
@@ -71,6 +72,7 @@ class Study:
     threads: int = 1
     grids: Mapping[str, Sequence[Settings]] = field(default_factory=dict)
     budgets: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
     variants: Mapping[str, Settings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class Study:
 
     def budget(self, problem: Problem) -> Budget:
         seconds = self.budgets.get(problem.name, problem.seconds * self.scale if self.seconds is None else self.seconds)
-        return Budget(seconds, self.gradient_equivalents)
+        return Budget(seconds, self.gradient_equivalents, self.steps.get(problem.name))
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class Session:
             "role": cell.role,
             "label": cell.label,
             "seed": cell.seed,
-            "budget": asdict(cell.budget),
+            "budget": cell.budget.stated(),
             "threads": self.study.threads,
             "device": device_name(self.device),
             "versions": versions(cell.contender),

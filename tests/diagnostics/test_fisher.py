@@ -19,6 +19,7 @@ from tests.networks import Chain
 from tests.oracle import relative_error
 
 CLASSES = torch.tensor([0, 2, 1, 1, 0, 2])
+COUNTS = torch.tensor([[0, 1, 4], [2, 0, 0], [0, 3, 1], [1, 1, 1], [0, 5, 0], [1, 0, 2]], dtype=torch.float64)
 EVENTS = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.float64)
 
 
@@ -35,6 +36,10 @@ def half_squares(z: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (z - y).square().sum() / len(z)
 
 
+def poisson(z: Tensor, y: Tensor) -> Tensor:
+    return F.poisson_nll_loss(z, y, reduction="sum") / len(z)
+
+
 def binary(z: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
 
@@ -46,6 +51,8 @@ LOSSES: dict[str, tuple[str, Callable[[Any, Any], Tensor], Tensor, float]] = {
     "half squares": ("gaussian", half_squares, EVENTS, 1.0),
     "mean squares": ("gaussian", F.mse_loss, EVENTS, 2 / 3),
     "binary": ("bernoulli", binary, EVENTS, 1.0),
+    "poisson": ("poisson", poisson, COUNTS, 1.0),
+    "mean poisson": ("poisson", F.poisson_nll_loss, COUNTS, 1 / 3),
     "mean binary": ("bernoulli", F.binary_cross_entropy_with_logits, EVENTS, 1 / 3),
 }
 
@@ -74,6 +81,8 @@ def _expected(likelihood: str, z: Tensor, jacobian: Tensor) -> Tensor:
     for row, own in zip(z, jacobian.reshape(*z.shape, -1), strict=True):
         if likelihood == "gaussian":
             total += own.T @ own
+        elif likelihood == "poisson":  # the variance of a count is its rate
+            total += own.T @ row.exp().diag() @ own
         else:
             for p, score in _outcomes(likelihood, row):
                 g = own.T @ score
@@ -292,7 +301,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="kind must be one of 'type-2', 'monte-carlo', 'empirical', got 'exact'"):
             FisherOperator(model, batch, F.cross_entropy, kind="exact", likelihood="categorical")
         with pytest.raises(ValueError, match="likelihood must be one of"):
-            FisherOperator(model, batch, F.cross_entropy, likelihood="poisson")
+            FisherOperator(model, batch, F.cross_entropy, likelihood="gamma")
         with pytest.raises(ValueError, match="say which it is"):
             FisherOperator(model, batch, F.cross_entropy)
         with pytest.raises(ValueError, match="pass a source, generator="):

@@ -164,7 +164,9 @@ def test_of_several_studies_of_a_problem_the_one_with_most_time_counts(tmp_path:
         for row in rows
         if row["contender"] == "sgd"
     ]
-    found = main_rows([*rows, *longer, *peers], {c.name: c for c in (SGD, OURS, NEVER)})
+    # Nor does one of equal steps.
+    counted = [{**row, "study": "steps", "budget": {**row["budget"], "seconds": 1e9, "steps": 5}} for row in rows]
+    found = main_rows([*rows, *longer, *peers, *counted], {c.name: c for c in (SGD, OURS, NEVER)})
     assert {(row["problem"], row["study"]) for row in found} == {("full", "longer"), ("batches", rows[0]["study"])}
     assert not [row for row in found if row["role"] == "variant"]
 
@@ -185,6 +187,23 @@ def test_parts_at_equal_work_by_hand(tmp_path: Path) -> None:
         {**base, "label": "short", "curve": short, "final": 5.0},
         {**base, "label": "long", "curve": long, "final": 3.0},
     ]
-    ((_, ends, equal),) = part_tables(made, {c.name: c for c in (SGD, OURS, NEVER)}, {})
+    (parts,) = part_tables(made, {c.name: c for c in (SGD, OURS, NEVER)}, {})
+    (_, ends), (_, equal) = parts.tables
     assert ends.splitlines()[2:] == ["| ours: long | **3** |", "| ours: short | 5 |"]
     assert equal.splitlines()[2:] == ["| ours: long | 7 |", "| ours: short | **5** |"]
+
+
+def test_parts_at_equal_steps_by_hand(tmp_path: Path) -> None:
+    rows = session(tmp_path / "table.jsonl").run().rows
+    (row,) = [row for row in rows if row["label"] == "fast" and row["problem"] == "full" and row["seed"] == 1]
+    base = {**row, "seed": 1, "budget": {**row["budget"], "steps": 7}}
+    made = [
+        {**base, "label": "dear", "curve": [[0.0, 0, 0, 9.0], [4.0, 10, 7, 3.0]], "final": 3.0},
+        {**base, "label": "cheap", "curve": [[0.0, 0, 0, 9.0], [1.0, 8, 7, 5.0]], "final": 5.0},
+        {**base, "label": "unfinished", "curve": [[0.0, 0, 0, 9.0], [0.5, 8, 6, 6.0]], "final": 6.0},
+    ]
+    (parts,) = part_tables(made, {c.name: c for c in (SGD, OURS, NEVER)}, {})
+    (_, ends), (_, seconds) = parts.tables
+    assert "full, after 7 steps" in ends
+    assert ends.splitlines()[2:] == ["| ours: cheap | 5 |", "| ours: dear | **3** |", "| ours: unfinished | 6 |"]
+    assert seconds.splitlines()[2:] == ["| ours: cheap | **1** |", "| ours: dear | 4 |"]

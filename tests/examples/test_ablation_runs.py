@@ -89,6 +89,15 @@ def test_budget_of_gradient_equivalents() -> None:
     assert result.steps == 21  # the step that crosses is neither measured nor shown
 
 
+def test_budget_of_steps() -> None:
+    sgd = contender("sgd", lambda task: GradientStep(task, torch.optim.SGD(task.model.parameters(), lr=0.1)))
+    budget = Budget(1e6, 1e6, steps=10)
+    result = runner.run(FULL, sgd, {}, 0, budget)
+    assert result.curve[-1][2] == 10
+    assert budget.scaled(0.5).stated() == {"seconds": 5e5, "gradient_equivalents": 5e5, "steps": 5}
+    assert Budget(1, 2).stated() == {"seconds": 1, "gradient_equivalents": 2}  # as in tables of before
+
+
 def test_budget_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()  # a clock that goes one second a look: a step takes one
     monkeypatch.setattr("ablation.budget.time.perf_counter", lambda: float(next(now)))

@@ -108,5 +108,5 @@ def test_studies_are_valid(path: Path) -> None:
     study = Study.load(path)
     runs, seconds = Session(study, Table(path.with_suffix(".none")), PROBLEMS, CONTENDERS).estimate()
     assert runs > 0
-    assert seconds < 3 * 3600
+    assert seconds < 3 * 3600 or set(study.steps) == set(study.problems)  # there seconds are no more than a guard
     assert len(study.seeds) >= 3

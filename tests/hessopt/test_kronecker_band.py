@@ -16,7 +16,8 @@ from torch.nn import functional
 from hessopt.errors import ClosureError, ModelError
 from hessopt.kronecker_band import KroneckerBand, due
 from hessopt.kronecker_inverse import triangular_inverse
-from hessopt.kronecker_seeds import declared_columns, hessian_columns
+from hessopt.kronecker_seeds import hessian_columns
+from hessopt.loss_curvature import named_curvature
 from tests.hessopt.reference import Dag, batch, chain, dags, dense, skip
 
 EXACT = {"curvature": "ggn", "columns": "exact", "loss": "mse", "reduction": "sum"}
@@ -353,7 +354,7 @@ def test_empirical_fisher_from_the_ordinary_backward() -> None:
     assert torch.linalg.eigvalsh(tapered).min() > -1e-12 * tapered.diagonal().sum()
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce_with_logits"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce_with_logits", "poisson_nll"])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 2)])
 @pytest.mark.parametrize("kind", ["exact", "sketched", "sampled"])
 def test_columns_have_the_output_curvature_as_second_moment(loss: str, shape: tuple[int, ...], kind: str) -> None:
@@ -362,11 +363,14 @@ def test_columns_have_the_output_curvature_as_second_moment(loss: str, shape: tu
     target = torch.rand(shape, generator=generator, dtype=torch.float64)
     if loss == "cross_entropy":
         target = target.argmax(1)
-    name = {"bce_with_logits": "binary_cross_entropy_with_logits", "mse": "mse_loss"}.get(loss, loss)
+    names = {
+        "bce_with_logits": "binary_cross_entropy_with_logits", "mse": "mse_loss", "poisson_nll": "poisson_nll_loss",
+    }  # fmt: skip
+    name = names.get(loss, loss)
     hessian = torch.autograd.functional.hessian(lambda t: getattr(functional, name)(t, target), z)
     hessian = hessian.reshape(z.numel(), -1)
     columns = "exact" if kind == "exact" else 20000
-    found = declared_columns(loss, "mean", z, columns, kind == "sampled", generator)  # type: ignore[arg-type]
+    found = named_curvature(loss, "mean", z).columns(columns, kind == "sampled", generator)  # type: ignore[arg-type]
     moment = torch.einsum("kbi,kbj->bij", found.flatten(2), found.flatten(2))
     for b in range(shape[0]):
         width = z[0].numel()

@@ -19,7 +19,7 @@ from hessopt import BandedNewton, LeastSquares, MiniBatch
 from hessopt.errors import ClosureError, ModelError
 from hessopt.kronecker_bandwidth import KroneckerBandwidth
 from hessopt.kronecker_report import step_operations
-from hessopt.kronecker_seeds import declared_columns
+from hessopt.loss_curvature import named_curvature
 
 OWN = {"bandwidth", "curvature", "lr", "weight_decay", "maximize", "damping", "bandwidth_every", "params"}
 
@@ -531,7 +531,7 @@ def test_measured_curvature_of_all_kinds_of_layers(columns: Any) -> None:
     shift = {p: torch.randn_like(p) for p in net.parameters()}
     step = band.flat([shift[p] for p in net.parameters()]).clone()
     assert len(band.diagonals) == 0
-    seeds = declared_columns("cross_entropy", "mean", z.detach(), columns, False, generator)
+    seeds = named_curvature("cross_entropy", "mean", z.detach()).columns(columns, False, generator)
     probe = z.detach().clone().requires_grad_()
     pull = torch.autograd.grad(net(tokens), list(net.parameters()), probe, create_graph=True)
     inner = sum((g * shift[p]).sum() for g, p in zip(pull, net.parameters(), strict=True))
