@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial, reduce
 from typing import Any, Literal, overload
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.cliques import Bandwidth, Cliques, check_bandwidth
+from diagnostics.cliques import Bandwidth, check_bandwidth
 from hessopt.banded_arguments import (
     Params,
     check_choice,
@@ -22,26 +16,17 @@ from hessopt.banded_arguments import (
     check_mini_batch,
     network_of,
 )
-from hessopt.banded_systems import BandedSystem
-from hessopt.bandwidth_choice import BandwidthChoice, bandwidth_cliques
-from hessopt.closure import Closure, ClosureRunner, Evaluation
-from hessopt.damped_step import DampedStep, line_step, search_step, take_step
+from hessopt.bandwidth_choice import BandwidthChoice
+from hessopt.closure import Closure
+from hessopt.damped_step import DampedStep
 from hessopt.damping import NielsenDamping
-from hessopt.errors import ClosureError, ModelError
-from hessopt.exact_curvature import ExactCurvature
-from hessopt.factor_choice import FactorChoice, Factors
+from hessopt.errors import ClosureError
+from hessopt.exact_step import ExactStep
+from hessopt.factor_choice import Factors
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_step import KroneckerStep
-from hessopt.layers import Layer, layers_of
-from hessopt.linear_solve import least_damping
+from hessopt.layers import layers_of
 from hessopt.mini_batch import CURVATURES, MiniBatch
-from hessopt.parameter_uses import Use
-from hessopt.quadratic_model import QuadraticModel
-
-SEARCH_START = 1e-8
-"""Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
-SEARCH_FLOOR = 50
-"""Its least, in traces times the rounding unit. Below, solves fail every now and then."""
 
 
 class BandedNewton(Optimizer):
@@ -135,6 +120,8 @@ class BandedNewton(Optimizer):
             ``line_search`` 1e-8 tr(GGN), and 50 ε tr(GGN) at least. With ``factors="kronecker"`` in
             units of the loss's output curvature, constant unless ``MiniBatch(adapt_every=…)``, and 2e-3 by default; 1
             with ``MiniBatch(damping_unit="layer")``.
+        momentum: μ of exact factors, in [0, 1): the damping pulls towards μ times the last step instead of towards zero
+            (:class:`hessopt.metric_momentum.MomentumSolve`); the factors' own are in ``mini_batch``. Default: 0.
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖²; with ``factors="kronecker"`` decoupled.
             Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
@@ -153,9 +140,9 @@ class BandedNewton(Optimizer):
         cost: ``"model"``, operations, so that runs repeat bit for bit; or ``"measured"``, seconds of the solve.
         memory_limit: Bytes that the matrices of a solve may take. Default: 4 GiB.
 
-    Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups), and ``momentum``
-    with ``factors="kronecker"``. There a new group, or a parameter that is unfrozen, starts the averages anew; hooks
-    are taken from the network when the optimizer is garbage, and copies of the network alone have none.
+    Param groups may have their own ``lr``, ``weight_decay``, ``momentum`` and ``maximize`` (the same in all groups).
+    With ``factors="kronecker"`` a new group, or a parameter that is unfrozen, starts the averages anew; hooks are taken
+    from the network when the optimizer is garbage, and copies of the network alone have none.
 
     Attributes:
         last_step: A :class:`DampedStep`, or None before the first step and with ``factors="kronecker"``.
@@ -207,6 +194,7 @@ class BandedNewton(Optimizer):
         factors: Factors = "auto",
         mini_batch: MiniBatch | None = None,
         damping: float | None = None,
+        momentum: float = 0.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
         adapt_damping: bool = True,
@@ -228,7 +216,7 @@ class BandedNewton(Optimizer):
             "adapt_damping": adapt_damping is not True, "line_search": line_search is not False,
             "max_rejections": max_rejections != 5, "min_damping": min_damping != 1e-14,
             "max_damping": max_damping != 1e10, "bandwidth_rule": bandwidth_rule != "gain",
-            "epsilon": epsilon != 0.1, "cost": cost != "model",
+            "epsilon": epsilon != 0.1, "cost": cost != "model", "momentum": momentum != 0.0,
         }  # fmt: skip
         check_mini_batch(averages, mini_batch, [name for name, given in own.items() if given])
         if curvature is None:
@@ -258,17 +246,26 @@ class BandedNewton(Optimizer):
             "lr": (0.5 if averages else 1.0) if lr is None else lr,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "momentum": momentum if self.mini_batch is None else self.mini_batch.momentum,
         }
-        if self.mini_batch is not None:
-            defaults["momentum"] = self.mini_batch.momentum
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
         layers_of(self.model, self._parameters())
         self._attach()
 
     def _prepare(self) -> None:
         """What follows from the arguments and the network alone."""
-        self._factor_choice = FactorChoice(self.factors, self.memory_limit)
-        self._exact = ExactCurvature(self.model, self.memory_limit)
+        self._exact = ExactStep(
+            self.model,
+            self.bandwidth,
+            self.factors,
+            self._choice,
+            self._initial_damping,
+            relative_damping=self._relative_damping,
+            adapt_damping=self.adapt_damping,
+            line_search=self.line_search,
+            max_rejections=self.max_rejections,
+            memory_limit=self.memory_limit,
+        )
 
     def _attach(self) -> None:
         """The mini-batch form's hooks."""
@@ -348,38 +345,8 @@ class BandedNewton(Optimizer):
                 "from `.grad` alone. Pass a function that returns the loss: "
                 "`optimizer.step(lambda: loss_fn(model(x), y))`."
             )
-        parameters = self._parameters()
-        recorder = self._exact.recorder(parameters)
-        runner = ClosureRunner(closure, parameters, self.model)
-        try:
-            with recorder.recording():
-                evaluation = runner.evaluate()
-            layers = self._exact.layers(recorder.uses)
-            gradients = self._gradients(evaluation, layers)
-            structure = self._exact.structure(evaluation, layers, recorder.uses)
-            model = self._quadratic_model(evaluation, layers, gradients, recorder.uses, structure.rows)
-        finally:
-            recorder.forget()
-        loss = evaluation.loss.detach()
-        del evaluation  # free what is left of the tape before the solves
-        damping = self._damping(model)
-        system = self._factor_choice.system(model, structure.distances, self.bandwidth)
-        cliques = self._cliques(structure.distances, model, system, damping.value)
-        solve = partial(model.step, cliques=cliques, system=system)
-        maximize = self.param_groups[0]["maximize"]
-        if self.line_search:
-            self.last_step = line_step(
-                model, solve, runner.trial_loss, loss, damping, adapt=self.adapt_damping, maximize=maximize
-            )
-        elif self.adapt_damping:
-            self.last_step = search_step(
-                model, solve, runner.trial_loss, loss, damping, max_rejections=self.max_rejections, maximize=maximize
-            )
-        else:
-            self.last_step = take_step(model, solve, loss, damping.value)
-        state = self.state[parameters[0]]
-        state["step"] = state.get("step", 0) + 1
-        state.update(damping.state_dict())
+        loss: Tensor
+        loss, self.last_step = self._exact.step(self.param_groups, self.state, closure)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -393,6 +360,7 @@ class BandedNewton(Optimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "_averages"})
         for group in self.param_groups:
             group.setdefault("maximize", False)  # states of older versions
+            group.setdefault("momentum", 0.0)
         self._prepare()
         if "_kronecker" not in self.__dict__:  # a copy, not load_state_dict
             self._kronecker = None
@@ -424,94 +392,3 @@ class BandedNewton(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _damping(self, model: QuadraticModel) -> NielsenDamping:
-        least = least_damping(model.factors, residuals=model.residuals is not None)
-        start = self._initial_damping
-        minimum = min(max(start.minimum, least), start.maximum)
-        damping = replace(start, value=max(start.value, minimum), minimum=minimum)
-        state = self.state.get(self._parameters()[0])
-        if self._relative_damping:
-            trace = model.trace()
-            damping.minimum = min(
-                max(SEARCH_FLOOR * torch.finfo(model.gradients[0][0].dtype).eps * trace, minimum), damping.maximum
-            )
-            first = SEARCH_START * trace if self.adapt_damping else 0.0
-            damping.value = min(max(first, damping.minimum), damping.maximum)
-            if not self.adapt_damping:
-                return damping
-        if state:
-            damping.load_state_dict(state)
-        return damping
-
-    def _cliques(
-        self, distances: NDArray[np.float64], model: QuadraticModel, system: BandedSystem, damping: float
-    ) -> Cliques:
-        """Cliques of this step's bandwidth, which is chosen first if it is time."""
-        if self.bandwidth != "auto":
-            return bandwidth_cliques(distances, self.bandwidth)
-        state = self.state.get(self._parameters()[0], {})
-        chosen = self._choice.bandwidth(state, distances, model, system, damping)
-        self.state[self._parameters()[0]]["bandwidth"] = chosen
-        return bandwidth_cliques(distances, chosen)
-
-    def _quadratic_model(
-        self,
-        evaluation: Evaluation,
-        layers: Sequence[Layer],
-        gradients: list[list[Tensor]],
-        uses: Sequence[Use],
-        rows: Sequence[Tensor | None],
-    ) -> QuadraticModel:
-        sign, dtype, group_of = _sign(self.param_groups[0]), gradients[0][0].dtype, self._group_of()
-        return QuadraticModel(
-            parameters=[layer.parameters for layer in layers],
-            factors=self._exact.factors(evaluation, layers, uses, rows, sign, dtype),
-            gradients=gradients,
-            lr=[[float(group_of[p]["lr"]) for p in layer.parameters] for layer in layers],
-            weight_decay=[[float(group_of[p]["weight_decay"]) for p in layer.parameters] for layer in layers],
-            residuals=self._residuals(evaluation, dtype),
-        )
-
-    def _residuals(self, evaluation: Evaluation, dtype: torch.dtype) -> Tensor | None:
-        """The residuals in the order of the factors' rows, if the gradient is that of their squares alone."""
-        decays = any(group["weight_decay"] for group in self.param_groups)
-        if not evaluation.is_least_squares or evaluation.backward_called or decays:
-            return None
-        residuals = evaluation.output.detach().to(dtype)
-        return residuals.reshape(len(residuals), -1).T.reshape(-1)
-
-    def _gradients(self, evaluation: Evaluation, layers: Sequence[Layer]) -> list[list[Tensor]]:
-        """Gradient of the objective (to be minimized) for each layer."""
-        parameters = [p for layer in layers for p in layer.parameters]
-        slopes = (
-            [p.grad for p in parameters]
-            if evaluation.backward_called
-            else torch.autograd.grad(evaluation.loss, parameters, retain_graph=True, allow_unused=True)
-        )
-        group_of = self._group_of()
-        # One dtype for all, at least float32: there is no Cholesky factorization in half precision.
-        dtype = reduce(torch.promote_types, (t.dtype for t in [*parameters, evaluation.output]), torch.float32)
-        gradients: dict[Tensor, Tensor] = {}
-        for p, slope in zip(parameters, slopes, strict=True):
-            if slope is not None and slope.layout != torch.strided:
-                raise ModelError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, of which there is no Jacobian; "
-                    "build its layer with sparse=False."
-                )
-            group = group_of[p]
-            decay = group["weight_decay"] * p.detach().to(dtype)
-            gradients[p] = decay if slope is None else decay + _sign(group) * slope.detach().to(dtype)
-            if not gradients[p].isfinite().all():
-                raise ClosureError(
-                    "the gradient is not finite at the current parameters, which were left as they are, although the "
-                    "loss is. torch.autograd.set_detect_anomaly(True) finds the operation."
-                )
-        return [[gradients[p] for p in layer.parameters] for layer in layers]
-
-    def _group_of(self) -> dict[Tensor, dict[str, Any]]:
-        return {p: group for group in self.param_groups for p in group["params"]}
-
-
-def _sign(group: dict[str, Any]) -> int:
-    return -1 if group["maximize"] else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,24 @@ class QuadraticModel:
         solution = system.solve(self.gradients, diagonal, cliques, self.residuals)
         return [[-lr * s for lr, s in zip(*pair, strict=True)] for pair in zip(self.lr, solution, strict=True)]
 
+    def scaled(self, step: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """A displacement times the learning rates."""
+        return [[lr * d for lr, d in zip(*pair, strict=True)] for pair in zip(self.lr, step, strict=True)]
+
+    def at(self, step: Sequence[Sequence[Tensor]]) -> QuadraticModel:
+        """The same model around ``θ + d``: with the gradient ``g + (ĴᵀĴ + ω) d``, and the residuals ``r + Ĵd``."""
+        change = self._change(step)
+        products = [factor.vjp(change) for factor in self.factors]
+        parts = zip(self.gradients, products, self.weight_decay, step, strict=True)
+        gradients = [[g + y + omega * d for g, y, omega, d in zip(*own, strict=True)] for own in parts]
+        return replace(self, gradients=gradients, residuals=None if self.residuals is None else self.residuals + change)
+
+    def slope(self, step: Sequence[Sequence[Tensor]]) -> float:
+        """``gᵀd``."""
+        return _total(
+            (g * d).sum() for pair in zip(self.gradients, step, strict=True) for g, d in zip(*pair, strict=True)
+        )
+
     def gradient_norm(self) -> float:
         """``‖g‖``."""
         return math.sqrt(_total(g.square().sum() for gradients in self.gradients for g in gradients))
@@ -52,16 +70,17 @@ class QuadraticModel:
 
     def predicted_reduction(self, step: Sequence[Sequence[Tensor]]) -> float:
         """``-m(d)`` of a step d, whatever the bandwidth that it was solved with."""
-        change = torch.stack([factor.jvp(d) for factor, d in zip(self.factors, step, strict=True)]).sum(dim=0)
-        slope = _total(
-            (g * d).sum() for pair in zip(self.gradients, step, strict=True) for g, d in zip(*pair, strict=True)
-        )
+        change = self._change(step)
         decay = _total(
             omega * d.square().sum()
             for pair in zip(self.weight_decay, step, strict=True)
             for omega, d in zip(*pair, strict=True)
         )
-        return -slope - (float(change.square().sum()) + decay) / 2
+        return -self.slope(step) - (float(change.square().sum()) + decay) / 2
+
+    def _change(self, step: Sequence[Sequence[Tensor]]) -> Tensor:
+        """``Ĵd``."""
+        return torch.stack([factor.jvp(d) for factor, d in zip(self.factors, step, strict=True)]).sum(dim=0)
 
     def penalty_change(self, step: Sequence[Sequence[Tensor]]) -> float:
         """``½ Σ ω ((θ + d)² - θ²)``, without the cancellation. To be called while the parameters are θ."""

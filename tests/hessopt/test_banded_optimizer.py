@@ -163,7 +163,7 @@ def test_param_groups_hold_hyperparameters_only() -> None:
     net, closure = regression()
     optimizer = BandedNewton(net)
     optimizer.step(closure)
-    assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", "maximize"}
+    assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", "maximize", "momentum"}
     assert len(optimizer.state) == 1
 
 

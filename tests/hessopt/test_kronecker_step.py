@@ -82,7 +82,7 @@ def test_defaults_of_the_two_modes() -> None:
     exact, averages = BandedNewton(net), BandedNewton(net, factors="kronecker")
     assert [exact.defaults["lr"], averages.defaults["lr"]] == [1.0, 0.5]
     assert [exact.curvature, averages.curvature] == ["ggn", "fisher"]
-    assert "momentum" not in exact.defaults
+    assert exact.defaults["momentum"] == 0.0
     assert averages.defaults["momentum"] == 0.5
     assert averages.band.damping == 2e-3
     with pytest.raises(ValueError, match='only factors="kronecker" has an engine'):
