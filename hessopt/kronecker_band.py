@@ -292,7 +292,11 @@ class KroneckerBand:
         self.called, self.distances = list(called), distances
         factors = self.blank_factors(self.bandwidth)
         self.take(self.bandwidth, factors, self.inverse_of(factors))
-        self.diagonals = {p: torch.zeros_like(p, dtype=self.dtype) for p in self.parameters if p not in self._views}
+        self.diagonals = {
+            p: torch.zeros_like(p, dtype=self.dtype)
+            for p, view in zip(self.parameters, self._views, strict=True)
+            if view is None
+        }
 
     def blank_factors(self, *bandwidths: Bandwidth) -> KroneckerFactors:
         """Factors without a batch in them, with the mean of the bandwidths' tapers, so with the pairs of each."""
@@ -306,8 +310,10 @@ class KroneckerBand:
         """Go on with these factors of the same blocks."""
         self.bandwidth, self.factors, self.inverse = bandwidth, factors, inverse
         self._gradient, matrices = factors.blank()
-        self._views = factors.views(matrices)
-        self._steps = factors.views(inverse._parts)
+        views, steps = factors.views(matrices), factors.views(inverse._parts)
+        # By position, as hashing tensors at every step takes time: views of the two vectors, None for other parameters.
+        self._views = [views.get(p) for p in self.parameters]
+        self._steps = [steps.get(p) for p in self.parameters]
 
     def _update(self, calls: Sequence[Call], cotangents: Sequence[Tensor | None]) -> float:
         """Average in one batch; returns the weight."""
@@ -349,11 +355,11 @@ class KroneckerBand:
             self.inverse.refresh(self.absolute_damping)
         self._fill(gradients)
         flat, decrement, failed = self.inverse.solve(self._gradient)
-        views, steps, flats = self._steps, [], [flat]
+        steps, flats = [], [flat]
         tiny = torch.finfo(self.dtype).tiny
-        for p, g in zip(self.parameters, gradients, strict=True):
-            if p in views:
-                steps.append(views[p])
+        for p, view, g in zip(self.parameters, self._steps, gradients, strict=True):
+            if view is not None:
+                steps.append(view)
                 continue
             d = torch.zeros_like(p, dtype=self.dtype)
             if g is not None:
@@ -375,12 +381,12 @@ class KroneckerBand:
 
     def _fill(self, gradients: Sequence[Tensor | None]) -> None:
         targets, sources = [], []
-        for p, g in zip(self.parameters, gradients, strict=True):
-            if p in self._views:
+        for view, g in zip(self._views, gradients, strict=True):
+            if view is not None:
                 if g is None:
-                    self._views[p].zero_()
+                    view.zero_()
                 else:
-                    targets.append(self._views[p])
+                    targets.append(view)
                     sources.append(g)
         if targets:
             torch._foreach_copy_(targets, sources)
@@ -392,8 +398,8 @@ class KroneckerBand:
         self._fill(steps)
         matrices: Matrices = self.factors.matrices(self._gradient)
         total = self._gradient @ torch.cat([y.flatten() for y in self.factors.product(matrices)])
-        for p, s in zip(self.parameters, steps, strict=True):
-            if p not in self._views:
+        for p, view, s in zip(self.parameters, self._views, steps, strict=True):
+            if view is None:
                 total = total + (self.diagonals[p] * s.to(self.dtype).square()).sum()
         return total
 

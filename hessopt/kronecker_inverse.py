@@ -225,6 +225,11 @@ def _invert(factor: Tensor, extra: Tensor, diagonal: bool, root: bool, kept: Ten
     damped = factor.clone()
     damped.diagonal(dim1=1, dim2=2).add_(extra.unsqueeze(1))
     lower, info = torch.linalg.cholesky_ex(damped)
+    if info.device.type == "cpu" and not info.any():  # the common case, where nothing waits for a look at it
+        inverse = triangular_inverse(lower) if root else torch.cholesky_inverse(lower)
+        if inverse.sum().isfinite():
+            kept.copy_(inverse)
+            return
     # A factorization that failed may leave a zero on the diagonal, which LAPACK refuses.
     lower = torch.where(
         (info == 0)[:, None, None], lower, torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
