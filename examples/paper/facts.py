@@ -79,6 +79,14 @@ class Facts:
 
         return self._or_not_run(compute)
 
+    def slower(self, variant: str, than: str, phase: str) -> str:
+        """How many times smaller the slope of log R(d) of Experiment 1 is than another variant's."""
+
+        def slope(name: str) -> float:
+            return log_linear(self.mean("exp1", name, phase, "R", d) for d in range(int(name.split()[0])))[0]
+
+        return self._or_not_run(lambda: f"{slope(than) / slope(variant):.2g}")
+
     def sources(self, experiment: str, variant: str, phase: str, of: str = "") -> str:
         """Shares of ‖H^T‖² by source, of all pairs or of one (``"v w"``), the largest first."""
         found = {}

@@ -155,12 +155,18 @@ def test_facts() -> None:
     )
 
 
-def test_decay_of_an_exponential() -> None:
-    row = {"experiment": "exp1", "variant": {"L": 8, "arch": "plain"}, "phase": "init", "quantity": "R", "seed": 1}
-    assert (
-        Facts([{**row, "distance": d, "value": 2.0**-d} for d in range(8)]).decay("8 plain", "init")
-        == "0.693 (R² 1.00)"
+def test_decay_of_exponentials() -> None:
+    row = {"experiment": "exp1", "phase": "init", "quantity": "R", "seed": 1}
+    facts = Facts(
+        [
+            {**row, "variant": {"L": 8, "arch": arch}, "distance": d, "value": base**-d}
+            for d in range(8)
+            for arch, base in (("plain", 2.0), ("residual", 2.0**0.25))
+        ]
     )
+    assert facts.decay("8 plain", "init") == "0.693 (R² 1.00)"
+    assert facts.slower("8 residual", "8 plain", "init") == "4"
+    assert facts.slower("8 residual", "8 plain", "final") == f"({NOT_RUN})"
 
 
 def test_coupling_of_one_of_the_two_networks_is_drawn(tmp_path: Path) -> None:
