@@ -62,8 +62,9 @@ def ours(bandwidth: Any, **options: Any) -> Callable[[Task], Step]:
     """Without a closure, the loss declared as the ablation's task has it."""
 
     def build(task: Task) -> Step:
-        declared = task.declared or ("cross_entropy",)
-        loss = dict(zip(("loss", "reduction", "class_dim"), declared, strict=False))
+        if task.declared is None:
+            raise SystemExit("the problem's loss is not one that can be declared.")
+        loss = dict(zip(("loss", "reduction", "class_dim"), task.declared, strict=False))
         settings = MiniBatch(**{**loss, **options})
         optimizer = BandedNewton(task.model, factors="kronecker", bandwidth=bandwidth, mini_batch=settings)
         plain = forward_backward(task)

@@ -12,7 +12,16 @@ import hessopt
 from ablation.baselines.gradient import adahessian, adamw, muon, psgd, sgd, shampoo, soap
 from ablation.baselines.kfac import kfac
 from ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
-from ablation.contender import ClosureStep, Contender, NotApplicable, Settings, Stepper, need_full_batch, trained
+from ablation.contender import (
+    ClosureStep,
+    Contender,
+    GradientStep,
+    NotApplicable,
+    Settings,
+    Stepper,
+    need_full_batch,
+    trained,
+)
 from ablation.task import Task
 
 
@@ -31,7 +40,7 @@ def banded_search(task: Task, **settings: Any) -> Stepper:
 
 
 def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
-    """The mini-batch form. A loss with many outputs has to be declared."""
+    """The mini-batch form. Where the loss can be declared, by name or as a module, it needs no closure."""
     names = [field.name for field in dataclasses.fields(hessopt.MiniBatch)]
     options = {name: settings.pop(name) for name in names if name in settings}
     if task.declared is not None:
@@ -39,6 +48,8 @@ def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any)
     optimizer = hessopt.BandedNewton(
         task.model, factors="kronecker", mini_batch=hessopt.MiniBatch(**options), **settings
     )
+    if "loss" in options:
+        return GradientStep(task, optimizer, schedule=schedule)
     return ClosureStep(task, optimizer, schedule)
 
 

@@ -31,8 +31,8 @@ class Task:
         loss_of_output: ``loss(output, targets)`` and :attr:`split`, for methods that need the loss apart from the
             network (K-FAC). None where the loss is no function of one output.
         split: Inputs and targets of a batch.
-        declared: Name, reduction and perhaps the dimension of the classes, for methods that know a few losses by name.
-            None for another loss.
+        declared: The loss module that :attr:`evaluate_loss` calls; or the loss's name, reduction and perhaps the
+            dimension of the classes, for methods that know a few losses by name. None for another loss.
     """
 
     model: nn.Module

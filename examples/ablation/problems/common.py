@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def supervised(
     measured: int = 2000,
     least_squares: bool = False,
     kfac: bool = True,
-    declared: tuple[str, ...] | None = None,
+    declared: tuple[Any, ...] | None = None,
 ) -> Task:
     """A network trained on pairs.
 
@@ -96,7 +96,7 @@ def supervised(
         measured: How many of the first training rows make up the objective.
         least_squares: The loss is the mean square, and is given as residuals.
         kfac: Offer the loss as a function of the output, in a form that K-FAC knows.
-        declared: See :class:`Task`.
+        declared: See :class:`Task`. Default: the module, unless the loss is given as residuals.
     """
 
     def evaluate_loss(pair: Pair) -> tuple[Tensor, Tensor] | LeastSquares:
@@ -123,7 +123,7 @@ def supervised(
         full_batch=batch is None,
         loss_of_output=loss if kfac else None,
         split=(lambda pair: pair) if kfac else None,
-        declared=declared,
+        declared=(loss,) if declared is None and not least_squares else declared,
     )
 
 

@@ -100,7 +100,7 @@ def _adding(length: int, make: Callable[[], nn.Module]) -> Callable[[int, torch.
 
         return Task(
             model, batches(length, seed, device), evaluate_loss, measure, full_batch=False,
-            loss_of_output=loss, split=lambda pair: pair,
+            loss_of_output=loss, split=lambda pair: pair, declared=(loss,),
         )  # fmt: skip
 
     return build
