@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -107,9 +107,12 @@ class BandedNewton(Optimizer):
             0, 1, 2 from step ``bandwidth_every`` on, decided then, at twice, four times, … as many steps
             (:class:`hessopt.kronecker_bandwidth.KroneckerBandwidth`).
             Default: ``"auto"``.
-        curvature: ``"ggn"``, the generalized Gauss-Newton matrix, which is the default, and the only one that exact
-            factors have. With ``factors="kronecker"`` also ``"fisher"``, the default there: Monte-Carlo columns of a
-            declared loss, and of another one as ``"ggn"``; and ``"empirical"``, the gradients of the samples.
+        curvature: ``"ggn"``, the generalized Gauss-Newton matrix, which is the default with exact factors; or
+            ``"hessian"``, for small networks, the absolute value ``|H|`` of the whole Hessian, positive semidefinite:
+            any twice differentiable loss, and steps that leave saddle points
+            (:func:`hessopt.hessian_factors.hessian_factors`; ``P³`` operations, ``4 P²`` numbers). With
+            ``factors="kronecker"`` also ``"fisher"``, the default there: Monte-Carlo columns of a declared loss, and of
+            another one as ``"ggn"``; and ``"empirical"``, the gradients of the samples, but not ``"hessian"``.
         model: The network, if ``params`` is not the network itself.
         factors: Where to solve: ``"sample"``, in the space of the N rows; ``"dense"``, in that of the parameters; or
             ``"auto"``, where :func:`hessopt.banded_systems.step_operations` counts less. The steps are the same but for
@@ -188,7 +191,7 @@ class BandedNewton(Optimizer):
         params: Params,
         lr: float | Tensor | None = None,
         bandwidth: Bandwidth | Literal["auto"] = "auto",
-        curvature: Literal["ggn", "fisher", "empirical"] | None = None,
+        curvature: Literal["ggn", "hessian", "fisher", "empirical"] | None = None,
         *,
         model: nn.Module | None = None,
         factors: Factors = "auto",
@@ -221,7 +224,9 @@ class BandedNewton(Optimizer):
         check_mini_batch(averages, mini_batch, [name for name, given in own.items() if given])
         if curvature is None:
             curvature = "fisher" if averages else "ggn"
-        check_choice("curvature", curvature, CURVATURES if averages else ("ggn",))
+        check_choice("curvature", curvature, CURVATURES if averages else ("ggn", "hessian"))
+        if curvature == "hessian" and factors == "sample":
+            raise ValueError('curvature="hessian" has no factors by samples: pass factors="dense", or "auto".')
         check_count("max_rejections", max_rejections)
         if memory_limit <= 0:
             raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
@@ -258,6 +263,7 @@ class BandedNewton(Optimizer):
             self.model,
             self.bandwidth,
             self.factors,
+            self.curvature,
             self._choice,
             self._initial_damping,
             relative_damping=self._relative_damping,
@@ -274,7 +280,7 @@ class BandedNewton(Optimizer):
                 self.model,
                 self.param_groups,
                 self.bandwidth,
-                self.curvature,
+                cast(Literal["ggn", "fisher", "empirical"], self.curvature),
                 self._initial_damping.value,
                 self._bandwidth_every,
                 self.mini_batch,

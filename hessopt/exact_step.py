@@ -21,11 +21,13 @@ from hessopt.damping import NielsenDamping
 from hessopt.errors import ClosureError, ModelError
 from hessopt.exact_curvature import ExactCurvature
 from hessopt.factor_choice import FactorChoice, Factors
+from hessopt.hessian_factors import forward_distances, hessian_factors
 from hessopt.layers import Layer
 from hessopt.linear_solve import least_damping
 from hessopt.metric_momentum import MomentumSolve
 from hessopt.parameter_uses import Use
 from hessopt.quadratic_model import QuadraticModel
+from hessopt.sample_factors import Factor
 
 SEARCH_START = 1e-8
 """Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
@@ -43,6 +45,7 @@ class ExactStep:
         model: The network.
         bandwidth: k, ``"full"`` or ``"auto"``.
         factors: ``"sample"``, ``"dense"`` or ``"auto"``.
+        curvature: ``"ggn"`` or ``"hessian"``.
         choice: For ``"auto"``.
         damping: λ to start from, with its bounds.
         relative_damping: λ starts from traces of the curvature instead.
@@ -57,6 +60,7 @@ class ExactStep:
         model: nn.Module,
         bandwidth: Bandwidth | Literal["auto"],
         factors: Factors,
+        curvature: str,
         choice: BandwidthChoice,
         damping: NielsenDamping,
         *,
@@ -69,30 +73,32 @@ class ExactStep:
         self.bandwidth, self.choice, self.start = bandwidth, choice, damping
         self.relative_damping, self.adapt_damping = relative_damping, adapt_damping
         self.line_search, self.max_rejections = line_search, max_rejections
-        self._factor_choice = FactorChoice(factors, memory_limit)
+        # |H|'s rows are as many as its columns: nothing would be gained in their space, and digits lost.
+        self._factor_choice = FactorChoice("dense" if curvature == "hessian" else factors, memory_limit)
         self._exact = ExactCurvature(model, memory_limit)
-        self._model = model
+        self._model, self._memory_limit = model, memory_limit
+        self._hessian, self._verified = curvature == "hessian", False
 
     def step(self, groups: Groups, state: State, closure: Closure) -> tuple[Tensor, DampedStep]:
         """Change the parameters; returns the loss before, detached, and what happened."""
         parameters = [p for group in groups for p in group["params"]]
         recorder = self._exact.recorder(parameters)
-        runner = ClosureRunner(closure, parameters, self._model)
+        runner = ClosureRunner(closure, parameters, self._model, twice_differentiable=self._hessian)
         try:
             with recorder.recording():
                 evaluation = runner.evaluate()
             layers = self._exact.layers(recorder.uses)
             gradients = _gradients(evaluation, layers, groups)
-            structure = self._exact.structure(evaluation, layers, recorder.uses)
-            model = self._quadratic_model(evaluation, layers, gradients, recorder.uses, structure.rows, groups)
+            distances, factors = self._curvature(evaluation, layers, recorder.uses, gradients[0][0].dtype, groups)
+            model = self._quadratic_model(evaluation, layers, gradients, factors, groups)
         finally:
             recorder.forget()
         loss = evaluation.loss.detach()
         del evaluation  # free what is left of the tape before the solves
         own = state[parameters[0]]
         damping = self._damping(model, own)
-        system = self._factor_choice.system(model, structure.distances, self.bandwidth)
-        cliques = self._cliques(structure.distances, model, system, damping.value, own)
+        system = self._factor_choice.system(model, distances, self.bandwidth)
+        cliques = self._cliques(distances, model, system, damping.value, own)
         solve = MomentumSolve(model, partial(QuadraticModel.step, cliques=cliques, system=system), groups, state)
         maximize = groups[0]["maximize"]
         if self.line_search:
@@ -109,6 +115,25 @@ class ExactStep:
         own["step"] = own.get("step", 0) + 1
         own.update(damping.state_dict())
         return loss, done
+
+    def _curvature(
+        self,
+        evaluation: Evaluation,
+        layers: Sequence[Layer],
+        uses: Sequence[Use],
+        dtype: torch.dtype,
+        groups: Groups,
+    ) -> tuple[NDArray[np.float64], Sequence[Factor]]:
+        """Distances of the layers, and their factors."""
+        if not self._hessian:
+            structure = self._exact.structure(evaluation, layers, uses)
+            factors = self._exact.factors(evaluation, layers, uses, structure.rows, _sign(groups[0]), dtype)
+            return structure.distances, factors
+        rows = hessian_factors(
+            evaluation.loss, layers, dtype, memory_limit=self._memory_limit, verify=not self._verified
+        )
+        self._verified = True
+        return forward_distances(evaluation, layers, uses), rows
 
     def _damping(self, model: QuadraticModel, state: dict[str, Any]) -> NielsenDamping:
         least = least_damping(model.factors, residuals=model.residuals is not None)
@@ -147,18 +172,17 @@ class ExactStep:
         evaluation: Evaluation,
         layers: Sequence[Layer],
         gradients: list[list[Tensor]],
-        uses: Sequence[Use],
-        rows: Sequence[Tensor | None],
+        factors: Sequence[Factor],
         groups: Groups,
     ) -> QuadraticModel:
-        sign, dtype, group_of = _sign(groups[0]), gradients[0][0].dtype, _group_of(groups)
+        dtype, group_of = gradients[0][0].dtype, _group_of(groups)
         return QuadraticModel(
             parameters=[layer.parameters for layer in layers],
-            factors=self._exact.factors(evaluation, layers, uses, rows, sign, dtype),
+            factors=factors,
             gradients=gradients,
             lr=[[float(group_of[p]["lr"]) for p in layer.parameters] for layer in layers],
             weight_decay=[[float(group_of[p]["weight_decay"]) for p in layer.parameters] for layer in layers],
-            residuals=_residuals(evaluation, dtype, groups),
+            residuals=None if self._hessian else _residuals(evaluation, dtype, groups),
         )
 
 
@@ -181,7 +205,7 @@ def _gradients(evaluation: Evaluation, layers: Sequence[Layer], groups: Groups) 
     )
     group_of = _group_of(groups)
     # One dtype for all, at least float32: there is no Cholesky factorization in half precision.
-    dtype = reduce(torch.promote_types, (t.dtype for t in [*parameters, evaluation.output]), torch.float32)
+    dtype = reduce(torch.promote_types, (t.dtype for t in [*parameters, evaluation.loss]), torch.float32)
     gradients: dict[Tensor, Tensor] = {}
     for p, slope in zip(parameters, slopes, strict=True):
         if slope is not None and slope.layout != torch.strided:
