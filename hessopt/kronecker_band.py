@@ -29,6 +29,9 @@ from hessopt.mini_batch import check_curvature, check_engine
 from hessopt.taper import clique_taper
 from hessopt.weak_hooks import WeakHooks
 
+ROUNDING = 30
+"""Of the loss's curvature at the start, times the rounding unit: the least damping in units of layers."""
+
 
 @dataclass
 class Direction:
@@ -180,7 +183,12 @@ class KroneckerBand:
 
     def inverse_of(self, factors: KroneckerFactors) -> KroneckerInverse:
         """The inverse of other averages, of this one's kind."""
-        return KroneckerInverse(factors, self.iterations, self.per_layer)
+        return KroneckerInverse(factors, self.iterations, self.per_layer, self.least_damping)
+
+    @property
+    def least_damping(self) -> float:
+        """In the curvature's own units, what rounding errors of the gradient ask for; 0 where these are not known."""
+        return 0.0 if self.curvature == "empirical" else ROUNDING * torch.finfo(self.dtype).eps * self.scale
 
     def detach(self) -> None:
         """Remove all hooks from the network."""
@@ -365,7 +373,10 @@ class KroneckerBand:
             if g is not None:
                 slope = g.to(self.dtype)
                 diagonal, extra = self.diagonals[p], self.absolute_damping
-                d = slope / (diagonal + (extra * diagonal.mean().clamp_min(tiny) if self.per_layer else extra))
+                if self.per_layer:
+                    d = slope / (diagonal + (extra * diagonal.mean()).clamp_min(max(self.least_damping, tiny)))
+                else:
+                    d = slope / (diagonal + extra)
                 decrement = decrement + (slope * d).sum()
             steps.append(d)
             flats.append(d)

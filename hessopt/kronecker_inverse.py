@@ -33,7 +33,8 @@ class KroneckerInverse:
 
     With ``per_layer`` each layer has its own damping, λ times the mean of its diagonal: ``A_v' = A_v + √λ ā_v I`` and
     ``G_v' = G_v + √λ ḡ_v I`` with ``ā_v = tr A_v / a``, ``ḡ_v = tr G_v / o``. Then a layer whose inputs or gradients
-    are rescaled takes the rescaled step.
+    are rescaled takes the rescaled step. Where the loss is nearly zero, so is its curvature, but not the rounding error
+    of its gradient: the two additions multiply to ``floor`` at least.
 
     Memory: as much as the factors have.
 
@@ -41,14 +42,16 @@ class KroneckerInverse:
         factors: The averages.
         iterations: Of conjugate gradients, if there are pairs.
         per_layer: In what units λ is.
+        floor: See above.
 
     Source:
         Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015), section
         6.3, for π; docs/banded.md.
     """
 
-    def __init__(self, factors: KroneckerFactors, iterations: int, per_layer: bool = False) -> None:
+    def __init__(self, factors: KroneckerFactors, iterations: int, per_layer: bool = False, floor: float = 0.0) -> None:
         self.factors = factors
+        self.floor = floor
         self.per_layer = per_layer
         self.iterations = iterations
         self.inverses = [_Inverse(torch.zeros_like(s.inputs), torch.zeros_like(s.outputs)) for s in factors.stacks]
@@ -98,7 +101,8 @@ class KroneckerInverse:
         floor = 10 * torch.finfo(trace_a.dtype).eps
         if self.per_layer:
             extra = [torch.where(t > 0, t / n, 1.0) * damping**0.5 for t, n in ((trace_a, a), (trace_g, o))]
-            return extra[0].clamp_min(floor * trace_a), extra[1].clamp_min(floor * trace_g)
+            inputs = extra[0].clamp_min(floor * trace_a)
+            return inputs, torch.maximum(extra[1].clamp_min(floor * trace_g), self.floor / inputs)
         tiny = torch.finfo(trace_a.dtype).tiny
         pi = ((trace_a / a).clamp_min(tiny) / (trace_g / o).clamp_min(tiny)).sqrt()
         # No curvature at all on one side: π says nothing.

@@ -596,3 +596,23 @@ def test_window_before_a_decision() -> None:
     window = KroneckerBandwidth().window * 2
     before = [i for decision in (40, 80, 160) for i in range(decision - window, decision)]
     assert [i for i, is_there in enumerate(there) if is_there] == before
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ggn"])
+def test_stays_where_the_loss_is_nearly_zero(curvature: str) -> None:
+    """In units of layers the damping vanishes with the curvature, but the rounding of gradients does not."""
+    torch.manual_seed(0)
+    y = torch.arange(512) % 10
+    x = torch.rand(10, 16)[y] + 0.15 * torch.randn(512, 16) - 0.5
+    net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 10))
+    optimizer = declared(net, curvature=curvature, damping_unit="layer", trust=2e-2)
+    worst = 0.0
+    for i in range(1500):
+        rows = torch.arange(64) + 64 * (i % 8)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(net(x[rows]), y[rows])
+        loss.backward()
+        optimizer.step()
+        if i >= 1100:
+            worst = max(worst, loss.item())
+    assert worst < 1e-6
