@@ -104,7 +104,7 @@ class BandedNewton(Optimizer):
         bandwidth: k, an integer of at least 0, or ``"full"``, or ``"auto"``: chosen at the first step and at every
             ``bandwidth_every``-th, by ``bandwidth_rule``, among 0, 1, 2, 4, … up to the interaction radius
             (:class:`hessopt.bandwidth_choice.BandwidthChoice`); with ``factors="kronecker"`` 0, and one of
-            0, 1, 2 from step ``bandwidth_every`` on, decided then, at twice, four times, … as many steps
+            0, 1, 2 from step ``bandwidth_every`` on, decided then, at 4, 16, … times as many steps
             (:class:`hessopt.kronecker_bandwidth.KroneckerBandwidth`).
             Default: ``"auto"``.
         curvature: ``"ggn"``, the generalized Gauss-Newton matrix, which is the default with exact factors; or

@@ -160,6 +160,7 @@ class KroneckerBand:
         self.steps = 0
         self.excluded: list[int] = []
         self.distances: NDArray[np.float64] | None = None
+        self._tapers: dict[Bandwidth, NDArray[np.float64]] = {}
         self.factors: KroneckerFactors | None = None
         self.inverse: KroneckerInverse | None = None
         self.diagonals: dict[Tensor, Tensor] = {}
@@ -297,7 +298,7 @@ class KroneckerBand:
 
     def build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
         """Blank averages of the blocks that were called, and their inverse."""
-        self.called, self.distances = list(called), distances
+        self.called, self.distances, self._tapers = list(called), distances, {}
         factors = self.blank_factors(self.bandwidth)
         self.take(self.bandwidth, factors, self.inverse_of(factors))
         self.diagonals = {
@@ -310,8 +311,10 @@ class KroneckerBand:
         """Factors without a batch in them, with the mean of the bandwidths' tapers, so with the pairs of each."""
         assert self.distances is not None
         inside = self.distances[np.ix_(self.called, self.called)]
-        tapers = [clique_taper(band_cliques(inside, k), len(inside)) for k in bandwidths] if len(inside) else []
-        taper = np.mean(tapers, axis=0) if tapers else np.zeros((0, 0))
+        for k in bandwidths if len(inside) else ():
+            if k not in self._tapers:  # they take as long as a solve, and decisions ask for the same ones again
+                self._tapers[k] = clique_taper(band_cliques(inside, k), len(inside))
+        taper = np.mean([self._tapers[k] for k in bandwidths], axis=0) if len(inside) else np.zeros((0, 0))
         return KroneckerFactors([self.blocks[i] for i in self.called], torch.from_numpy(taper), self.dtype, self.device)
 
     def take(self, bandwidth: Bandwidth, factors: KroneckerFactors, inverse: KroneckerInverse) -> None:

@@ -22,7 +22,7 @@ CANDIDATES = (0, 1, 2)
 
 @dataclass(frozen=True)
 class KroneckerBandwidth:
-    r"""Decides at the steps N, 2N, 4N, 8N, …; until the first decision the bandwidth is 0.
+    r"""Decides at the steps N, 4N, 16N, …; until the first decision the bandwidth is 0.
 
     In the last ``window`` updates of factors before a decision, a probe averages the factors of all candidates' pairs,
     with equal weights. At the decision each candidate k gives its direction :math:`d_k = P_k^{-1} g` for the present
@@ -52,9 +52,9 @@ class KroneckerBandwidth:
     hysteresis: float = 0.1
 
     def decides(self, step: int) -> bool:
-        """Whether a decision is due at this step, the first of which is 0."""
+        """Whether a decision is due at this step, the first of which is 0: at N, 4 N, 16 N, …."""
         count, rest = divmod(step, self.every)
-        return rest == 0 and count > 0 and count & (count - 1) == 0
+        return rest == 0 and count > 0 and count & (count - 1) == 0 and count.bit_length() % 2 == 1
 
     def watch(self, band: KroneckerBand, gradients: Sequence[Tensor | None]) -> None:
         """Before the solve of every step: decide or open the window, if it is time."""

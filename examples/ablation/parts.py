@@ -33,7 +33,7 @@ def main_rows(rows: Sequence[Row], contenders: Mapping[str, Contender]) -> list[
 
 @dataclass(frozen=True)
 class Parts:
-    """A study with variants: its name, and two tables with their titles."""
+    """A study with variants: its name, and tables with their titles."""
 
     study: str
     tables: Sequence[tuple[str, str]]
@@ -42,10 +42,11 @@ class Parts:
 def part_tables(
     rows: Sequence[Row], contenders: Mapping[str, Contender], problems: Mapping[str, Problem]
 ) -> list[Parts]:
-    """Of each study with variants two tables, with a line for each variant or tuned peer.
+    """Of each study with variants its tables, with a line for each variant or tuned peer.
 
     Median objectives at the end, which is at equal seconds, and at equal gradient-equivalents, the most that all of the
-    lines got to. Of a study of equal steps the objectives at the end, and the seconds to there.
+    lines got to; and seconds to what AdamW ends with. Of a study of equal steps the objectives at the end, and the
+    seconds to there.
     """
     found = []
     for study in dict.fromkeys(row["study"] for row in rows if row["role"] == "variant"):
@@ -69,11 +70,15 @@ def part_tables(
                 ("At equal seconds:", _table(ends, problems)),
                 ("At equal gradient-equivalents:", _table(_at_equal_work(here, contenders), problems)),
             ]
+            if shares := _shares_of(REFERENCE, here, contenders):
+                title = f"Seconds to the objective that {contenders[REFERENCE].title}, tuned, ends with, by its own:"
+                tables.append((title, _table(shares, problems, never="never")))
         found.append(Parts(study, tables))
     return found
 
 
 Cells = Mapping[tuple[str, str], float]
+REFERENCE = "adamw"
 
 
 def _label(e: Entry, contenders: Mapping[str, Contender]) -> str:
@@ -93,7 +98,20 @@ def _at_equal_work(here: Sequence[Entry], contenders: Mapping[str, Contender]) -
     return found
 
 
-def _table(cells: Cells, problems: Mapping[str, Problem], after: Mapping[str, str] | None = None) -> str:
+def _shares_of(name: str, here: Sequence[Entry], contenders: Mapping[str, Contender]) -> dict[tuple[str, str], float]:
+    """Median seconds to a tuned peer's last objective over that peer's own."""
+    found = {}
+    for peer in (e for e in here if (e.contender, e.role) == (name, "tuned") and math.isfinite(e.final)):
+        own = lower_median(peer.to_target(peer.final))
+        for e in here:
+            if e.problem == peer.problem and e.curves:
+                found[_label(e, contenders), e.problem] = lower_median(e.to_target(peer.final)) / own
+    return found
+
+
+def _table(
+    cells: Cells, problems: Mapping[str, Problem], after: Mapping[str, str] | None = None, never: str = "diverged"
+) -> str:
     names = list(dict.fromkeys(name for _, name in cells))
     titles = [problems[name].title if name in problems else name for name in names]
     if after:
@@ -103,14 +121,14 @@ def _table(cells: Cells, problems: Mapping[str, Problem], after: Mapping[str, st
     lines = [f"| | {' | '.join(titles)} |", "| --- " * (len(names) + 1) + "|"]
     best = {name: min(value for (_, problem), value in cells.items() if problem == name) for name in names}
     for label in dict.fromkeys(label for label, _ in cells):
-        row = [_cell(cells.get((label, name)), best[name]) for name in names]
+        row = [_cell(cells.get((label, name)), best[name], never) for name in names]
         lines.append(f"| {label} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def _cell(value: float | None, best: float) -> str:
+def _cell(value: float | None, best: float, never: str) -> str:
     if value is None:
         return "–"
     if not math.isfinite(value):
-        return "diverged"
+        return never
     return f"**{value:.3g}**" if value <= best else f"{value:.3g}"
