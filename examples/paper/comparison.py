@@ -123,6 +123,13 @@ FINDINGS = (
         ("C",),
         variant=(("L", "16"), ("arch", "plain_SN")),
     ),
+    Finding(
+        "exp1_deep",
+        "the residual network of L = 16 has other figures in Table N.2 and Figure N.1, which ours agree with: after "
+        "training its test accuracy is 0.521 ± 0.003 here and 0.510 ± 0.002 there, and its R(0) 2.16 and 1.72",
+        ("R", "C", "rho_max", "test_acc"),
+        ("mid", "final"),
+    ),
     Finding("exp1_deep", "published from 100 random probes; ours is exact", ("R", "C")),
     Finding("exp2", "published from 100 random probes at another width than stated; ours is exact"),
 )
