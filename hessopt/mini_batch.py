@@ -24,8 +24,9 @@ class MiniBatch:
             optimizer takes ``loss.backward(); optimizer.step()``, without a closure. A module may have class weights,
             label smoothing and ignored targets, and what it is called with need not be what the network returns
             (:func:`hessopt.loss_curvature.criterion_curvature` lists the closed forms; of any other module the output
-            Hessian is used, if it is a sum over samples with at most 256 outputs each). None: any loss, with a
-            closure. Default: None.
+            Hessian is used, if it is a sum over samples with at most 256 outputs each). Its value is taken for the
+            loss: a factor on it afterwards changes the gradient and not the curvature. Of several calls between two
+            steps the first one counts. None: any loss, with a closure. Default: None.
         reduction: Of a loss declared by name: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
         class_dim: Of the classes in the output of a declared ``"cross_entropy"``, for instance -1 for the ``(B, T, V)``
             of a language model. None: as in :func:`torch.nn.functional.cross_entropy`, the second of more than two.
