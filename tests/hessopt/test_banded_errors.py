@@ -37,7 +37,7 @@ RTOL = 1e-8
         ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
         ({"bandwidth": -1}, 'integer of at least 0 or "full", got -1'),
         ({"bandwidth": 1.5}, 'integer of at least 0 or "full", got 1.5'),
-        ({"curvature": "hessian"}, "curvature must be \"ggn\", got 'hessian'"),
+        ({"curvature": "fisher"}, 'curvature must be one of "ggn", "hessian", got \'fisher\''),
         ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
