@@ -16,6 +16,7 @@ from diagnostics.layout import Layout
 from diagnostics.local import LOSS, Curvature, differentiate
 from diagnostics.low_rank import LowRankBlock, LowRankBlocks, discarded
 from diagnostics.memory import check_memory, planned_bytes
+from diagnostics.symmetric_eigen import eigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ def _roots(graph: Graph, layout: Layout, curvature: Curvature) -> tuple[dict[str
     for (p, q), block in curvature.items():
         whole[:, rows[p], rows[q]] = block
         whole[:, rows[q], rows[p]] = block.mT
-    values, vectors = torch.linalg.eigh((whole + whole.mT) / 2)
+    values, vectors = eigh((whole + whole.mT) / 2)
     order = values.abs().argsort(-1, descending=True)
     values = values.gather(-1, order)
     zero = sum(sizes) * torch.finfo(values.dtype).eps * values[:, :1].abs()

@@ -16,6 +16,7 @@ from diagnostics.homogeneous_pairs import homogeneous_pairs
 from diagnostics.lanczos import extreme_eigenpairs
 from diagnostics.operators import GaussNewtonOperator, HessianOperator
 from diagnostics.replay import run_model
+from diagnostics.symmetric_eigen import eigh
 from diagnostics.tape import batched_vjp
 from diagnostics.trees import tensors
 
@@ -142,7 +143,7 @@ def _by_kernel(
     start, r = output.reshape(-1), slope(output.reshape(-1))
     kappa = _quadratic(slope, start, r, torch.finfo(_dtype(model)).eps)
     if kappa is not None:
-        values, basis = torch.linalg.eigh(kappa * kernel)
+        values, basis = eigh(kappa * kernel)
         stability = eta * values[-1]
         _refuse_edge(eta, stability, "the tangent kernel")
         error = basis.mT @ r  # κê
@@ -186,7 +187,7 @@ def _by_hessian(
     op = HessianOperator(model, batch, loss_fn, progress=False)
     _check_memory(3 * 8 * op.shape[0] ** 2, memory_limit, f"the Hessian of {op.shape[0]} parameters")
     hessian = op.to_dense(memory_limit=memory_limit).double()
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    values, vectors = eigh((hessian + hessian.mT) / 2)
     gradient = op.loss_and_gradient()[1].double()
     eta = eta.to(values.device)
     stability = eta * values[-1]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph
+from diagnostics.symmetric_eigen import eigh
 
 
 class Injections:
@@ -65,7 +66,7 @@ def whiten(vectors: Tensor) -> Tensor:
     Directions whose share in X is rounding get a zero column.
     """
     gram = vectors.mT @ vectors
-    values, rotation = torch.linalg.eigh(gram)
+    values, rotation = eigh(gram)
     floor = values[..., -1:] * (vectors.shape[-1] * torch.finfo(vectors.dtype).eps)
     kept = values > floor
     scale = torch.where(kept, values, 1).rsqrt() * kept

@@ -18,6 +18,7 @@ from diagnostics.errors import DiagnosticsError
 from diagnostics.parameter_space import ParameterSpace
 from diagnostics.power_law import PowerLaw, fit_power_law
 from diagnostics.replay import Replay, along_the_tape
+from diagnostics.symmetric_eigen import eigh, eigvalsh
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class KroneckerFactors:
         forms = [torch.einsum("ik,ij,jk->k", w, c, w) for c, w in ends]
         tops = []
         for c, _ in ends:
-            values = torch.linalg.eigvalsh(c).flip(0)
+            values = eigvalsh(c).flip(0)
             zero = values <= len(values) * torch.finfo(values.dtype).eps * values[0].clamp_min(0)
             tops.append(values.masked_fill(zero, math.nan)[: len(sigma)])
         rho_delta, rho_a = (form / top for form, top in zip(forms, tops, strict=True))
@@ -235,7 +236,7 @@ def _roots(tape: SplitTape, generator: torch.Generator) -> list[list[Tensor]]:
             "the loss ties different output vectors to each other (a contrastive loss, or classes that are not in the "
             'last dimension?), so that its curvature has no block for each. Pass kronecker="empirical" or None.'
         )
-    values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    values, vectors = eigh((blocks + blocks.mT) / 2)
     if bool((values < -1e-4 * values.abs().amax()).any()):
         raise DiagnosticsError(
             "the loss is not convex in the model's output, so that its Gauss-Newton matrix has no factor S Sᵀ. Pass "

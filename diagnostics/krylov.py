@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
 from diagnostics.probes import Products
+from diagnostics.symmetric_eigen import eigh
 
 Reorthogonalise: TypeAlias = Literal["full", "selective"]
 Completeness: TypeAlias = Literal["complete", "continue", "fresh"]
@@ -126,7 +127,7 @@ class Krylov:
 
     def ritz(self) -> Ritz:
         """Eigenpairs of T."""
-        values, coefficients = torch.linalg.eigh(self._projected[: self.size, : self.size])
+        values, coefficients = eigh(self._projected[: self.size, : self.size])
         return Ritz(values, coefficients, (self._coupling @ coefficients).abs())
 
     def vectors(self, ritz: Ritz, chosen: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
 from diagnostics.spectrum import symmetrise
+from diagnostics.symmetric_eigen import eigh
 
 Pairing: TypeAlias = Literal["spectral", "standard"]
 """The antisymmetric J: made of eigenpairs of H, or the fixed ``[[0, I], [−I, 0]]``."""
@@ -113,7 +114,7 @@ def null_vectors(
     if not matrix.is_floating_point() or not matrix.isfinite().all():
         raise DiagnosticsError("null vectors are those of a real, finite matrix, and this one is not.")
     symmetric = symmetrise(matrix)
-    values, vectors = torch.linalg.eigh(symmetric)
+    values, vectors = eigh(symmetric)
     signs = inertia(values, rtol)
     if J == "spectral":
         coefficients, mu = pair_spectrally(values, signs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.injections import whiten
+from diagnostics.symmetric_eigen import eigh
 
 Multiply = Callable[[str, Tensor], Mapping[str, Tensor]]
 """``(w, X) -> {v: H[v,w] X}`` for vectors X ``(S, d_w, k)`` at node w and all nodes v."""
@@ -97,7 +98,7 @@ def leading(vectors: Tensor, products: Mapping[str, Tensor]) -> Leading:
     lefts: dict[str, Tensor] = {}
     for v, column in products.items():
         product = column @ basis
-        squares, rotation = torch.linalg.eigh(product.mT @ product)
+        squares, rotation = eigh(product.mT @ product)
         top = squares[..., -1].clamp(min=0).sqrt()
         left = (product @ rotation[..., -1:]).squeeze(-1)
         values.append(top)

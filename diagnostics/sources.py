@@ -12,6 +12,7 @@ from torch import Tensor
 from diagnostics.blocks import HessianBlocks
 from diagnostics.metrics import tabled_nodes
 from diagnostics.spectrum import assemble, negligible
+from diagnostics.symmetric_eigen import eigh
 from diagnostics.tables import format_table
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def curvature_sources(blocks: HessianBlocks, *, include_output: bool = False) ->
     names = tabled_nodes(blocks.layout, include_output)
     shares = blocks.tensor_by_source
     tensor, gn = (assemble(part.mean(), names) for part in (blocks.tensor, blocks.gn))
-    values, vectors = torch.linalg.eigh(tensor + gn)
+    values, vectors = eigh(tensor + gn)
     negative = values < -negligible(tensor + gn)
     downhill = vectors[:, negative]
     projection = downhill @ downhill.mT

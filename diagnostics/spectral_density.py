@@ -12,6 +12,7 @@ from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.estimates import Estimate, enough, exact, mean_of
 from diagnostics.linear_operator import LinearOperator
 from diagnostics.probes import Probe, Products, check_sampling, generator_for
+from diagnostics.symmetric_eigen import eigh, eigvalsh
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,7 +155,7 @@ def spectral_density(
     n = op.shape[0]
     if steps >= n:
         dense = torch.cat([products.forward(v) for _, _, v in products.unit_vectors(batch)], 1)
-        nodes = torch.linalg.eigvalsh((dense + dense.mT) / 2).unsqueeze(0)
+        nodes = eigvalsh((dense + dense.mT) / 2).unsqueeze(0)
         return SpectralDensity(nodes, torch.full_like(nodes, 1 / n), n, n, products.count, True)
     held = steps + 3 if reorthogonalise else 3
     fitting = memory_limit // (held * n * torch.empty((), dtype=op.dtype).element_size())
@@ -216,5 +217,5 @@ def _quadrature(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]
     matrix = torch.diag_embed(diagonal) + torch.diag_embed(off_diagonal, 1) + torch.diag_embed(off_diagonal, -1)
     if not matrix.isfinite().all():
         raise DiagnosticsError("a product overflows when it is squared: scale the matrix down, or use float64.")
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     return values, vectors[:, 0].square()

@@ -14,6 +14,7 @@ from torch import Tensor
 from diagnostics.blocks import BlockMatrix, HessianBlocks
 from diagnostics.errors import DiagnosticsError
 from diagnostics.metrics import tabled_nodes
+from diagnostics.symmetric_eigen import eigh, eigvalsh
 
 Which: TypeAlias = Literal["smallest", "largest", "magnitude"]
 """Ends of a spectrum: ascending from the most negative, descending, or by descending absolute value."""
@@ -38,7 +39,7 @@ def negative_curvature(matrix: Tensor) -> Tensor:
 
     Of a positive semidefinite matrix it is 0 to rounding. Symmetric to rounding is enough (:func:`symmetrise`).
     """
-    values: Tensor = torch.linalg.eigvalsh(symmetrise(matrix))
+    values: Tensor = eigvalsh(symmetrise(matrix))
     return values.clamp(max=0).abs().sum(-1)
 
 
@@ -143,7 +144,7 @@ def _decompose(dense: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor]:
     size = dense.shape[-1]
     few = size >= LANCZOS_FROM and k <= size // 20 and dense.ndim == 2 and dense.device.type == "cpu"
     found = _lanczos(dense, k, which) if few else None
-    values, vectors = torch.linalg.eigh(dense) if found is None else found
+    values, vectors = eigh(dense) if found is None else found
     keys = {"smallest": values, "largest": -values, "magnitude": -values.abs()}
     order = keys[which].argsort(-1)[..., :k]
     columns = order.unsqueeze(-2).expand(*order.shape[:-1], size, k)

@@ -16,6 +16,7 @@ from diagnostics.parameter_metrics import estimate_parameter_metrics
 from diagnostics.reporting.node_sections import tabulated
 from diagnostics.reporting.workbench import Workbench
 from diagnostics.spectral_density import SpectralDensity, spectral_density
+from diagnostics.symmetric_eigen import eigvalsh
 from diagnostics.tables import MetricTable
 
 
@@ -45,7 +46,7 @@ def spectrum(bench: Workbench) -> dict[str, Any]:
 
 
 def _all_eigenvalues(matrix: Tensor) -> dict[str, Any]:
-    values = torch.linalg.eigvalsh(matrix)
+    values = eigvalsh(matrix)
     n = len(values)
     density = SpectralDensity(values.unsqueeze(0), torch.full_like(values, 1 / n).unsqueeze(0), n, n, n, True)
     return _of_density(density) | {
