@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diagnostics.affine import AffineLayer
 from diagnostics.closed_form import DenseLayer
+from diagnostics.flatness import cannot_bend
 from diagnostics.graph import Graph, Node
 from diagnostics.tape import batched_vjp, check_symmetric, named_errors, slopes_of
 
@@ -41,8 +42,8 @@ def differentiate(graph: Graph) -> LocalDerivatives:
     """Local Jacobians, signals and curvatures of all nodes of ``graph``, by vectorised vector-Jacobian products.
 
     Costs d_u products for D[u, ·] and d_p products of second order for K_u[p, ·] on the tape of node u alone, each
-    for all samples at once; nothing of the kind for nodes with a closed form (:mod:`diagnostics.closed_form`,
-    :mod:`diagnostics.affine`).
+    for all samples at once; nothing of second order for nodes that cannot bend (:mod:`diagnostics.flatness`), and
+    nothing of the kind for nodes with a closed form (:mod:`diagnostics.closed_form`, :mod:`diagnostics.affine`).
     """
     local = LocalDerivatives()
     signals: dict[str, Tensor] = {}
@@ -66,7 +67,8 @@ def differentiate(graph: Graph) -> LocalDerivatives:
             if signal is not None:
                 slopes = slopes_of(where, node.segment, [p.value for p in parents], signal)
                 _accumulate(signals, parents, slopes)
-                local.curvatures[u] = _curvature(graph, where, parents, slopes)
+                flat = cannot_bend(node, [p.value for p in parents])
+                local.curvatures[u] = {} if flat else _curvature(graph, where, parents, slopes)
         else:
             local.jacobians[u] = {}
     return local
