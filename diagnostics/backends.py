@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +16,46 @@ from torch.overrides import TorchFunctionMode
 
 from diagnostics.errors import CaptureError
 
+EXCLUSIVE = threading.RLock()
+"""Held while a model runs for us: one thread at a time.
+
+Hooks, buffers and the global random state are the process's, not the thread's: of two captures at once, each would cut
+the other's pass, and restore the random state to the middle of the other's.
+"""
+
+
+class _SharedByThreads(AbstractContextManager[None]):
+    """A context of effect on the whole process: the first to come in enters it, the last to go out leaves it.
+
+    Contexts that save a process-wide setting and restore it nest within a thread, but not across threads: who comes
+    second would save the first one's choice, and make it permanent if he also leaves second.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._entered: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                context = self._make()
+                context.__enter__()
+                self._entered = context
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._entered is not None:
+                context, self._entered = self._entered, None
+                context.__exit__(None, None, None)
+
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Use kernels with a second derivative, and restore the user's choice afterwards.
+    """Use kernels with a second derivative, and restore the user's choice when no thread needs them any more.
 
     Fused attention kernels have a first derivative only; inside this context attention runs by PyTorch's composite
     (``MATH``) kernel. So do cuDNN's recurrent kernels: a forward pass also needs :class:`CompositeKernels`. cuDNN's
@@ -24,13 +63,22 @@ def twice_differentiable() -> Iterator[None]:
     path of transformer layers is off: it calls none of their submodules, and where nothing requires grad, it may pass
     nested tensors from one layer to the next.
     """
+    with _COMPOSITE_ATTENTION, full_precision_cudnn():
+        yield
+
+
+@contextmanager
+def _composite_attention() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), full_precision_cudnn():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+_COMPOSITE_ATTENTION = _SharedByThreads(_composite_attention)
 
 
 @contextmanager
@@ -68,7 +116,7 @@ class CompositeKernels(TorchFunctionMode):
         if func is torch._weight_norm:
             return _weight_norm(*args, **(kwargs or {}))
         if func in _RECURRENT:
-            with full_precision_cudnn(enabled=False):
+            with _WITHOUT_CUDNN:
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -83,8 +131,12 @@ def second_order_kernels() -> Iterator[None]:
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-def full_precision_cudnn(enabled: bool | None = None) -> AbstractContextManager[None]:
-    """Turn cuDNN on or off (None: as it is), in full precision (no TF32), with the user's choice of algorithms."""
+def full_precision_cudnn() -> AbstractContextManager[None]:
+    """Use cuDNN, where it is on, in full precision (no TF32), with the user's choice of algorithms."""
+    return _FULL_PRECISION
+
+
+def _cudnn_in_full_precision(enabled: bool | None = None) -> AbstractContextManager[None]:
     cudnn = torch.backends.cudnn
     context: AbstractContextManager[None] = cudnn.flags(
         enabled=cudnn.enabled if enabled is None else enabled,
@@ -94,6 +146,21 @@ def full_precision_cudnn(enabled: bool | None = None) -> AbstractContextManager[
         allow_tf32=False,
     )
     return context
+
+
+_FULL_PRECISION = _SharedByThreads(_cudnn_in_full_precision)
+_WITHOUT_CUDNN = _SharedByThreads(partial(_cudnn_in_full_precision, enabled=False))
+
+
+@contextmanager
+def _vmap_without_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
+
+
+VMAP_WITHOUT_WARNING = _SharedByThreads(_vmap_without_warning)
+"""``torch.vmap`` loops over operations without a batching rule and warns: slower, not wrong, and not the user's."""
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -107,13 +174,14 @@ class RandomState:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+        with EXCLUSIVE:  # not the state in the middle of another thread's run
+            self._cpu = torch.get_rng_state()
+            self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Start from this state; restore on exit what was there on entry."""
-        with torch.random.fork_rng(devices=self._devices, device_type="cuda"):
+        """Start from this state; restore on exit what was there on entry. One thread at a time."""
+        with EXCLUSIVE, torch.random.fork_rng(devices=self._devices, device_type="cuda"):
             torch.set_rng_state(self._cpu)
             for device, state in zip(self._devices, self._cuda, strict=True):
                 torch.cuda.set_rng_state(state, device)

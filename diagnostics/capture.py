@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.backends import (
+    EXCLUSIVE,
     CompositeKernels,
     RandomState,
     plain_autograd,
@@ -21,6 +23,7 @@ from diagnostics.errors import CaptureError
 from diagnostics.graph import Graph, Node
 from diagnostics.lean_kernels import LeanKernels
 from diagnostics.refusals import check_inputs, check_model, check_tensor
+from diagnostics.replay import run_model
 from diagnostics.selection import OUTPUT, Selection, select_modules
 from diagnostics.tape import Function, ancestry, passes_through
 from diagnostics.trees import flatten, map_tensors, tensors
@@ -100,10 +103,10 @@ class _Recipe:
         self.loss_fn = loss_fn
         self.reduction = reduction
         self.batch_size = batch_size
-        with plain_autograd():
+        with EXCLUSIVE, plain_autograd():
             self.inputs = map_tensors(_private_copy, inputs)
             self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.parameters = dict(model.named_parameters())
+            self.parameters = dict(model.named_parameters())
         self.versions = [parameter._version for parameter in self.parameters.values()]
         self.random_state = RandomState([*self.parameters.values(), *model.buffers(), *tensors(inputs)])
 
@@ -138,7 +141,8 @@ class _Recipe:
                 for name, module in modules.items():
                     handle = module.register_forward_hook(cuts.hook(name), with_kwargs=True)
                     hooks.callback(handle.remove)
-                result = _forward(self.model, map_tensors(_private_copy, self.inputs), self.buffers, parameters)
+                replaced = {**{name: buffer.clone() for name, buffer in self.buffers.items()}, **parameters}
+                result = run_model(self.model, map_tensors(_private_copy, self.inputs), replaced)
             z, outputs = cuts.cut_output(result)
             return outputs, self.loss_fn(z)
 
@@ -190,7 +194,11 @@ class _Cuts:
         self._versions: dict[str, tuple[int, Tensor]] = {}
 
     def hook(self, name: str) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
         def cut_output_of_module(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return None  # somebody else's forward pass
             call = self.calls.get(name, 0)
             self.calls[name] = call + 1
             if not torch.is_grad_enabled():
@@ -265,23 +273,6 @@ class _Cuts:
             self._versions[label] = segment._version, handed_on
             leaves[i] = handed_on
         return rebuild(leaves)
-
-
-def _forward(model: nn.Module, inputs: Any, buffers: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Any:
-    # Buffers are replaced by copies for this call: restoring them afterwards would invalidate the tape that saved them.
-    replaced = {**{name: buffer.clone() for name, buffer in buffers.items()}, **parameters}
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    try:
-        return torch.func.functional_call(model, replaced, args, kwargs)
-    except RuntimeError as error:
-        wrong = [t.dtype for t in tensors(inputs) if not t.is_floating_point()]
-        if wrong and not isinstance(error, CaptureError) and "dtype" in str(error):
-            raise CaptureError(
-                f"the model does not accept inputs of dtype {wrong[0]} ({error}). Convert them first, for example "
-                "inputs.float() / 255 for images."
-            ) from error
-        raise
 
 
 def _assemble(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diagnostics.backends import EXCLUSIVE
 from diagnostics.data import Batch, Batches
 from diagnostics.errors import DiagnosticsError
 from diagnostics.replay import Replay
@@ -111,6 +112,7 @@ def _same_loss(
     losses = []
     for _ in range(2):
         with ExitStack() as stack:
+            stack.enter_context(EXCLUSIVE)  # the contexts change settings of the process
             if replayed:
                 stack.enter_context(replay.replayed())
             if context is not None:
@@ -127,6 +129,7 @@ def _first_difference(replay: Replay, batch: Batch, context: Callable[[], Abstra
     for _ in range(2):
         calls: list[tuple[str, list[Tensor]]] = []
         with ExitStack() as stack:
+            stack.enter_context(EXCLUSIVE)
             for name, module in replay.model.named_modules():
                 where = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
                 handle = module.register_forward_hook(_recorder(where, calls))

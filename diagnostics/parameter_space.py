@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from diagnostics.backends import EXCLUSIVE
 from diagnostics.errors import DiagnosticsError, StaleGraphError
 
 ParameterPredicate: TypeAlias = Callable[[str, nn.Parameter], bool]
@@ -124,7 +125,8 @@ class ParameterSpace:
 
 
 def _select(model: nn.Module, selection: ParameterSelection) -> dict[str, nn.Parameter]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with EXCLUSIVE:  # not what another thread's run has put in their places
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise DiagnosticsError(
             f"no parameter of {type(model).__name__} requires grad: call requires_grad_() on those of interest first."
@@ -139,9 +141,10 @@ def _select(model: nn.Module, selection: ParameterSelection) -> dict[str, nn.Par
             )
         return chosen
     first_name = {id(p): name for name, p in reversed(trained.items())}
-    names = {
-        alias: first_name.get(id(p)) for alias, p in model.named_parameters(remove_duplicate=False)
-    }  # None: does not require grad
+    with EXCLUSIVE:
+        names = {
+            alias: first_name.get(id(p)) for alias, p in model.named_parameters(remove_duplicate=False)
+        }  # None: does not require grad
     wanted: set[str] = set()
     for pattern in [selection] if isinstance(selection, str) else selection:
         if not isinstance(pattern, str):

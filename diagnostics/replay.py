@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diagnostics.backends import (
+    EXCLUSIVE,
     CompositeKernels,
     RandomState,
     plain_autograd,
@@ -20,6 +21,7 @@ from diagnostics.backends import (
 from diagnostics.data import Batch
 from diagnostics.errors import CaptureError, DiagnosticsError, StaleGraphError
 from diagnostics.refusals import check_model, check_tensor
+from diagnostics.substitution import substituted
 from diagnostics.tape import passes_through
 from diagnostics.trees import tensors
 
@@ -65,9 +67,9 @@ class Replay:
         check_model(self.model)
         if isinstance(self.loss_fn, nn.Module):
             check_model(self.loss_fn)
-        with plain_autograd():
+        with EXCLUSIVE, plain_autograd():
             self._buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        self._parameters = {name: (p, p._version, p.data_ptr()) for name, p in self.model.named_parameters()}
+            self._parameters = {name: (p, p._version, p.data_ptr()) for name, p in self.model.named_parameters()}
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._random_state = RandomState([*self.model.parameters(), *self.model.buffers()])
 
@@ -98,6 +100,7 @@ class Replay:
     def recording(self) -> Iterator[None]:
         """Record an autograd tape that can be differentiated again."""
         with ExitStack() as stack:
+            stack.enter_context(EXCLUSIVE)
             stack.enter_context(differentiating(self.device))
             stack.enter_context(twice_differentiable())
             stack.enter_context(without_saved_tensor_hooks())
@@ -187,15 +190,17 @@ def _refuse_checkpoints(ends: Iterable[Tensor]) -> None:
         )
 
 
-def run_model(model: nn.Module, inputs: Any, buffers: Mapping[str, Tensor]) -> Any:
-    """The output of the model, with its buffers replaced by ``buffers`` for this call.
+def run_model(model: nn.Module, inputs: Any, replaced: dict[str, Tensor]) -> Any:
+    """The output of the model, with its buffers (and parameters) replaced for this call by those in ``replaced``.
 
-    Restoring them afterwards instead would invalidate the tape that saved them.
+    Restoring buffers afterwards instead would invalidate the tape that saved them. On return, ``replaced`` holds what
+    the call has left in their places.
     """
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     try:
-        return torch.func.functional_call(model, dict(buffers), args, kwargs)
+        with substituted(model, replaced):
+            return model(*args, **kwargs)
     except RuntimeError as error:
         wrong = [t.dtype for t in tensors(inputs) if not t.is_floating_point()]
         if wrong and not isinstance(error, DiagnosticsError) and "dtype" in str(error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -10,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from diagnostics.backends import VMAP_WITHOUT_WARNING
 from diagnostics.errors import DiagnosticsError
 
 Function: TypeAlias = torch.autograd.graph.Node
@@ -225,9 +225,7 @@ def _by_vmap(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Se
     def products(*cotangent: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True)
 
-    with warnings.catch_warnings():
-        # Operations without a batching rule are looped over by PyTorch itself: slower, not wrong, and not the user's.
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+    with VMAP_WITHOUT_WARNING:
         result: tuple[Tensor, ...] = torch.vmap(products)(*cotangents)
         return result
 

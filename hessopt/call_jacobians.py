@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from diagnostics.backends import VMAP_WITHOUT_WARNING
 from hessopt.parameter_uses import CallUse
 
 
@@ -56,8 +56,7 @@ def call_rows(use: CallUse, parameters: Sequence[Tensor], cotangents: Tensor) ->
     by_row = torch.vmap(products, in_dims=(0, *[0] * len(mapped)))
     by_column = torch.vmap(by_row, in_dims=(0, *[None] * len(mapped)))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        with VMAP_WITHOUT_WARNING:
             found: tuple[Tensor, ...] = by_column(cotangents, *(values[i] for i in mapped))
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError):
         return None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diagnostics.backends import EXCLUSIVE
 from diagnostics.lanczos import extreme_eigenpairs
 from diagnostics.null_cone import null_cone
 from diagnostics.operators import HessianOperator
@@ -65,7 +66,7 @@ def ogd_memory(
     Source: Farajtabar, Azizan, Mott, Li, "Orthogonal gradient descent for continual learning" (2020).
     """
     named = _trained(model)
-    with torch.enable_grad(), torch.random.fork_rng(devices=_devices(named)):
+    with EXCLUSIVE, torch.enable_grad(), torch.random.fork_rng(devices=_devices(named)):
         z = run_model(model, inputs, {name: b.clone() for name, b in model.named_buffers()})
         z = z.gather(1, targets.unsqueeze(1)).squeeze(1) if targets is not None else z.reshape(-1)
         seeds = torch.eye(len(z), dtype=z.dtype, device=z.device)
@@ -130,7 +131,7 @@ def gpm_memory(
         for m in layers
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
+        with EXCLUSIVE, torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
             run_model(model, inputs, {name: b.clone() for name, b in model.named_buffers()})
     finally:
         for handle in handles:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diagnostics.backends import EXCLUSIVE
 from diagnostics.blocks import HessianBlocks
 from diagnostics.capture import capture
 from diagnostics.data import Batch, Batches
@@ -132,7 +133,7 @@ class Workbench:
     def seeded(self) -> Iterator[None]:
         """The global random state that follows from the seed; what was there before afterwards."""
         devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with EXCLUSIVE, torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.settings.seed)
             yield
 

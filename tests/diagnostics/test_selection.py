@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.selection import layers
+from diagnostics.layer_rule import layers
 from tests.networks import Normalised
 
 
