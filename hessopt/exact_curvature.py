@@ -21,8 +21,7 @@ from hessopt.layers import Layer, layers_of
 from hessopt.output_curvature import (
     check_hessian_memory,
     check_separable,
-    curvature_roots,
-    output_hessians,
+    loss_roots,
     residual_roots,
 )
 from hessopt.parameter_uses import Use, UseRecorder
@@ -129,7 +128,7 @@ class ExactCurvature:
             roots = residual_roots(output)
         else:
             check_hessian_memory(output, self.memory_limit)
-            roots = curvature_roots(sign * output_hessians(evaluation.loss, output), output.dtype)
+            roots = loss_roots(sign * evaluation.loss, output)
         found = layer_factors(layers, uses, rows, output, roots.to(dtype), memory_limit=self.memory_limit)
         general = tuple(layers[v].name for v in found.general)
         if general != self._general:

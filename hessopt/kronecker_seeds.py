@@ -20,7 +20,7 @@ from hessopt.loss_curvature import (
     named_curvature,
     random_signs,
 )
-from hessopt.output_curvature import check_separable, curvature_roots, output_hessians
+from hessopt.output_curvature import check_separable, loss_roots
 
 MAX_OUTPUTS = 256
 """Outputs a sample up to which the output Hessian of a loss without a closed form is formed."""
@@ -139,7 +139,7 @@ def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: t
             f"most {MAX_OUTPUTS}). Declare it, loss={' | '.join(map(repr, LOSSES))} or its torch.nn module, or return "
             'an output whose rows are one position each (`logits.flatten(0, 1)`), or use curvature="empirical".'
         )
-    roots = curvature_roots(output_hessians(loss, output), output.dtype)
+    roots = loss_roots(loss, output)
     if not len(roots):
         return torch.zeros(1, *output.shape, dtype=roots.dtype, device=roots.device)  # a loss linear in its output
     if columns != "exact":

@@ -162,7 +162,9 @@ def _closed_form(layer: Layer, pieces: Sequence[_Piece], roots: Tensor, memory_l
         kept = piece.rows >= 0
         for v, part in parts:
             sums[v].index_add_(1, piece.rows[kept], part[:, kept].to(roots.dtype))
-    matrix = torch.cat([s.reshape(columns * batch, -1) for s in sums], dim=1)
+    matrix = torch.cat(
+        [s.reshape(columns * batch, p.numel()) for s, p in zip(sums, layer.parameters, strict=True)], dim=1
+    )
     return DenseFactor(matrix, tuple(p.shape for p in layer.parameters))
 
 

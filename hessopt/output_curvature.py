@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from diagnostics.coupling import mixes_samples
 from diagnostics.errors import MemoryBudgetError
+from diagnostics.symmetric_eigen import eigh
 from hessopt.errors import ModelError, NotConvexError
+from hessopt.hessian_rounding import formation_rounding, unit_rows
+
+ROUNDINGS = 64
+"""How often the rounding of a second derivative's formation, as it is estimated, may make an eigenvalue negative.
+Cross-entropy of logits up to 1e5 in any precision takes 0.3 of it at most, a log-sum-exp written out of logits up to
+1e3, whose value loses digits already in the forward pass, less than 64; losses that are not convex exceed it by orders
+of magnitude."""
 
 
 def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
@@ -28,7 +38,7 @@ def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
     if not gradient.requires_grad or width == 0:
         return zeros  # the loss is piecewise linear in z
-    seeds = _unit_seeds(output, width).reshape(width, *output.shape)
+    seeds = unit_rows(output).reshape(width, *output.shape)
     (rows,) = torch.autograd.grad(gradient, output, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
     if rows is None:
         return zeros
@@ -36,7 +46,29 @@ def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
     return (hessians + hessians.mT) / 2
 
 
-def curvature_roots(hessians: Tensor, precision: torch.dtype | None = None) -> Tensor:
+def loss_roots(loss: Tensor, output: Tensor) -> Tensor:
+    """Square roots of the loss's second derivatives: :func:`curvature_roots` of :func:`output_hessians`.
+
+    What is negative by the rounding of their formation (:func:`hessopt.hessian_rounding.formation_rounding`, which is
+    estimated only where an eigenvalue is negative) counts as zero.
+
+    Args:
+        loss: ℓ on the tape of ``output``, which is retained.
+        output: z, ``(B, …)``.
+
+    Returns:
+        ``(K', B, K)``, in at least float32.
+
+    Raises:
+        NotConvexError: the loss is not convex in the output, or its second derivative is not finite.
+    """
+    hessians = output_hessians(loss, output)
+    return curvature_roots(hessians, output.dtype, lambda: formation_rounding(loss, output, hessians))
+
+
+def curvature_roots(
+    hessians: Tensor, precision: torch.dtype | None = None, rounding: Callable[[], Tensor] | None = None
+) -> Tensor:
     """Square roots ``S_b`` with ``S_bᵀ S_b = K_b``, by the spectral decomposition.
 
     Rows that are zero, up to rounding, for all samples are left out: the softmax cross-entropy over K classes has K-1.
@@ -44,6 +76,8 @@ def curvature_roots(hessians: Tensor, precision: torch.dtype | None = None) -> T
     Args:
         hessians: ``(B, K, K)``, symmetric.
         precision: The dtype that they were computed in, if that is less than their own.
+        rounding: Gives the error of each of them, ``(B,)``, that their formation has beyond that of their entries;
+            asked for only where an eigenvalue is negative. None: there is none.
 
     Returns:
         ``(K', B, K)`` with ``K' <= K``: entry ``[k, b]`` is row k of ``S_b``.
@@ -57,21 +91,18 @@ def curvature_roots(hessians: Tensor, precision: torch.dtype | None = None) -> T
             "the second derivative of the loss with respect to the network's output is not finite, although the loss "
             "is. Use a loss that is twice differentiable at these outputs, e.g. computed from logits."
         )
-    eigenvalues, eigenvectors = torch.linalg.eigh(hessians)
-    rounding = 4 * width * torch.finfo(hessians.dtype).eps
-    tolerance = 4 * width * torch.finfo(precision or hessians.dtype).eps
-    largest = float(eigenvalues.abs().amax()) if eigenvalues.numel() else 0.0
-    # Where the network is certain of every sample, K is a difference of numbers of order 1/B that cancel: rounding is
-    # then relative to these and not to K.
-    lowest = float(eigenvalues.amin()) if eigenvalues.numel() else 0.0
-    if lowest < -tolerance * max(largest, 1 / max(batch, 1)):
-        raise NotConvexError(
-            f"the loss is not convex in the network's output: its second derivative has the eigenvalue {lowest:.3g} "
-            f"(largest magnitude {largest:.3g}), so the Gauss-Newton matrix is not positive semidefinite. Let the "
-            "closure return `(loss, output)` with an output in which the loss is convex (logits instead of "
-            "probabilities), or `hessopt.LeastSquares(residuals)`; with maximize=True the loss must be concave."
-        )
-    kept = eigenvalues > rounding * largest
+    if not hessians.numel():
+        return hessians.new_zeros(0, batch, width)
+    eigenvalues, eigenvectors = eigh(hessians)
+    unit = 4 * width * torch.finfo(hessians.dtype).eps
+    largest = float(eigenvalues.abs().amax())
+    own = 4 * width * torch.finfo(precision or hessians.dtype).eps * largest + torch.finfo(hessians.dtype).tiny
+    if float(eigenvalues.amin()) < -own:
+        excess = eigenvalues[:, 0] + own
+        if rounding is not None:
+            excess = excess + ROUNDINGS * rounding()
+        _check_convex(excess, eigenvalues[:, 0], largest)
+    kept = eigenvalues > unit * largest
     roots = rearrange(
         torch.where(kept, eigenvalues, 0).sqrt().unsqueeze(1) * eigenvectors, "b column row -> row b column"
     )
@@ -79,10 +110,23 @@ def curvature_roots(hessians: Tensor, precision: torch.dtype | None = None) -> T
     return used.contiguous()
 
 
+def _check_convex(excess: Tensor, lowest: Tensor, largest: float) -> None:
+    """Raise the error about the sample that exceeds rounding most, if one does."""
+    worst = int(excess.argmin())
+    if not float(excess[worst]) >= 0:
+        raise NotConvexError(
+            "the loss is not convex in the network's output: its second derivative has the eigenvalue "
+            f"{float(lowest[worst]):.3g} (largest magnitude {largest:.3g}), so the Gauss-Newton matrix is not positive "
+            "semidefinite. Let the closure return `(loss, output)` with an output in which the loss is convex (logits "
+            "instead of probabilities), or `hessopt.LeastSquares(residuals)`; with maximize=True the loss must be "
+            "concave."
+        )
+
+
 def residual_roots(residuals: Tensor) -> Tensor:
     """The roots of ``½ Σ r²``, whose second derivative is the identity: ``(K, B, K)`` for residuals ``(B, …)``."""
     dtype = torch.promote_types(residuals.dtype, torch.float32)
-    return _unit_seeds(residuals, residuals[0].numel()).to(dtype)
+    return unit_rows(residuals).to(dtype)
 
 
 def check_hessian_memory(output: Tensor, limit: int) -> None:
@@ -109,9 +153,3 @@ def check_separable(loss: Tensor, output: Tensor) -> None:
             "contrastive loss), so its curvature couples the samples. Use a loss that is such a sum, e.g. the "
             "mean-squared error instead of its root, or let the closure return `hessopt.LeastSquares(residuals)`."
         )
-
-
-def _unit_seeds(output: Tensor, width: int) -> Tensor:
-    """``(K, B, K)``: seed k is the k-th unit vector at every sample."""
-    unit = torch.eye(width, dtype=output.dtype, device=output.device)
-    return unit.unsqueeze(1).expand(width, output.shape[0], width)

@@ -121,7 +121,7 @@ class OuterFactor:
     def matrix(self) -> Tensor:
         """Ĵ, ``(N, P_v)``, parameters flattened and in order."""
         rows = rearrange(self.left.mT @ self.right, "k b i j -> (k b) i j")
-        return torch.cat([part.reshape(self.size, -1) for part in self._split(rows)], dim=1)
+        return torch.cat([part.flatten(1) for part in self._split(rows)], dim=1)
 
     @property
     def _sizes(self) -> list[int]:

@@ -76,6 +76,21 @@ def test_chosen_space_gives_the_dense_solve(factors: Any, bandwidth: Any) -> Non
     assert relative(step, -torch.linalg.solve(matrix, expected.gradient)) < RTOL
 
 
+@pytest.mark.parametrize("factors", ["sample", "dense"])
+@pytest.mark.parametrize("bandwidth", [0, "full", "auto"])
+def test_loss_without_curvature_in_the_output_gives_a_damped_gradient_step(factors: Any, bandwidth: Any) -> None:
+    """Linear in the output, so that the Gauss-Newton matrix is zero and its factors have no rows."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
+    before = [p.detach().clone() for p in net.parameters()]
+    x = torch.randn(9, 3, dtype=torch.float64)
+    gradients = torch.autograd.grad(net(x).mean(), list(net.parameters()))
+    optimizer = BandedNewton(net, bandwidth=bandwidth, factors=factors, damping=0.5, adapt_damping=False)
+    optimizer.step(lambda: net(x).mean())
+    for p, old, g in zip(net.parameters(), before, gradients, strict=True):
+        assert torch.allclose(p, old - g / 0.5, rtol=1e-12, atol=1e-15)
+
+
 def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hessopt.factor_choice"):
         for width, space in ((2, "dense"), (40, "sample")):
