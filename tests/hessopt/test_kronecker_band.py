@@ -162,14 +162,17 @@ def test_product_and_solution_against_dense_matrices(net: Dag, bandwidth: object
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in band.parameters]
     whole, tapered = damped(band), as_dense(band)
-    assert torch.linalg.eigvalsh(tapered).min() > -1e-12 * tapered.diagonal().sum()
+    rounding = 1e-12 * tapered.diagonal().sum()
+    assert torch.linalg.eigvalsh(tapered).min() > -rounding
     if unit == "loss":
-        assert torch.linalg.eigvalsh(whole).min() > band.absolute_damping * (1 - 1e-9)
+        assert torch.linalg.eigvalsh(whole).min() > band.absolute_damping - rounding
     assert band.factors is not None
     direction = band.direction(gradients)
     flat = band._gradient.clone()
     step = direction.flat[0]
-    assert torch.allclose(whole @ step, flat, rtol=1e-7, atol=1e-8 * flat.norm())
+    # In units of each parameter's own curvature: layers may differ by any factor, and so may the rounding errors.
+    units = whole.diagonal().sqrt()
+    assert ((whole @ step - flat) / units).norm() <= 1e-8 * (flat / units).norm()
     assert not direction.failed
     assert torch.allclose(direction.decrement, flat @ step, rtol=1e-8)
     y = torch.cat([part.flatten() for part in band.factors.product(band.factors.matrices(flat))])

@@ -43,7 +43,9 @@ def test_interior_solution(device: torch.device) -> None:
     assert cut.curvature == pytest.approx(float(newton @ matrix @ newton), rel=1e-9)
     assert cut.slope == pytest.approx(float(g @ newton), rel=1e-9)
     assert cut.norm == pytest.approx(float(newton.norm()), rel=1e-9)
-    assert path.products in (5, 6)  # five distinct eigenvalues
+    few = path_of(matrix, g, radius=1e6, tolerance=1e-9)  # above what rounding leaves after five
+    assert few.exit is Exit.CONVERGED
+    assert few.products <= 5  # five distinct eigenvalues
     assert path.ritz == pytest.approx((0.1, 80), rel=1e-8)
     assert float(path.residual.norm()) <= 1e-12 * float(g.norm())
 
