@@ -6,11 +6,22 @@ closures of :mod:`torch.optim` do, or leave them out. It returns
 - the loss, a tensor with one element; or
 - ``(loss, output)``, where the loss is a function of ``output`` alone; or
 - a :class:`LeastSquares`.
+
+A closure that calls ``backward()`` may return anything that :mod:`torch.optim` takes, a detached loss, a number, a
+dict: **the loss is what ``backward()`` was called on**, the sum of it where there are several calls, as in gradient
+accumulation. So the loss and ``.grad`` belong together, whatever is returned, also where the closure returns another
+tensor than the one that it differentiates. Gradients may be changed after that (clipping). What of the tape is needed
+is retained, with accumulation the tapes of all calls: only by optimizers that need derivatives of the loss beyond the
+gradient.
+
+``backward(gradient=…)`` of a tensor with several elements hides the loss; then what is returned is the loss, and must
+be on the tape. ``backward(inputs=…)`` that leaves out parameters is refused where curvature is needed. With
+:class:`torch.amp.GradScaler`, the loss is that with the scale, until ``unscale_`` is called. A scaler allows that once
+a step, so closures that are run again, for trials, cannot have one: bfloat16 needs none.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,49 +30,24 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from diagnostics.backends import second_order_kernels
+from hessopt.backward_calls import BackwardCalls, without_recomputation
+from hessopt.closure_result import (
+    ClosureResult,
+    LeastSquares,
+    check_loss,
+    kind_of,
+    loss_of,
+    number_of,
+    on_tape,
+    returned_loss,
+    without_tape,
+)
 from hessopt.errors import ClosureError
 
+__all__ = ["Closure", "ClosureResult", "ClosureRunner", "Evaluation", "LeastSquares"]
 
-class LeastSquares:
-    """The loss ``½ Σ r²`` of residuals ``r``, for a closure to return.
-
-    There is no 1/N in it: for a mean-squared objective over N residuals pass ``r * (2 / N) ** 0.5``.
-
-    Args:
-        residuals: Tensor of any shape; the optimizers that need samples expect ``(B, …)``.
-
-    Attributes:
-        residuals: What was passed.
-        loss: ``½ Σ r²``, a tensor without dimensions.
-
-    Example:
-        >>> LeastSquares(torch.tensor([3.0, 4.0])).loss
-        tensor(12.5000)
-    """
-
-    def __init__(self, residuals: Tensor) -> None:
-        if not isinstance(residuals, Tensor):
-            raise TypeError(f"LeastSquares takes a tensor of residuals, got {type(residuals).__name__}.")
-        self.residuals = residuals
-        self.loss: Tensor = residuals.square().sum() / 2
-
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Call ``loss.backward`` with the same arguments."""
-        # Through the tensor, so that a TorchFunctionMode sees the call.
-        self.loss.backward(*args, **kwargs)
-
-    def item(self) -> float:
-        """The loss as a number."""
-        return float(self.loss.item())
-
-    def __repr__(self) -> str:
-        return f"LeastSquares(residuals of shape {tuple(self.residuals.shape)})"
-
-
-ClosureResult: TypeAlias = "Tensor | tuple[Tensor, Tensor] | LeastSquares"
 Closure: TypeAlias = Callable[[], ClosureResult]
 
 
@@ -70,8 +56,9 @@ class Evaluation:
     """What one run of the closure gave.
 
     Attributes:
-        loss: The loss, without dimensions, on the autograd tape, which is still there.
-        result: What the closure returned.
+        loss: The loss, without dimensions, on the autograd tape, which is still there; detached, if the closure called
+            ``backward`` and no tape was asked for.
+        result: What the closure returned, with :attr:`loss` in place of what is no loss.
         backward_called: The closure called ``backward``; the gradient is then in the parameters' ``.grad``.
         outputs: What the module returned, once for each of its calls.
     """
@@ -106,7 +93,7 @@ class Evaluation:
                 f"the closure called the module {len(self.outputs)} times, so its output is not known. {way_out}"
             )
         if not isinstance(self.outputs[0], Tensor):
-            raise ClosureError(f"the module returned {_kind(self.outputs[0])}, not a tensor. {way_out}")
+            raise ClosureError(f"the module returned {kind_of(self.outputs[0])}, not a tensor. {way_out}")
         return self.outputs[0]
 
 
@@ -123,8 +110,9 @@ class ClosureRunner:
         closure: See the module's documentation.
         parameters: The optimizer's parameters.
         module: The network, if the optimizer knows it: its outputs are recorded and its buffers are protected.
+        tape: The loss's tape is needed after a closure that calls ``backward``. Without, that call frees its tape.
         twice_differentiable: The loss will be differentiated twice: every run, trials too, uses kernels that can be
-            (:func:`diagnostics.backends.second_order_kernels`).
+            (:func:`diagnostics.backends.second_order_kernels`), and checkpointing is refused.
     """
 
     def __init__(
@@ -133,10 +121,12 @@ class ClosureRunner:
         parameters: Iterable[Tensor],
         module: nn.Module | None = None,
         *,
+        tape: bool = True,
         twice_differentiable: bool = False,
     ) -> None:
         self.closure = closure
-        self._kernels = second_order_kernels if twice_differentiable else nullcontext
+        self._tape = tape
+        self._twice = twice_differentiable
         self.parameters = list(parameters)
         self.module = module
         # The closure's zero_grad() may be the module's, which knows more parameters than the optimizer.
@@ -144,28 +134,39 @@ class ClosureRunner:
         self.runs = 0
         self._before: _Surroundings | None = None
         self._derives = False
+        self._first: tuple[float, object] | None = None
 
     def evaluate(self) -> Evaluation:
         """Run the closure with gradients enabled and keep its tape.
 
         Raises:
             ClosureError: the closure returned something that is no loss, or a loss that cannot be differentiated or
-                is not finite, or called ``backward`` and left no gradient behind.
+                is not finite, or called ``backward`` and left no gradient behind, or uses checkpointing where the loss
+                is differentiated twice.
         """
         self._before = self._surroundings()
-        calls = _AutogradCalls(retain_graph=True)
-        with self._kernels(), torch.enable_grad(), _outputs_of(self.module) as outputs, calls.watching():
-            result = self.closure()
-            loss = _loss_of(result).reshape(())
+        calls = BackwardCalls(keep_tapes=self._tape)
+        with ExitStack() as stack:
+            if self._twice:
+                stack.enter_context(without_recomputation())
+                stack.enter_context(second_order_kernels())
+            stack.enter_context(torch.enable_grad())
+            outputs = stack.enter_context(_outputs_of(self.module))
+            stack.enter_context(calls.watching())
+            returned = self.closure()
         self.runs += 1
         self._derives = calls.derivatives
-        _check_differentiable(loss)
-        if calls.backward and all(p.grad is None for p in self.parameters):
+        with torch.enable_grad():
+            loss, result = self._loss_of(calls, returned)
+        value = check_loss(loss, outputs, differentiable=self._tape or not calls.called)
+        if calls.called and all(p.grad is None for p in self.parameters):
             raise ClosureError(
                 "the closure called backward(), but left every .grad of the optimizer's parameters empty. Call "
-                "zero_grad() before backward(), not after it, or leave both out."
+                "zero_grad() before backward(), not after it, or leave both out; and call it on a loss that depends on "
+                "them."
             )
-        return Evaluation(loss, result, calls.backward, outputs)
+        self._first = (value, without_tape(returned)) if calls.terms else None
+        return Evaluation(loss, result, calls.called, outputs)
 
     def trial_loss(self) -> float:
         """Evaluate the loss at the parameters as they are now, leaving no trace; not finite is a valid answer.
@@ -175,7 +176,8 @@ class ClosureRunner:
         may be part of the loss.
 
         Raises:
-            ClosureError: the closure returned something that is no loss.
+            ClosureError: the closure returned something that is no loss, or called ``backward`` in :meth:`evaluate` and
+                does not now.
             RuntimeError: :meth:`evaluate` has not been called.
         """
         if self._before is None:
@@ -187,15 +189,29 @@ class ClosureRunner:
             for p in self._protected:
                 # A stand-in: zero_grad() may drop it or overwrite it in place.
                 p.grad = None if p.grad is None else p.grad.clone()
-            calls = _AutogradCalls(swallow_for=self._protected)
-            with self._kernels(), torch.set_grad_enabled(self._derives), calls.watching():
-                result = self.closure()
+            calls = BackwardCalls(swallow_for=self._protected)
+            kernels = second_order_kernels() if self._twice else nullcontext()
+            with kernels, torch.set_grad_enabled(self._derives), calls.watching():
+                returned = self.closure()
         finally:
             for p, gradient in zip(self._protected, gradients, strict=True):
                 p.grad = gradient
             after.restore()
         self.runs += 1
-        return float(_loss_of(result).item())
+        if self._first is None:
+            return float(loss_of(returned).item())
+        if calls.terms and not calls.hidden:
+            return float(calls.loss.item())
+        # `if loss.requires_grad: loss.backward()`: what is returned will do, if it was the loss before.
+        loss, before = self._first
+        number, same = number_of(without_tape(returned)), number_of(before)
+        if number is None or same is None or abs(same - loss) > 1e-6 * abs(loss):
+            raise ClosureError(
+                "the closure called backward() in its first run and not in a trial, where gradients are disabled, and "
+                "what it returns is not what backward() was called on. Call backward() in every run, or return the "
+                "loss that it is called on."
+            )
+        return number
 
     def rewind(self) -> None:
         """Put random state and buffers back to what :meth:`evaluate` started from, as if it had not been.
@@ -205,67 +221,50 @@ class ClosureRunner:
         if self._before is not None:
             self._before.restore()
 
+    def _loss_of(self, calls: BackwardCalls, returned: object) -> tuple[Tensor, ClosureResult]:
+        """The loss of the first run, and what the closure returned in a form that has it."""
+        if not calls.called:
+            return returned_loss(returned)
+        if self._tape:
+            for inputs in calls.inputs:
+                for i, p in enumerate(self.parameters):
+                    if p.requires_grad and id(p) not in inputs:
+                        raise ClosureError(
+                            f"the closure called backward(inputs=…) without parameter {i}, of shape {tuple(p.shape)}: "
+                            "what is in .grad is not the gradient that belongs to the loss. Leave out inputs=, or give "
+                            "the optimizer those parameters alone."
+                        )
+        if calls.hidden:
+            light = without_tape(returned)
+            if number_of(light) is None or (self._tape and not on_tape(returned)):
+                raise ClosureError(
+                    f"the closure called backward() on a tensor of shape {calls.hidden[0]} with weights (gradient=…), "
+                    "so the loss that these are the derivatives of is not known. Let the closure return that loss, on "
+                    "its tape."
+                )
+            calls.terms = []
+            if self._tape:
+                return returned_loss(returned)
+            loss = light.reshape(()) if isinstance(light, Tensor) else torch.tensor(number_of(light))
+            return loss, loss
+        loss = calls.loss
+        if isinstance(returned, LeastSquares):
+            own = returned.loss
+            same = len(calls.roots) == 1 and calls.roots[0] is own
+            if not (same or math.isclose(own.item(), loss.item(), rel_tol=1e-6) or not math.isfinite(loss.item())):
+                raise ClosureError(
+                    f"the closure returned LeastSquares of value {own.item():.6g} and called backward() on something "
+                    f"else, of value {loss.item():.6g}. Call it on what is returned, or leave it out; for a mean, "
+                    "scale the residuals."
+                )
+            return (own if self._tape else own.detach()), returned
+        output = returned[1] if isinstance(returned, tuple) and len(returned) == 2 else None
+        if isinstance(output, Tensor) and output.requires_grad:
+            return loss, (loss, output)
+        return loss, loss
+
     def _surroundings(self) -> _Surroundings:
         return _Surroundings(self.module, self._protected)
-
-
-class _AutogradCalls(TorchFunctionMode):
-    """Notes calls of autograd, and makes ``backward`` keep the tape or do nothing, while :meth:`watching`.
-
-    Args:
-        retain_graph: Make ``backward`` retain the tape, whatever the caller asked for.
-        swallow_for: Make ``backward`` do nothing but give these parameters a zero ``.grad`` where they have none.
-    """
-
-    def __init__(self, *, retain_graph: bool = False, swallow_for: Sequence[Tensor] | None = None) -> None:
-        super().__init__()
-        self.retain_graph = retain_graph
-        self.swallow_for = swallow_for
-        self.backward = False
-        self.derivatives = False
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch what runs inside this context."""
-        original = torch.autograd.backward
-        with self:
-            if not _DISPATCHES_BACKWARD:
-                torch.autograd.backward = lambda *args, **kwargs: self.__torch_function__(original, (), args, kwargs)
-            try:
-                yield
-            finally:
-                torch.autograd.backward = original
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.autograd.grad:
-            self.derivatives = True
-        elif func in _BACKWARD:
-            self.backward = True
-            if self.swallow_for is not None:
-                for p in self.swallow_for:
-                    if p.grad is None and p.requires_grad:
-                        p.grad = torch.zeros_like(p)
-                return None
-            if self.retain_graph:
-                bound = inspect.signature(func).bind(*args, **kwargs)
-                bound.arguments["retain_graph"] = True
-                args, kwargs = bound.args, bound.kwargs
-        return func(*args, **kwargs)
-
-
-def _dispatches_backward() -> bool:
-    """Whether modes see calls of ``torch.autograd.backward``; up to torch 2.9 at least they do not."""
-    calls = _AutogradCalls()
-    with calls:
-        torch.autograd.backward(torch.zeros((), requires_grad=True))
-    return calls.backward
-
-
-_BACKWARD = (Tensor.backward, torch.autograd.backward)
-_DISPATCHES_BACKWARD = _dispatches_backward()
 
 
 class _Surroundings:
@@ -310,56 +309,3 @@ def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
         if module is not None:
             stack.callback(module.register_forward_hook(record).remove)
         yield outputs
-
-
-def _loss_of(result: object) -> Tensor:
-    """The loss in what a closure returned, with one element."""
-    if isinstance(result, LeastSquares):
-        return result.loss
-    loss = result
-    if isinstance(result, tuple):
-        if len(result) != 2 or not all(isinstance(part, Tensor) for part in result):
-            raise ClosureError(
-                f"the closure returned a tuple of {', '.join(map(_kind, result)) or 'nothing'}. Return `loss` or "
-                "`(loss, output)`, both tensors."
-            )
-        loss = result[0]
-    if loss is None:
-        raise ClosureError("the closure returned None. End it with `return loss`.")
-    if isinstance(loss, (float, int)):
-        raise ClosureError(
-            f"the closure returned the number {loss}, which has no autograd tape. Return the tensor: `return loss`, "
-            "not `return loss.item()`."
-        )
-    if not isinstance(loss, Tensor):
-        raise ClosureError(
-            f"the closure returned {_kind(loss)}. Return the loss tensor, `(loss, output)` or "
-            "`hessopt.LeastSquares(residuals)`."
-        )
-    if loss.numel() != 1:
-        raise ClosureError(
-            f"the closure returned a loss of shape {tuple(loss.shape)}. Reduce it to one number, e.g. with `.mean()`; "
-            "residuals go into `hessopt.LeastSquares(residuals)`."
-        )
-    return loss
-
-
-def _check_differentiable(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise ClosureError(
-            "the closure's loss has no autograd tape. Return it without `.detach()` and compute it outside of "
-            "`torch.no_grad()` and `torch.inference_mode()`; at least one parameter must require grad."
-        )
-    if loss.is_complex():
-        raise ClosureError("the closure's loss is complex. Return a real number, e.g. `loss.abs().square()`.")
-    if not math.isfinite(loss.item()):
-        raise ClosureError(
-            f"the closure's loss is {loss.item()} at the current parameters, which were left as they are. Check the "
-            "batch and the initialisation; torch.autograd.set_detect_anomaly(True) finds the operation."
-        )
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return "None" if value is None else f"an object of type {type(value).__name__}"

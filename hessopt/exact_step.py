@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diagnostics.cliques import Bandwidth, Cliques
+from hessopt.backward_calls import gradients_of, without_recomputation
 from hessopt.banded_systems import BandedSystem
 from hessopt.bandwidth_choice import BandwidthChoice, bandwidth_cliques
 from hessopt.closure import Closure, ClosureRunner, Evaluation
@@ -85,7 +86,7 @@ class ExactStep:
         recorder = self._exact.recorder(parameters)
         runner = ClosureRunner(closure, parameters, self._model, twice_differentiable=self._hessian)
         try:
-            with recorder.recording():
+            with recorder.recording(), without_recomputation():
                 evaluation = runner.evaluate()
             layers = self._exact.layers(recorder.uses)
             gradients = _gradients(evaluation, layers, groups)
@@ -201,7 +202,7 @@ def _gradients(evaluation: Evaluation, layers: Sequence[Layer], groups: Groups) 
     slopes = (
         [p.grad for p in parameters]
         if evaluation.backward_called
-        else torch.autograd.grad(evaluation.loss, parameters, retain_graph=True, allow_unused=True)
+        else gradients_of(evaluation.loss, parameters, retain_graph=True)
     )
     group_of = _group_of(groups)
     # One dtype for all, at least float32: there is no Cholesky factorization in half precision.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.cliques import Bandwidth
+from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError
 from hessopt.kronecker_band import Direction, KroneckerBand
@@ -99,7 +100,7 @@ class KroneckerStep:
         sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
             self.band.begin()
-            runner = ClosureRunner(closure, _all(groups), self.model)
+            runner = ClosureRunner(closure, _all(groups), self.model, tape=self.band.waits)
             evaluation = runner.evaluate()
             gradients = self._gradients(evaluation)
             check_strided(gradients)
@@ -121,7 +122,7 @@ class KroneckerStep:
         if evaluation.backward_called:
             return [p.grad for p in self.band.parameters]
         trained = [p for p in self.band.parameters if p.requires_grad]
-        found = torch.autograd.grad(evaluation.loss, trained, retain_graph=True, allow_unused=True)
+        found = gradients_of(evaluation.loss, trained, retain_graph=self.band.waits)
         slopes = dict(zip(trained, found, strict=True))
         return [slopes.get(p) for p in self.band.parameters]
 

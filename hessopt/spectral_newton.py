@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
 from hessopt.newton_cg import Params
@@ -273,9 +274,10 @@ class SpectralNewton(Optimizer):
         if closure is not None:
             if not parameters:
                 raise ClosureError("none of the optimizer's parameters requires grad.")
-            evaluation = ClosureRunner(closure, parameters, self.model, twice_differentiable=tape).evaluate()
+            runner = ClosureRunner(closure, parameters, self.model, tape=tape, twice_differentiable=tape)
+            evaluation = runner.evaluate()
         if evaluation is not None and not evaluation.backward_called:
-            gradients = list(torch.autograd.grad(evaluation.loss, parameters, allow_unused=True, retain_graph=True))
+            gradients = gradients_of(evaluation.loss, parameters, retain_graph=tape)
         else:
             gradients = [p.grad for p in parameters]
         for (_, p), g in zip(trained, gradients, strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diagnostics.second_order import check_on_tape, refuse_sparse, second_order_errors
 from diagnostics.tape import batched_vjp
+from hessopt.backward_calls import refuse_reentrant
 from hessopt.closure import Evaluation, LeastSquares
 from hessopt.errors import ClosureError
 
@@ -99,6 +100,8 @@ class StepCurvature:
                 check_on_tape(seeded, [seed], self._names)
             found = torch.autograd.grad(self._loss, self._parameters, create_graph=True, allow_unused=True)
         refuse_sparse(found, self._names)
+        if self._verify and any(part is None for part in found):
+            refuse_reentrant(self._loss)
         return found
 
     @cached_property
@@ -119,6 +122,8 @@ class StepCurvature:
             )
         refuse_sparse(found, self._names)
         if self._verify:
+            if any(part is None for part in found):
+                refuse_reentrant(self._output)
             check_on_tape(found, [signal], self._names)
         return found, signal, slope
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessopt.closure import Closure, ClosureRunner, Evaluation, LeastSquares
+from hessopt.backward_calls import gradients_of
+from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ModelError
 
 
@@ -123,16 +124,16 @@ class OptimizerWrapper(Optimizer):
         trained = self._trained()
 
         def wrapped() -> Tensor:
-            evaluation = ClosureRunner(closure, trained, self.model, twice_differentiable=curvature).evaluate()
+            runner = ClosureRunner(closure, trained, self.model, tape=curvature, twice_differentiable=curvature)
+            evaluation = runner.evaluate()
             if not evaluation.backward_called:
-                gradients = torch.autograd.grad(evaluation.loss, trained, allow_unused=True, retain_graph=curvature)
+                gradients = gradients_of(evaluation.loss, trained, retain_graph=curvature)
                 for p, gradient in zip(trained, gradients, strict=True):
                     p.grad = gradient
             if self._DENSE:
                 refuse_sparse(trained)
             before_base(evaluation)
-            result = evaluation.result
-            return (result.loss if isinstance(result, LeastSquares) else evaluation.loss).detach()
+            return evaluation.loss.detach()
 
         return wrapped
 

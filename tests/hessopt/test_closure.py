@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from hessopt.backward_calls import gradients_of
 from hessopt.closure import ClosureRunner, LeastSquares
 from hessopt.errors import ClosureError
+from hessopt.step_curvature import StepCurvature
 
 
 def network(device: torch.device | str = "cpu", dropout: float = 0.0, norm: bool = False) -> nn.Module:
@@ -93,9 +96,8 @@ def test_tape_survives_the_closures_backward(style: str) -> None:
     evaluation = runner_of(net, closure).evaluate()
     assert evaluation.backward_called
     again = torch.autograd.grad(evaluation.loss, list(net.parameters()))
-    times = 2 if style == "twice" else 1
-    for p, g in zip(net.parameters(), again, strict=True):
-        assert torch.allclose(p.grad, times * g, rtol=1e-14, atol=0)
+    for p, g in zip(net.parameters(), again, strict=True):  # called twice, the loss is twice what is returned
+        assert torch.allclose(p.grad, g, rtol=1e-14, atol=0)
 
 
 def test_backward_that_modes_do_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +110,8 @@ def test_backward_that_modes_do_not_see(monkeypatch: pytest.MonkeyPatch) -> None
             original(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "backward", invisible)
-    monkeypatch.setattr("hessopt.closure._BACKWARD", (Tensor.backward, invisible))
-    monkeypatch.setattr("hessopt.closure._DISPATCHES_BACKWARD", False)
+    monkeypatch.setattr("hessopt.backward_calls._BACKWARD", (Tensor.backward, invisible))
+    monkeypatch.setattr("hessopt.backward_calls._DISPATCHES_BACKWARD", False)
     for style in ("tensor", "function"):
         test_tape_survives_the_closures_backward(style)
     net, (x, y) = network(), batch()
@@ -339,3 +341,219 @@ def test_backward_without_gradient_left() -> None:
 
     with pytest.raises(ClosureError, match=r"called backward\(\), but left every .grad.*before backward"):
         runner_of(net, closure).evaluate()
+
+
+def numbers(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (net(x) - y).square().mean()
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda loss: None,
+        lambda loss: loss.item(),
+        lambda loss: loss.detach().clone(),
+        lambda loss: {"loss": loss.detach()},
+        lambda loss: (loss.item(), 3),
+        lambda loss: (loss, torch.tensor(0.5)),
+        lambda loss: 100 * loss,
+        lambda loss: "done",
+    ],
+)
+@pytest.mark.parametrize("tape", [True, False])
+def test_the_loss_is_what_backward_was_called_on(returns: Callable[[Tensor], Any], tape: bool) -> None:
+    net, (x, y) = network(), batch()
+
+    def closure() -> Any:
+        net.zero_grad()
+        loss = numbers(net, x, y)
+        (loss / 4).backward()
+        loss += 1  # in place, afterwards
+        return returns(loss)
+
+    expected = numbers(net, x, y) / 4
+    runner = ClosureRunner(closure, net.parameters(), net, tape=tape)
+    evaluation = runner.evaluate()
+    assert evaluation.loss.item() == expected.item()
+    assert runner.trial_loss() == expected.item()
+    assert torch.equal(evaluation.output, net(x))
+    for p, g in zip(net.parameters(), torch.autograd.grad(expected, list(net.parameters())), strict=True):
+        assert torch.equal(p.grad, g)
+    if tape:
+        again = torch.autograd.grad(evaluation.loss, list(net.parameters()))
+        assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), again, strict=True))
+    assert evaluation.loss.requires_grad == tape
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_accumulation_is_the_sum_of_the_calls(together: bool) -> None:
+    """Each as it is weighted by backward; the tapes of all calls remain where one is needed."""
+    net, (x, y) = network(), batch()
+    parts = list(zip(x.split(2), y.split(2), strict=True))
+
+    def closure() -> float:
+        net.zero_grad()
+        losses = [numbers(net, a, b) / len(parts) for a, b in parts]
+        if together:
+            torch.autograd.backward(losses, [torch.tensor(0.5, dtype=x.dtype)] * len(parts))
+        else:
+            for loss in losses:
+                loss.backward(gradient=torch.tensor(0.5, dtype=x.dtype))
+        return sum(loss.item() for loss in losses)
+
+    expected = sum((numbers(net, a, b) for a, b in parts), torch.zeros((), dtype=x.dtype)) / (2 * len(parts))
+    runner = runner_of(net, closure)
+    evaluation = runner.evaluate()
+    assert evaluation.loss.item() == pytest.approx(expected.item(), rel=1e-14)
+    assert runner.trial_loss() == pytest.approx(expected.item(), rel=1e-14)
+    for p, g in zip(net.parameters(), torch.autograd.grad(evaluation.loss, list(net.parameters())), strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-13, atol=1e-15)
+    with pytest.raises(ClosureError, match="called the module 4 times"):
+        _ = evaluation.output
+
+
+def test_without_a_tape_backward_frees_its_own() -> None:
+    """Gradient accumulation is there to save memory: optimizers that need the gradient alone leave it that."""
+    net, (x, y) = network(), batch()
+    kept: list[Tensor] = []
+
+    def closure() -> float:
+        loss = numbers(net, x, y)
+        loss.backward()
+        kept.append(loss)
+        return loss.item()
+
+    ClosureRunner(closure, net.parameters(), net, tape=False).evaluate()
+    with pytest.raises(RuntimeError, match="second time"):
+        kept[0].backward()
+    runner_of(net, closure).evaluate()
+    kept[1].backward()
+
+
+def test_backward_only_where_gradients_are_enabled() -> None:
+    """``if loss.requires_grad: loss.backward()``, as in torch.optim's documentation; trials have no tape."""
+    net, (x, y) = network(), batch()
+
+    def closure(returns: float) -> Any:
+        net.zero_grad()
+        loss = numbers(net, x, y)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach() * returns
+
+    runner = runner_of(net, functools.partial(closure, 1.0))
+    assert runner.evaluate().loss.item() == runner.trial_loss()
+    runner = runner_of(net, functools.partial(closure, 4.0))
+    runner.evaluate()
+    with pytest.raises(ClosureError, match=r"not in a trial.*Call backward\(\) in every run"):
+        runner.trial_loss()
+
+
+def test_weights_of_backward_hide_the_loss() -> None:
+    net, (x, y) = network(), batch()
+
+    def closure(returns: Callable[[Tensor], Any]) -> Any:
+        net.zero_grad()
+        z = net(x)
+        loss = (z - y).square().mean()
+        z.backward(gradient=(z - y).detach() * (2 / y.numel()))
+        return returns(loss)
+
+    for tape in (True, False):
+        runner = ClosureRunner(functools.partial(closure, lambda loss: loss), net.parameters(), net, tape=tape)
+        evaluation = runner.evaluate()
+        assert evaluation.loss.item() == runner.trial_loss() == numbers(net, x, y).item()
+    for p, g in zip(net.parameters(), torch.autograd.grad(numbers(net, x, y), list(net.parameters())), strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-13, atol=1e-15)
+    with pytest.raises(ClosureError, match=r"shape \(7, 2\) with weights.*return that loss, on its tape"):
+        runner_of(net, functools.partial(closure, lambda loss: loss.item())).evaluate()
+    runner = ClosureRunner(functools.partial(closure, lambda loss: loss.item()), net.parameters(), net, tape=False)
+    assert runner.evaluate().loss.item() == pytest.approx(numbers(net, x, y).item(), rel=1e-6)
+    with pytest.raises(ClosureError, match="on its tape"):
+        ClosureRunner(functools.partial(closure, str), net.parameters(), net, tape=False).evaluate()
+
+
+def test_backward_into_some_of_the_parameters() -> None:
+    net, (x, y) = network(), batch()
+    inputs: list[Tensor] = [net[0].weight]
+
+    def closure() -> Tensor:
+        net.zero_grad()
+        loss = numbers(net, x, y)
+        loss.backward(inputs=inputs)
+        return loss
+
+    with pytest.raises(ClosureError, match=r"backward\(inputs=…\) without parameter 1, of shape \(5,\)"):
+        runner_of(net, closure).evaluate()
+    ClosureRunner(closure, net.parameters(), net, tape=False).evaluate()  # as in torch.optim
+    assert net[0].bias.grad is None
+    ClosureRunner(closure, [net[0].weight], net).evaluate()
+    inputs[:] = net.parameters()
+    runner_of(net, closure).evaluate()
+
+
+def test_least_squares_and_another_backward() -> None:
+    net, (x, y) = network(), batch()
+    divisor = 1.0
+
+    def closure() -> LeastSquares:
+        net.zero_grad()
+        squares = LeastSquares(net(x) - y)
+        (squares.loss / divisor).backward()
+        return squares
+
+    evaluation = runner_of(net, closure).evaluate()
+    assert evaluation.is_least_squares
+    assert evaluation.loss is evaluation.result.loss
+    divisor = 7.0
+    with pytest.raises(ClosureError, match=r"returned LeastSquares of value .* on something else"):
+        runner_of(net, closure).evaluate()
+
+
+def test_scaled_loss() -> None:
+    """With a GradScaler the loss is what ``.grad`` is the gradient of, before and after ``unscale_``."""
+    net, (x, y) = network(), batch()
+    optimizer = torch.optim.SGD(net.parameters())
+    loss = numbers(net, x, y)
+    for unscale in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+        def closure(scaler: torch.amp.GradScaler = scaler, unscale: bool = unscale) -> Tensor:
+            net.zero_grad()
+            loss = numbers(net, x, y)
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            return loss
+
+        evaluation = runner_of(net, closure).evaluate()
+        assert evaluation.loss.item() == loss.item() * (1.0 if unscale else 64.0)
+        for p, g in zip(net.parameters(), torch.autograd.grad(evaluation.loss, list(net.parameters())), strict=True):
+            assert torch.equal(p.grad, g)
+
+
+def test_empty_batch_is_named() -> None:
+    net = network()
+    with pytest.raises(ClosureError, match=r"loss is nan .*The batch is empty: .*shape \(0, 2\)"):
+        runner_of(net, lambda: net(torch.zeros(0, 3, dtype=torch.float64)).square().mean()).evaluate()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_refused_where_the_loss_is_differentiated_twice(reentrant: bool) -> None:
+    net, (x, y) = network(), batch()
+
+    def closure() -> Tensor:
+        z = checkpoint(net, x.clone().requires_grad_(), use_reentrant=reentrant)
+        return (z - y).square().mean()
+
+    runner = ClosureRunner(closure, net.parameters(), net, twice_differentiable=True)
+    if reentrant:
+        evaluation = runner.evaluate()
+        with pytest.raises(ClosureError, match="reentrant checkpointing"):
+            gradients_of(evaluation.loss, list(net.parameters()), retain_graph=True)
+        with pytest.raises(ClosureError, match="reentrant checkpointing"):
+            StepCurvature(evaluation.loss, list(net.parameters()), verify=True).gradient()
+    else:
+        with pytest.raises(ClosureError, match=r"uses torch.utils.checkpoint.*checkpointing_disable"):
+            runner.evaluate()
+        runner_of(net, closure).evaluate()  # for a gradient it is no obstacle
