@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import DiagnosticsError
+from diagnostics.files import write_text
 from diagnostics.report import Report, read_document
 from diagnostics.reporting.figures import reach
 from diagnostics.reporting.formats import IMAGES
@@ -95,14 +96,14 @@ class Comparison:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the document of :meth:`to_dict`."""
-        Path(path).write_text(json.dumps(self.to_dict(), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), allow_nan=False, indent=1) + "\n")
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the page of all reports, behind a slider, and what changed; needs the extra ``report``."""
         from diagnostics.reporting.html_page import page
 
         reports, changes = [report.data for report in self.reports], {"rows": self.rows, "verdicts": self.verdicts}
-        Path(path).write_text(page(reports, self.names, encode(changes)), encoding="utf-8")
+        write_text(path, page(reports, self.names, encode(changes)))
 
     def plot(self) -> MatplotlibFigure:
         """C, R and Gap by distance, and the spectral density of H, a line for each report; needs matplotlib."""
@@ -111,7 +112,7 @@ class Comparison:
         return plot_comparison([report.data for report in self.reports], self.names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the comparison in the format that the suffix says.
+        """Write the comparison in the format that the suffix says; an interrupted write leaves what was there before.
 
         ``.json`` and ``.txt`` need nothing; the page ``.html`` and the figure of :meth:`plot` as ``.png``, ``.svg`` or
         ``.pdf`` need the extra ``report``.
@@ -132,7 +133,7 @@ class Comparison:
         write(path)
 
     def _to_text(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(f"{self}\n", encoding="utf-8")
+        write_text(path, f"{self}\n")
 
     def _to_image(self, path: str | os.PathLike[str]) -> None:
         from diagnostics.reporting.plot import save_figure

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import DiagnosticsError
+from diagnostics.files import replacing, write_text
 from diagnostics.reporting.formats import IMAGES
 from diagnostics.reporting.schema import SCHEMA, check
 from diagnostics.reporting.values import number, tensor
@@ -88,7 +89,7 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the document."""
-        Path(path).write_text(json.dumps(self.data, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.data, allow_nan=False, indent=1) + "\n")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the metrics of all pairs v ≤ w of nodes and of their parameters, one row a pair.
@@ -96,7 +97,7 @@ class Report:
         Columns: ``report``, ``table`` (``"metrics"`` or ``"parameters"``), ``v``, ``w``, ``distance``, the metrics, and
         their standard errors as ``resonance_error`` …; empty where a number is not defined, 0 where it is exact.
         """
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
+        with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["report", "table", "v", "w", "distance", *_COLUMNS, *(f"{c}_error" for c in _COLUMNS)])
             for name in ("metrics", "parameters"):
@@ -126,7 +127,7 @@ class Report:
         """Write the page (docs/report.md): one file, that needs no network; needs the extra ``report``."""
         from diagnostics.reporting.html_page import page
 
-        Path(path).write_text(page([self.data], [self.name]), encoding="utf-8")
+        write_text(path, page([self.data], [self.name]))
 
     def plot(self) -> Figure:
         """Heat maps of C, R, D and Gap, metrics by distance with bounds, the spectral density; needs matplotlib.
@@ -142,7 +143,7 @@ class Report:
         return plot_report(self.data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report in the format that the suffix says.
+        """Write the report in the format that the suffix says; an interrupted write leaves what was there before.
 
         ``.json``, ``.csv`` and ``.txt`` need nothing; the page ``.html`` and the figure of :meth:`plot` as ``.png``,
         ``.svg`` or ``.pdf`` need the extra ``report``.
@@ -169,7 +170,7 @@ class Report:
         save_figure(self.plot(), path)
 
     def _to_text(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(f"{self}\n", encoding="utf-8")
+        write_text(path, f"{self}\n")
 
     def __str__(self) -> str:
         from diagnostics.reporting.text import text_of

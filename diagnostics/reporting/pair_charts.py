@@ -103,7 +103,7 @@ def by_distance(section: Mapping[str, Any], epsilon: float, bounds: Any, prefix:
         axis: dict[str, Any] = {"title": {"text": METRICS[metric][1]}, "rangemode": "tozero"}
         about = ""
         if metric == "coupling":
-            farthest = max((number(row["distance"]) for row in section["by_distance"]), default=0.0)
+            farthest = max((finite(row["distance"]) or 0.0 for row in section["by_distance"]), default=0.0)
             traces.append(line([0.0, farthest], [epsilon, epsilon], f"ε = {epsilon:g}", GREY, "dot"))
         height = 304
         if metric == "resonance":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
+from diagnostics.files import write_text
 from diagnostics.reporting.values import encode
 from diagnostics.reporting.workbench import Workbench
 from diagnostics.trees import tensors
@@ -45,9 +46,7 @@ class Partial:
         self.sections[name] = result
         if self.path is not None:
             content = {"schema": PARTIAL, "identity": self._identity, "sections": self.sections}
-            unfinished = self.path.with_name(self.path.name + ".tmp")
-            unfinished.write_text(json.dumps(encode(content), allow_nan=False), encoding="utf-8")
-            unfinished.replace(self.path)
+            write_text(self.path, json.dumps(encode(content), allow_nan=False))
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diagnostics.errors import DiagnosticsError
+from diagnostics.files import replacing
 from diagnostics.reporting.charts import METRICS, finite
 from diagnostics.reporting.formats import library
 from diagnostics.reporting.pair_charts import bounds_by_distance
@@ -84,8 +85,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure; without the date, so that the same report gives the same file."""
     suffix = os.fspath(path).rpartition(".")[2].lower()
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with library("matplotlib").rc_context({"svg.hashsalt": "diagnostics"}):
-        figure.savefig(path, dpi=150, metadata=dates.get(suffix, {}))
+    with library("matplotlib").rc_context({"svg.hashsalt": "diagnostics"}), replacing(path) as file:
+        figure.savefig(file, dpi=150, metadata=dates.get(suffix, {}))
 
 
 def _heat_map(ax: Axes, section: Mapping[str, Any], name: str) -> None:

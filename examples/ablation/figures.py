@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ablation.contender import Contender
 from ablation.results import OBJECTIVE, SECONDS, WORK, Curve, Entry
+from diagnostics.files import replacing
 
 Array = npt.NDArray[np.float64]
 PEERS = ["#0072B2", "#E69F00", "#009E73", "#56B4E9", "#999999", "#B8A100"]
@@ -68,7 +69,8 @@ def draw(entries: Sequence[Entry], contenders: Sequence[Contender], titles: tupl
     if handles:
         figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 def _line(axes: Axes, curves: Sequence[Curve], column: int, look: dict[str, object]) -> None:

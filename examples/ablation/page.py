@@ -12,6 +12,7 @@ from ablation.parts import main_rows, part_tables
 from ablation.results import WORK, Entry, Verdict, entries, lower_median, standing, verdicts
 from ablation.table import Row
 from ablation.task import Problem
+from diagnostics.files import write_text
 
 INTRODUCTION = """# Optimizers side by side
 
@@ -67,7 +68,7 @@ class Page:
         """Write the Markdown file, and a PNG file a problem into the folder of images."""
         page.parent.mkdir(parents=True, exist_ok=True)
         folder = images.relative_to(page.parent).as_posix() if images.is_relative_to(page.parent) else images.as_posix()
-        page.write_text(self.text(folder), encoding="utf-8")
+        write_text(page, self.text(folder))
         for name in dict.fromkeys(entry.problem for entry in self.entries):
             here = [entry for entry in self.entries if entry.problem == name]
             draw(here, list(self.contenders.values()), self._titles(name), images / f"{name}.png")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from diagnostics.files import write_text
+
 Row: TypeAlias = dict[str, Any]
 
 
@@ -26,7 +28,7 @@ class Table:
             text = path.read_text(encoding="utf-8")
             if text and not text.endswith("\n"):
                 text = text[: text.rfind("\n") + 1]
-                path.write_text(text, encoding="utf-8")
+                write_text(path, text)
             self.rows = [json.loads(line) for line in text.splitlines()]
         self._by_key = {row["key"]: row for row in self.rows}
 
@@ -49,7 +51,7 @@ class Table:
         dropped = len(self.rows) - len(kept)
         if dropped:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            self.path.write_text(lines, encoding="utf-8")
+            write_text(self.path, lines)
         self.rows, self._by_key = kept, {row["key"]: row for row in kept}
         return dropped
 

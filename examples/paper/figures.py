@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diagnostics.files import replacing
 from paper.comparison import TABLES, Line, compare
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -27,7 +28,8 @@ def draw_all(rows: Rows, folder: Path) -> list[str]:
         figure = draw(rows)
         if figure is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"paper_{name}.png", dpi=90)
+            with replacing(folder / f"paper_{name}.png") as file:
+                figure.savefig(file, dpi=90)
             drawn.append(f"paper_{name}.png")
     return drawn
 

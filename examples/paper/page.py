@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from diagnostics.files import write_text
 from paper.comparison import NOT_RUN, OUTSIDE, TABLES, WITHIN, Line, Published, compare, coverage
 from paper.facts import Facts
 from paper.tables import shown
@@ -41,7 +42,7 @@ def write(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], page: Path)
         figure=figure,
         facts=Facts(rows),
     )
-    page.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+    write_text(page, "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
 def ran(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

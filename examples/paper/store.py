@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diagnostics.files import write_text
+
 KEY = ("experiment", "variant", "seed", "epochs", "data")
 
 
@@ -25,7 +27,7 @@ class Store:
         self.rows: list[dict[str, Any]] = []
         runs = list(_read(path)) if path.exists() else []
         if runs:
-            path.write_text("".join(json.dumps(run) + "\n" for run in runs))  # without a line that was cut off
+            write_text(path, "".join(json.dumps(run) + "\n" for run in runs))  # without a line that was cut off
         self.done = {_key(run) for run in runs}
         for run in runs:
             self.rows += _rows(run)

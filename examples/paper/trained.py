@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from diagnostics.files import replacing
 from paper.training import Schedule
 
 Phases: TypeAlias = dict[str, list[nn.Module]]
@@ -56,9 +57,8 @@ class Trained:
         for i, path in enumerate(self.paths):
             path.parent.mkdir(parents=True, exist_ok=True)
             states = {phase: networks[i].state_dict() for phase, networks in phases.items() if phase != "init"}
-            part = path.with_suffix(".part")
-            torch.save({"seconds": seconds, "phases": states}, part)
-            part.replace(path)  # a file is there as a whole or not at all
+            with replacing(path) as file:
+                torch.save({"seconds": seconds, "phases": states}, file)
 
 
 def _digest(network: nn.Module, schedule: Schedule, run: Mapping[str, Any]) -> str:
