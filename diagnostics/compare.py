@@ -15,6 +15,7 @@ from diagnostics.files import write_text
 from diagnostics.report import Report, read_document
 from diagnostics.reporting.figures import reach
 from diagnostics.reporting.formats import IMAGES
+from diagnostics.reporting.schema import check
 from diagnostics.reporting.summary import Figure, summary
 from diagnostics.reporting.text import WIDTH, figure, short, wrapped
 from diagnostics.reporting.values import encode
@@ -145,14 +146,9 @@ class Comparison:
         """A comparison of the document that :meth:`to_dict` gives.
 
         Raises:
-            DiagnosticsError: it is not of the schema.
+            DiagnosticsError: it is not of the schema; the message names the key.
         """
-        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-            raise DiagnosticsError(f'not a comparison of the schema "{SCHEMA}".')
-        reports, names = data.get("reports"), data.get("names")
-        if not isinstance(reports, list) or not isinstance(names, list) or len(reports) != len(names):
-            raise DiagnosticsError('a comparison has lists "reports" and "names" of one length.')
-        return compare([Report(report) for report in reports], names)
+        return _read(data, "comparison")
 
     def __str__(self) -> str:
         lines = [wrapped(f"{len(self.reports)} reports: {', '.join(self.names)}")]
@@ -210,8 +206,22 @@ def load(path: str | os.PathLike[str]) -> Report | Comparison:
     """
     data = read_document(path)
     if isinstance(data, Mapping) and data.get("schema") == SCHEMA:
-        return Comparison.from_dict(data)
-    return Report.from_json(path)
+        return _read(data, os.fspath(path))
+    check(data, os.fspath(path))
+    return Report(data)
+
+
+def _read(data: Any, where: str) -> Comparison:
+    if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+        raise DiagnosticsError(f'{where}: no comparison of the schema "{SCHEMA}".')
+    reports, names = data.get("reports"), data.get("names")
+    if not isinstance(reports, list) or len(reports) < 2:
+        raise DiagnosticsError(f"{where}.reports: expected a list of two reports at least.")
+    if not isinstance(names, list) or len(names) != len(reports) or not all(isinstance(name, str) for name in names):
+        raise DiagnosticsError(f"{where}.names: expected a list of {len(reports)} strings, one for each report.")
+    for i, report in enumerate(reports):
+        check(report, f"{where}.reports[{i}]")
+    return compare([Report(report) for report in reports], names)
 
 
 def short_quantity(name: str) -> str:

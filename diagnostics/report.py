@@ -192,6 +192,8 @@ def read_document(path: str | os.PathLike[str]) -> Any:
         raise DiagnosticsError(f"{os.fspath(path)} cannot be read: {error}") from error
     except ValueError as error:
         raise DiagnosticsError(f"{os.fspath(path)} is no JSON: {error}") from error
+    except RecursionError:
+        raise DiagnosticsError(f"{os.fspath(path)} is nested too deeply for a report.") from None
 
 
 def _pairs(found: Mapping[str, Any]) -> list[list[Any]]:

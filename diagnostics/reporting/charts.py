@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from diagnostics.reporting.text import figure, short
 from diagnostics.reporting.values import number
@@ -40,13 +41,14 @@ def spectra(section: Mapping[str, Any]) -> list[Chart]:
         for name, d in densities.items()
     }  # fmt: skip
     everything = [value for part in pairs.values() for value, _ in part]
-    if not everything:
+    edges = bin_edges(everything)
+    if edges is None:
         return []
-    edges = np.histogram_bin_edges(everything, bins=_BINS)
     traces = []
     for name, part in pairs.items():
-        share, _ = np.histogram([v for v, _ in part], bins=edges, weights=[w for _, w in part])
-        heights = [float(s) if s > 0 else None for s in share]
+        with np.errstate(over="ignore", invalid="ignore"):  # whatever weights are in the file
+            share, _ = np.histogram([v for v, _ in part], bins=edges, weights=[w for _, w in part])
+        heights = [float(s) if 0 < s < math.inf else None for s in share]
         title, color = _PARTS[name]
         look = {"type": "bar", "marker": {"color": color}, "opacity": 0.45} if name == "H" else {
             "type": "scatter", "mode": "lines", "line": {"color": color, "width": 2, "shape": "hvh"}}  # fmt: skip
@@ -76,6 +78,20 @@ def spectra(section: Mapping[str, Any]) -> list[Chart]:
     how = "all eigenvalues" if section["exact"] else "Lanczos quadrature"
     about = f"{len(edges) - 1} bins; {how}. Shares are on a logarithmic scale, down to a third of one eigenvalue."
     return [chart("spectrum-density", "Spectral density", traces, layout, about)]
+
+
+def bin_edges(values: Sequence[float]) -> npt.NDArray[np.float64] | None:
+    """Edges of equal bins from the least to the largest of finite numbers, wider where these are hardly different.
+
+    None where there are no numbers, or the distance between them overflows.
+    """
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    scale = max(abs(low), abs(high))
+    if high - low <= 1e-9 * scale:  # bins between them would have no width
+        low, high = low - (scale / 10 or 0.5), high + (scale / 10 or 0.5)
+    return np.linspace(low, high, _BINS + 1) if math.isfinite(high - low) else None
 
 
 def source_bars(section: Mapping[str, Any]) -> list[Chart]:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from diagnostics.reporting.charts import (
     BLUE,
     GREEN,
@@ -132,7 +130,7 @@ def bounds_by_distance(section: Mapping[str, Any], bounds: Mapping[str, Any]) ->
     traces = []
     for level, (title, color, dash) in _BOUNDS.items():
         x = sorted(d for d in values[level] if math.isfinite(d))
-        y = [finite(float(np.mean(values[level][d]))) for d in x]
+        y = [finite(sum(v / len(values[level][d]) for v in values[level][d])) for d in x]  # the sum may overflow
         if any(v is not None for v in y):
             traces.append(line(x, y, title, color, dash))
     return traces

@@ -10,7 +10,7 @@ import numpy as np
 
 from diagnostics.errors import DiagnosticsError
 from diagnostics.files import replacing
-from diagnostics.reporting.charts import METRICS, finite
+from diagnostics.reporting.charts import METRICS, bin_edges, finite
 from diagnostics.reporting.formats import library
 from diagnostics.reporting.pair_charts import bounds_by_distance
 from diagnostics.reporting.text import short
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _HEAT_MAPS = ("coupling", "resonance", "stable_rank", "gn_gap")
 _BY_DISTANCE = {"coupling": "linear", "resonance": "log", "gn_gap": "linear"}
 _MOST_LABELS = 24
-_BINS = 60
 
 
 def plot_report(report: Mapping[str, Any]) -> Figure:
@@ -123,8 +122,12 @@ def _spectrum(ax: Axes, section: Mapping[str, Any], part: str, label: str) -> No
     if density is None:
         return
     pairs = [(number(v), number(w)) for v, w in zip(density["values"], density["weights"], strict=True)]
-    values, weights = zip(*[(v, w) for v, w in pairs if np.isfinite(v) and np.isfinite(w)], strict=True)
-    ax.hist(values, bins=_BINS, weights=weights, histtype="step", label=label)
+    finite_pairs = [(v, w) for v, w in pairs if np.isfinite(v) and np.isfinite(w)]
+    edges = bin_edges([v for v, _ in finite_pairs])
+    if edges is None:
+        return
+    values, weights = zip(*finite_pairs, strict=True)
+    ax.hist(values, bins=edges.tolist(), weights=weights, histtype="step", label=label)
     ax.set_yscale("log", nonpositive="clip")
     ax.set_xlabel("eigenvalue")
     ax.set_title("Share of eigenvalues", fontsize="medium")

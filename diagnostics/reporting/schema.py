@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,30 +40,52 @@ class Optional:
     kind: Any
 
 
+@dataclass(frozen=True)
+class ForEach:
+    """A list of the kind, as long as the list ``of`` in the same object."""
+
+    of: str
+    kind: Any
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of these strings."""
+
+    values: tuple[str, ...]
+
+
 class _Number:
-    """A number, null for NaN, or ``"Infinity"`` or ``"-Infinity"``."""
+    """A number that a float holds, null for NaN, or ``"Infinity"`` or ``"-Infinity"``."""
 
 
 class _Matrix:
-    """Rows of numbers, as many as there are nodes in the same object, each as long."""
+    """Rows of numbers, as many as there are nodes in the nearest object that has nodes, each as long."""
 
 
 NUMBER, MATRIX = _Number(), _Matrix()
 NUMBERS = ListOf(NUMBER)
 _METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 _LEVELS = ("measured", "jacobian", "path", "depth", "count", "geometric")
-_BY_DISTANCE = ("distance", "resonance", "coupling", "stable_rank", "gn_gap", "gap_ratio")
+_MEANS = ("resonance", "coupling", "stable_rank", "gn_gap", "gap_ratio")
+_MOST_INTEGER = 2**63 - 1
 
 _TABLE: dict[str, Any] = {
     "exact": bool,
     "nodes": ListOf(str),
     **dict.fromkeys((*_METRICS, "distance"), MATRIX),
-    "errors": Maybe(dict.fromkeys(_METRICS, ListOf(NUMBERS))),
+    "errors": Maybe(dict.fromkeys(_METRICS, MATRIX)),
     "probes": Maybe(int),
     "products": Maybe(int),
     "gap_ratio": NUMBER,
     "gap_ratio_error": NUMBER,
-    "by_distance": ListOf({"pairs": int, **dict.fromkeys(_BY_DISTANCE, NUMBER), "errors": Maybe(MapOf(NUMBER))}),
+    "by_distance": ListOf(
+        {
+            "pairs": int,
+            **dict.fromkeys(("distance", *_MEANS), NUMBER),
+            "errors": Maybe(dict.fromkeys(_MEANS, NUMBER)),
+        }
+    ),
 }
 _PART = {
     **dict.fromkeys(
@@ -74,7 +97,7 @@ _PART = {
     ),
     "converged": bool,
     "products": int,
-    "density": Maybe({"values": NUMBERS, "weights": NUMBERS, "probes": int, "steps": int}),
+    "density": Maybe({"values": NUMBERS, "weights": ForEach("values", NUMBER), "probes": int, "steps": int}),
 }
 _NODE = {
     "name": str,
@@ -103,10 +126,10 @@ SECTIONS: dict[str, Any] = {
     "sources": {
         "exact": bool,
         "sources": ListOf(str),
-        "share": NUMBERS,
-        "share_error": Maybe(NUMBERS),
-        "norm_ratio": NUMBERS,
-        "negative_share": Maybe(NUMBERS),
+        "share": ForEach("sources", NUMBER),
+        "share_error": Maybe(ForEach("sources", NUMBER)),
+        "norm_ratio": ForEach("sources", NUMBER),
+        "negative_share": Maybe(ForEach("sources", NUMBER)),
         "gn_negative_share": NUMBER,
         "negative_mass": NUMBER,
         "tensor_norm": NUMBER,
@@ -134,8 +157,8 @@ SECTIONS: dict[str, Any] = {
     },
     "parameters": {
         **_TABLE,
-        "sizes": ListOf(int),
-        "groups": ListOf(ListOf(str)),
+        "sizes": ForEach("nodes", int),
+        "groups": ForEach("nodes", ListOf(str)),
         "discarded": ListOf(
             dict.fromkeys(
                 ("bandwidth", "total", "total_error", "gn", "gn_error", "tensor", "tensor_error"),
@@ -147,7 +170,7 @@ SECTIONS: dict[str, Any] = {
 _VERDICT = {
     "rule": str,
     "wording": str,
-    "level": str,
+    "level": OneOf(("note", "advice", "warning")),
     "nodes": ListOf(str),
     "text": str,
     "figures": MapOf(NUMBER),
@@ -173,8 +196,24 @@ def check(data: Any, where: str) -> None:
     if not isinstance(data, Mapping) or "schema" not in data:
         raise DiagnosticsError(f'{where}: no report, it has no key "schema".')
     if data["schema"] != SCHEMA:
-        raise DiagnosticsError(f'{where}: schema is {data["schema"]!r}, and this version reads "{SCHEMA}".')
+        raise DiagnosticsError(f'{where}: schema is {_shown(data["schema"])}, and this version reads "{SCHEMA}".')
     _check(data, DOCUMENT, where, 0)
+    _check_graph(data["sections"]["network"], f"{where}.sections.network")
+
+
+def _check_graph(network: Mapping[str, Any], where: str) -> None:
+    """Nodes have names of their own and come after their parents; edges join them."""
+    position: dict[str, int] = {}
+    for i, node in enumerate(network["nodes"]):
+        if node["name"] in position:
+            raise DiagnosticsError(f"{where}.nodes[{i}].name: {_shown(node['name'])} is the name of another node too.")
+        unknown = [parent for parent in node["parents"] if parent not in position]
+        if unknown:
+            raise DiagnosticsError(f"{where}.nodes[{i}].parents: {_shown(unknown[0])} is no node before this one.")
+        position[node["name"]] = i
+    for i, edge in enumerate(network["edges"]):
+        if len(edge) != 2 or not position.get(edge[0], len(position)) < position.get(edge[1], -1):
+            raise DiagnosticsError(f"{where}.edges[{i}]: expected the names of two nodes, the parent first.")
 
 
 def _check(value: Any, kind: Any, where: str, size: int) -> None:
@@ -182,7 +221,7 @@ def _check(value: Any, kind: Any, where: str, size: int) -> None:
         if value is not None:
             _check(value, kind.kind, where, size)
     elif isinstance(kind, dict):
-        _check_object(value, kind, where)
+        _check_object(value, kind, where, size)
     elif isinstance(kind, MapOf):
         if not isinstance(value, Mapping):
             raise _wrong(where, "an object", value)
@@ -198,28 +237,68 @@ def _check(value: Any, kind: Any, where: str, size: int) -> None:
         if len(value) != size or any(len(row) != size for row in value):
             raise DiagnosticsError(f"{where}: expected {size} × {size} numbers, one for each pair of nodes.")
     elif isinstance(kind, _Number):
-        infinite = isinstance(value, str) and value in ("Infinity", "-Infinity")
-        if value is not None and not infinite and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise _wrong(where, "a number or null", value)
+        _check_number(value, where)
+    elif isinstance(kind, OneOf):
+        if not isinstance(value, str) or value not in kind.values:
+            raise _wrong(where, f"one of {', '.join(kind.values)}", value)
     elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _wrong(where, {str: "a string", int: "an integer", bool: "true or false"}[kind], value)
+    elif kind is int and abs(value) > _MOST_INTEGER:
+        raise _wrong(where, "an integer of 64 bits", value)
 
 
-def _check_object(value: Any, kind: Mapping[str, Any], where: str) -> None:
+def _check_number(value: Any, where: str) -> None:
+    if value is None or (isinstance(value, str) and value in ("Infinity", "-Infinity")):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _wrong(where, "a number or null", value)
+    if value != value:
+        raise DiagnosticsError(f"{where}: NaN is written as null.")
+    if not abs(value) <= sys.float_info.max:
+        raise _wrong(where, 'a number that a float holds (infinity is written as "Infinity")', value)
+
+
+def _check_object(value: Any, kind: Mapping[str, Any], where: str, size: int) -> None:
     if not isinstance(value, Mapping):
         raise _wrong(where, "an object", value)
     for key in value:
         if key not in kind:
             raise DiagnosticsError(f"{where}.{key}: no such key in the schema {SCHEMA}.")
-    nodes = value.get("nodes")
-    size = len(nodes) if isinstance(nodes, list) else 0
+    if "nodes" in kind:
+        nodes = value.get("nodes")
+        size = len(nodes) if isinstance(nodes, list) else 0
     for key, entry in kind.items():
         if key in value:
-            _check(value[key], entry.kind if isinstance(entry, Optional) else entry, f"{where}.{key}", size)
+            _check(value[key], _plain(entry), f"{where}.{key}", size)
         elif not isinstance(entry, Optional):
             raise DiagnosticsError(f"{where}.{key}: missing.")
+    for key, entry in kind.items():
+        each = entry.kind if isinstance(entry, Maybe) else entry
+        if isinstance(each, ForEach) and value[key] is not None and len(value[key]) != len(value[each.of]):
+            raise DiagnosticsError(
+                f"{where}.{key}: expected {len(value[each.of])} entries, as many as {each.of} has, "
+                f"got {len(value[key])}."
+            )
+
+
+def _plain(entry: Any) -> Any:
+    """The kind of an entry without what other entries say about it."""
+    if isinstance(entry, Optional):
+        return entry.kind
+    if isinstance(entry, Maybe):
+        return Maybe(_plain(entry.kind))
+    return ListOf(entry.kind) if isinstance(entry, ForEach) else entry
 
 
 def _wrong(where: str, expected: str, value: Any) -> DiagnosticsError:
+    return DiagnosticsError(f"{where}: expected {expected}, got {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    """A value of JSON for a message, whatever its size."""
+    if isinstance(value, int) and value.bit_length() > 100:  # more digits than Python may be willing to print
+        return "an integer of some hundred digits" if value.bit_length() < 2**12 else "a huge integer"
+    if isinstance(value, (Mapping, list)):
+        return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
     shown = repr(value)
-    return DiagnosticsError(f"{where}: expected {expected}, got {shown if len(shown) < 40 else type(value).__name__}.")
+    return shown if len(shown) < 40 else f"{shown[:39]}…"

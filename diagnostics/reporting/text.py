@@ -154,6 +154,9 @@ def _bounds(section: Mapping[str, Any]) -> str:
         if row["width"] < row["entries"]:
             narrow.setdefault((str(row["width"]), *row["cut"]), []).append(short(row["node"]))
     for (width, *cut), nodes in narrow.items():
+        if not cut:
+            lines.append(f"no path leads from {_few(nodes)} to the loss")
+            continue
         at = _few([short(name) for name in cut])
         lines.append(f"all paths from {_few(nodes)} to the loss pass {width} entries, those of {at}")
     gains, exponent = section["gains"], section["lyapunov"]

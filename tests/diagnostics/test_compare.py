@@ -100,5 +100,5 @@ def test_bad_arguments() -> None:
         diagnostics.compare([report])
     with pytest.raises(ValueError, match="as many names"):
         diagnostics.compare([report, report], names=["a"])
-    with pytest.raises(DiagnosticsError, match="not a comparison"):
+    with pytest.raises(DiagnosticsError, match="comparison: no comparison of the schema"):
         diagnostics.Comparison.from_dict(report.data)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
+from diagnostics.compare import load
 from diagnostics.errors import DiagnosticsError
 from diagnostics.reporting.values import encode, number
 from tests.reporting_networks import labelled, small_report
@@ -108,10 +111,24 @@ def test_unknown_suffix_lists_the_formats(report: diagnostics.Report, tmp_path: 
 
 
 def _set(data: Any, path: str, value: Any) -> None:
-    *parents, last = path.split(".")
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
     for key in parents:
         data = data[key]
     data[last] = value
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in a document, lists and objects too."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from _leaves(child, (*path, key))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
 
 
 @pytest.mark.parametrize(
@@ -127,6 +144,28 @@ def _set(data: Any, path: str, value: Any) -> None:
         ("sections.sources.share", 2.0, r"sections\.sources\.share: expected a list"),
         ("sections.plots", {}, r"report\.sections\.plots: no such key"),
         ("verdicts", [{"rule": "x"}], r"report\.verdicts\[0\]\.wording: missing"),
+        ("verdicts.0.level", "x", r"verdicts\[0\]\.level: expected one of note, advice, warning, got 'x'"),
+        (
+            "sections.sources.share",
+            [1.0] * 4,
+            r"sources\.share: expected . entries, as many as sources has, got 4",
+        ),
+        ("sections.parameters.sizes", [1], r"sections\.parameters\.sizes: expected 3 entries, as many as nodes has"),
+        (
+            "sections.spectrum.H.density.weights",
+            [],
+            r"H\.density\.weights: expected 107 entries, as many as",
+        ),
+        ("sections.metrics.gap_ratio", 10**400, r"gap_ratio: expected a number that a float holds .*hundred digits"),
+        pytest.param("sections.metrics.gap_ratio", 10**9999, r"gap_ratio: expected .*got a huge integer", id="huge"),
+        ("sections.metrics.coupling.0.1", math.nan, r"metrics\.coupling\[0\]\[1\]: NaN is written as null"),
+        ("sections.metrics.coupling.0.1", math.inf, r'coupling\[0\]\[1\]: .*infinity is written as "Infinity"'),
+        ("model.parameters", 2**64, r"report\.model\.parameters: expected an integer of 64 bits"),
+        ("sections.network.edges.0", ["1"], r"network\.edges\[0\]: expected the names of two nodes, the parent first"),
+        ("sections.network.edges.0", ["1", "0"], r"network\.edges\[0\]: expected the names of two nodes"),
+        ("sections.network.nodes.1.name", "0", r"network\.nodes\[1\]\.name: '0' is the name of another node too"),
+        ("sections.network.nodes.1.parents", ["2"], r"network\.nodes\[1\]\.parents: '2' is no node before this one"),
+        ("name", [[1]], r"report\.name: expected a string, got a list of 1"),
     ],
 )
 def test_loading_names_the_wrong_key(report: diagnostics.Report, path: str, value: Any, message: str) -> None:
@@ -142,9 +181,69 @@ def test_loading_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"schema": ')
     with pytest.raises(DiagnosticsError, match="is no JSON"):
         diagnostics.Report.load(tmp_path / "half.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DiagnosticsError, match=r"deep\.json is nested too deeply"):
+        diagnostics.Report.load(tmp_path / "deep.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(DiagnosticsError, match=r"list\.json: no report"):
         diagnostics.Report.load(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("value", [None, "Infinity", "-Infinity", 1e308, -1e308])
+def test_whatever_the_numbers_are_the_report_is_written(
+    report: diagnostics.Report, estimated: diagnostics.Report, value: Any, tmp_path: Path
+) -> None:
+    for found in (report, estimated):
+        data = found.to_dict()
+        for path in _leaves(data["sections"]):
+            if isinstance(_at(data["sections"], path), float):
+                _at(data["sections"], path[:-1])[path[-1]] = value
+        odd = diagnostics.Report(data)
+        assert max(map(len, str(odd).splitlines())) <= 100
+        odd.save(tmp_path / "odd.csv")
+        assert str(diagnostics.compare([odd, found]))
+
+
+def test_any_edit_gives_a_report_or_an_error_with_file_and_key(
+    report: diagnostics.Report, estimated: diagnostics.Report, tmp_path: Path
+) -> None:
+    random, path = Random(0), tmp_path / "edited.json"
+    values = [None, 0, -1, 10**400, 1e308, math.nan, math.inf, "x", "Infinity", True, [], [1], [[1]], {}, {"a": 1}]
+    refused: list[tuple[bool, bool]] = []
+    for _ in range(100):
+        data = random.choice([report, estimated]).to_dict()
+        short = [p for p in _leaves(data) if "density" not in p or p[-1] == "values"]
+        *parents, last = random.choice(short)
+        parent = _at(data, tuple(parents))
+        if random.random() < 0.2:
+            del parent[last]
+        else:
+            parent[last] = random.choice(values)
+        path.write_text(json.dumps(data))
+        try:
+            edited = diagnostics.Report.load(path)
+        except DiagnosticsError as error:
+            key = next(key for key in (*parents, last) if isinstance(key, str))
+            refused.append((str(error).startswith(f"{path}"), key in str(error)))
+        else:
+            assert str(edited)
+            assert len(edited.verdicts) == len(data["verdicts"])
+    assert 30 < len(refused) < 100
+    assert set(refused) == {(True, True)}
+
+
+def test_comparisons_name_the_wrong_key_of_which_report(report: diagnostics.Report, tmp_path: Path) -> None:
+    document = diagnostics.compare([report, report]).to_dict()
+    for path, value, message in (
+        ("reports.1.sections.metrics.gap_ratio", "x", r"c\.json\.reports\[1\]\.sections\.metrics\.gap_ratio: expected"),
+        ("reports", [report.to_dict()], r"c\.json\.reports: expected a list of two"),
+        ("names", ["a", 3], r"c\.json\.names: expected a list of 2 strings"),
+    ):
+        edited = json.loads(json.dumps(document))
+        _set(edited, path, value)
+        (tmp_path / "c.json").write_text(json.dumps(edited))
+        with pytest.raises(DiagnosticsError, match=message):
+            load(tmp_path / "c.json")
 
 
 def test_zero_curvature_is_a_report_as_well() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -240,6 +241,48 @@ def test_numbers_that_are_none(exact: diagnostics.Report, tmp_path: Path) -> Non
     assert re.search(r"learning rate\s+of ∞", words)
     assert not re.search(r"\bnan\b|\bNaN\b|\bNone\b|\binf\b", words)
     report.save(tmp_path / "page.png")
+
+
+@pytest.mark.parametrize("value", [None, "Infinity", "-Infinity", 1e308, -1e308])
+def test_whatever_the_numbers_are_the_page_is_written(
+    exact: diagnostics.Report, estimated: diagnostics.Report, value: Any, tmp_path: Path
+) -> None:
+    def replaced(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {key: replaced(child) for key, child in entry.items()}
+        if isinstance(entry, list):
+            return [replaced(child) for child in entry]
+        return value if isinstance(entry, float) else entry
+
+    for report in (exact, estimated):
+        odd = diagnostics.Report(report.to_dict() | {"sections": replaced(report.sections)})
+        Elements(_page(odd, tmp_path)).json("figures")
+        _page(diagnostics.compare([odd, report]), tmp_path)
+
+
+class TwoOutputs(nn.Module):
+    """A node that nothing leads to the loss from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside, self.head = nn.Linear(4, 5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return torch.as_tensor(self.head(x).tanh())
+
+
+def test_nodes_that_are_not_connected(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batch = TwoOutputs().double(), labelled(4, 3)
+    for report in (
+        diagnostics.diagnose(model, batch, F.cross_entropy),
+        diagnostics.diagnose(model, batch, F.cross_entropy, exact=False, probes=4),
+    ):
+        assert "Infinity" in report.sections["metrics"]["distance"][0]
+        charts = {chart["id"]: chart for chart in Elements(_page(report, tmp_path)).json("figures")["charts"]}
+        assert charts["r0-metrics-distance-coupling"]["data"][2]["x"] == [0.0, 0.0]
+        assert "no path leads from aside to the loss" in str(report)
 
 
 def test_tables_have_every_pair(estimated: diagnostics.Report, tmp_path: Path) -> None:
