@@ -55,7 +55,7 @@ def spectra(section: Mapping[str, Any]) -> list[Chart]:
         traces.append(
             {
                 **look,
-                "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
+                "x": (edges[1:] / 2 + edges[:-1] / 2).tolist(),
                 "y": heights,
                 "name": title,
                 "hovertemplate": f"{title}<br>λ ≈ %{{x:.3g}}<br>share %{{y:.2~e}}<extra></extra>",
