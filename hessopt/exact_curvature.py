@@ -128,7 +128,7 @@ class ExactCurvature:
             roots = residual_roots(output)
         else:
             check_hessian_memory(output, self.memory_limit)
-            roots = loss_roots(sign * evaluation.loss, output)
+            roots = loss_roots(evaluation.loss, output, sign)
         found = layer_factors(layers, uses, rows, output, roots.to(dtype), memory_limit=self.memory_limit)
         general = tuple(layers[v].name for v in found.general)
         if general != self._general:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from diagnostics.tape import Function
 
@@ -11,7 +12,7 @@ AMPLITUDE = 1 / 16
 """Of the noise, in units of what flows: small, as it compounds, and far above the rounding of the passes themselves."""
 
 
-def formation_rounding(loss: Tensor, output: Tensor, hessians: Tensor) -> Tensor:
+def formation_rounding(loss: Tensor | GradientEdge, output: Tensor, hessians: Tensor) -> Tensor:
     """Estimate, sample by sample, of the rounding error of ``K_b = ∂²ℓ / ∂z_b ∂z_b``, as a Frobenius norm.
 
     Where a softmax is certain, ``K`` is a small difference of large numbers, which neither ``K`` nor its eigenvalues
@@ -21,7 +22,7 @@ def formation_rounding(loss: Tensor, output: Tensor, hessians: Tensor) -> Tensor
     ``K`` is what one rounding unit at every operation would change, times the noise in rounding units.
 
     Args:
-        loss: ℓ on the tape of ``output``, which is retained.
+        loss: ℓ, or its place, on the tape of ``output``, which is retained.
         output: z, ``(B, …)``.
         hessians: K, ``(B, K, K)``, of :func:`hessopt.output_curvature.output_hessians`.
 

@@ -113,13 +113,15 @@ class Seeds:
         if not self._separable:
             check_separable(loss, output)
             self._separable = True
-        return hessian_columns(self.sign * loss, output, self.columns, self.generator)
+        return hessian_columns(loss, output, self.columns, self.generator, self.sign)
 
     def _of(self, curvature: LossCurvature) -> Tensor:
         return curvature.columns(self.columns, self.sampled, self.generator)
 
 
-def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: torch.Generator) -> Tensor:
+def hessian_columns(
+    loss: Tensor, output: Tensor, columns: Columns, generator: torch.Generator, sign: int = 1
+) -> Tensor:
     """Columns of any loss that is a sum over samples: roots of its output Hessians, or these times random signs.
 
     Args:
@@ -127,6 +129,7 @@ def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: t
         output: z, ``(B, …)``.
         columns: K, or ``"exact"``.
         generator: Source of the signs.
+        sign: -1: of minus the loss.
 
     Raises:
         ModelError: more than ``MAX_OUTPUTS`` outputs a sample.
@@ -139,7 +142,7 @@ def hessian_columns(loss: Tensor, output: Tensor, columns: Columns, generator: t
             f"most {MAX_OUTPUTS}). Declare it, loss={' | '.join(map(repr, LOSSES))} or its torch.nn module, or return "
             'an output whose rows are one position each (`logits.flatten(0, 1)`), or use curvature="empirical".'
         )
-    roots = loss_roots(loss, output)
+    roots = loss_roots(loss, output, sign)
     if not len(roots):
         return torch.zeros(1, *output.shape, dtype=roots.dtype, device=roots.device)  # a loss linear in its output
     if columns != "exact":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from diagnostics.coupling import mixes_samples
 from diagnostics.errors import MemoryBudgetError
@@ -21,12 +22,12 @@ Cross-entropy of logits up to 1e5 in any precision takes 0.3 of it at most, a lo
 of magnitude."""
 
 
-def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
+def output_hessians(loss: Tensor | GradientEdge, output: Tensor) -> Tensor:
     """``K_b = ∂²ℓ / ∂z_b ∂z_b`` of every sample b, by batched double back-propagation.
 
     Args:
-        loss: Scalar ℓ on the tape of ``output``; a sum over samples of functions of ``z_b`` alone, as the means and
-            sums of PyTorch's losses are (see :func:`check_separable`).
+        loss: Scalar ℓ, or its place, on the tape of ``output``; a sum over samples of functions of ``z_b`` alone, as
+            the means and sums of PyTorch's losses are (see :func:`check_separable`).
         output: z, ``(B, …)``, with K entries a sample; not a leaf without grad.
 
     Returns:
@@ -46,15 +47,16 @@ def output_hessians(loss: Tensor, output: Tensor) -> Tensor:
     return (hessians + hessians.mT) / 2
 
 
-def loss_roots(loss: Tensor, output: Tensor) -> Tensor:
+def loss_roots(loss: Tensor | GradientEdge, output: Tensor, sign: int = 1) -> Tensor:
     """Square roots of the loss's second derivatives: :func:`curvature_roots` of :func:`output_hessians`.
 
     What is negative by the rounding of their formation (:func:`hessopt.hessian_rounding.formation_rounding`, which is
     estimated only where an eigenvalue is negative) counts as zero.
 
     Args:
-        loss: ℓ on the tape of ``output``, which is retained.
+        loss: ℓ, or its place, on the tape of ``output``, which is retained.
         output: z, ``(B, …)``.
+        sign: -1: of minus the loss.
 
     Returns:
         ``(K', B, K)``, in at least float32.
@@ -63,7 +65,7 @@ def loss_roots(loss: Tensor, output: Tensor) -> Tensor:
         NotConvexError: the loss is not convex in the output, or its second derivative is not finite.
     """
     hessians = output_hessians(loss, output)
-    return curvature_roots(hessians, output.dtype, lambda: formation_rounding(loss, output, hessians))
+    return curvature_roots(sign * hessians, output.dtype, lambda: formation_rounding(loss, output, hessians))
 
 
 def curvature_roots(
