@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from diagnostics import trees
+from diagnostics import ranks, trees
 from diagnostics.errors import CaptureError
 
 _EXACT = (torch.float32, torch.float64)
@@ -16,6 +16,12 @@ _EXACT = (torch.float32, torch.float64)
 
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be captured, or that a forward pass would change."""
+    spread = ranks.spread(model)
+    if spread is not None:
+        raise CaptureError(
+            f"{spread.where} is spread over processes or devices by {spread.kind}, and curvature is computed on one: "
+            f"{spread.way_out}. The result is then that of this process's own batches."
+        )
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):

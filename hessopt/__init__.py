@@ -1,5 +1,6 @@
 """Second-order optimizers for PyTorch networks, each a :class:`torch.optim.Optimizer`."""
 
+from diagnostics.ranks import separate_networks
 from hessopt import memories
 from hessopt.banded import BandedNewton
 from hessopt.closure import LeastSquares
@@ -22,4 +23,5 @@ __all__ = [
     "SpectralNewton",
     "Stationarity",
     "memories",
+    "separate_networks",
 ]

@@ -27,6 +27,7 @@ from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import layers_of
 from hessopt.mini_batch import CURVATURES, MiniBatch
+from hessopt.processes import refuse_processes
 
 
 class BandedNewton(Optimizer):
@@ -336,13 +337,15 @@ class BandedNewton(Optimizer):
 
         Raises:
             ClosureError: the closure is missing or does not give a finite, differentiable loss.
-            ModelError: the output or the loss cannot be treated, or a gradient is sparse.
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse; or several processes train
+                together (:func:`hessopt.separate_networks`).
             NotConvexError: the loss is not convex in the output (concave, if maximizing).
             MemoryBudgetError: the solve does not fit into ``memory_limit``.
             SolveError: with ``adapt_damping=False``, the damping is too small for the precision.
 
         In every one of these cases the parameters are as they were.
         """
+        refuse_processes("BandedNewton")
         if self._kronecker is not None:
             return self._kronecker.step(self.param_groups, closure)
         if closure is None:

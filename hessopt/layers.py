@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessopt.errors import ModelError
+from hessopt.processes import refuse_spread
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def layers_of(module: nn.Module, parameters: Iterable[Tensor]) -> tuple[Layer, .
             trained parameter is not, or no longer, the network's; or they are on several devices.
     """
     _check_eager(module)
+    refuse_spread("BandedNewton", module)
     trained = dict.fromkeys(p for p in parameters if p.requires_grad)
     if not trained:
         raise ModelError("none of the optimizer's parameters requires grad, so there is nothing to train.")
@@ -66,8 +68,3 @@ def _check_eager(module: nn.Module) -> None:
             raise ModelError(f"{where} is scripted; pass the eager network that it was made from.")
         if type(child).__module__.startswith("torch._dynamo") or child._compiled_call_impl is not None:
             raise ModelError(f"{where} is compiled, which hides its layers; pass the network without torch.compile.")
-        if isinstance(child, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ModelError(
-                f"{where} is wrapped in {type(child).__name__}, over which curvature is not reduced yet; train the "
-                "wrapped network itself on one device."
-            )

@@ -18,6 +18,7 @@ from diagnostics.tape import batched_vjp
 from hessopt.errors import ModelError
 from hessopt.loss_hessian import random_basis
 from hessopt.memory import LayerMemory, Memory, SubspaceMemory, new_directions
+from hessopt.processes import refuse_spread
 
 M = TypeVar("M", bound=Memory)
 
@@ -193,6 +194,7 @@ def _described(op: HessianOperator) -> tuple[list[str], list[torch.Size]]:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    refuse_spread("a memory", model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ModelError("no parameter of the model requires grad, so there is nothing to protect.")

@@ -21,6 +21,7 @@ from hessopt.newton_step import NewtonStep, both_models
 from hessopt.newton_trial import Setting, search_line, search_radius
 from hessopt.objective import Objective
 from hessopt.preconditioners import RunningDiagonal
+from hessopt.processes import refuse_processes, refuse_spread
 from hessopt.step_curvature import TRIAL_COST, StepCurvature, output_of
 from hessopt.truncated_cg import Exit, Path, truncated_cg
 from hessopt.trust_region import TrustRegion
@@ -191,6 +192,7 @@ class NewtonCG(Optimizer):
         self._verified = self._told = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
+        refuse_spread("NewtonCG", self.model, [p for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with its own ``lr`` and ``weight_decay`` if wanted."""
@@ -214,9 +216,11 @@ class NewtonCG(Optimizer):
             ClosureError: the closure is missing, does not give a finite, differentiable loss, or does not give what
                 ``curvature="ggn"`` needs; or gradient or curvature are not finite.
             DiagnosticsError: an operation has no second derivative.
+            ModelError: several processes train together (:func:`hessopt.separate_networks`).
 
         In every one of these cases the parameters are as they were.
         """
+        refuse_processes("NewtonCG")
         if closure is None:
             raise ClosureError(
                 "NewtonCG.step() needs a closure: the loss's curvature and the trial of the step cannot be had from "

@@ -14,6 +14,7 @@ from diagnostics.null_vectors import Inertia, inertia, pair_spectrally
 from hessopt.closure import Closure, Evaluation
 from hessopt.errors import ClosureError
 from hessopt.loss_hessian import LossHessian, random_basis
+from hessopt.processes import refuse_processes
 from hessopt.step_curvature import StepCurvature
 from hessopt.wrapper import OptimizerWrapper
 
@@ -149,7 +150,8 @@ class NullBoost(OptimizerWrapper):
         Raises:
             ClosureError: a refresh is due without a closure; or the closure does not give a finite, differentiable
                 loss.
-            ModelError: a gradient is sparse.
+            ModelError: a gradient is sparse; or several processes train together
+                (:func:`hessopt.separate_networks`).
         """
         due = self.beta != 1 and self.every is not None and self._steps % self.every == 0
         own: list[tuple[Tensor, Tensor | None]] = []
@@ -196,6 +198,7 @@ class NullBoost(OptimizerWrapper):
         return self.last_refresh
 
     def _refresh(self, evaluation: Evaluation) -> None:
+        refuse_processes("NullBoost", "its subspace")
         listed = self._parameters()
         self._members = [i for i, p in enumerate(listed) if p.requires_grad]
         maximize = bool(self.param_groups[0].get("maximize"))

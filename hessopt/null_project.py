@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
+from diagnostics import ranks
 from hessopt.closure import Closure
 from hessopt.memory import Memory, SubspaceMemory, memory_from_state
+from hessopt.processes import check_alike
 from hessopt.wrapper import OptimizerWrapper, refuse_sparse
 
 
@@ -56,7 +59,7 @@ class NullProject(OptimizerWrapper):
         tensor([1.0000, 0.8000], requires_grad=True)
     """
 
-    _OWN = ("_memory",)
+    _OWN = ("_memory", "_compared")
     _KEY = "null_project"
 
     def __init__(
@@ -64,6 +67,7 @@ class NullProject(OptimizerWrapper):
     ) -> None:
         self._begin(base, model)
         self._memory: Memory | None = None
+        self._compared: Memory | None = None
         self._finish()
         self.memory = basis
 
@@ -95,8 +99,11 @@ class NullProject(OptimizerWrapper):
 
         Raises:
             ClosureError: the closure does not give a finite, differentiable loss.
-            ModelError: a gradient is sparse.
+            ModelError: a gradient is sparse; or several processes train together, and their memories differ.
         """
+        if self._memory is not self._compared and ranks.processes() > 1:
+            check_alike("NullProject", "the memory", _tensors(self._memory))
+            self._compared = self._memory
         remembered = [] if self._memory is None else self._remembered(self._memory)
         before = [p.detach().clone() for p in remembered]
         if closure is None:
@@ -145,3 +152,7 @@ class NullProject(OptimizerWrapper):
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._memory = None if own["memory"] is None else memory_from_state(own["memory"])
+
+
+def _tensors(memory: Memory | None) -> list[Tensor]:
+    return [] if memory is None else [t for t in tree_leaves(memory.state_dict()) if isinstance(t, Tensor)]

@@ -19,6 +19,7 @@ from hessopt.closure import Closure, ClosureRunner
 from hessopt.errors import ClosureError
 from hessopt.escape import CurvatureCheck, Ray, escape_direction, first_length, search_rays
 from hessopt.loss_hessian import LossHessian
+from hessopt.processes import refuse_processes
 from hessopt.stationarity import Stationarity
 from hessopt.step_curvature import StepCurvature
 from hessopt.wrapper import OptimizerWrapper
@@ -146,7 +147,9 @@ class SaddleEscape(OptimizerWrapper):
 
         Raises:
             ClosureError: the closure is missing or does not give a finite, differentiable loss.
+            ModelError: several processes train together (:func:`hessopt.separate_networks`).
         """
+        refuse_processes("SaddleEscape", "curvature and trial losses")
         if closure is None:
             raise ClosureError(
                 "SaddleEscape.step() needs a closure: curvature and trial losses cannot be had from `.grad` alone. "

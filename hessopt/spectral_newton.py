@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diagnostics import ranks
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
 from hessopt.newton_cg import Params
 from hessopt.online_exponent import Probe, measure_on_tape, smoothed
+from hessopt.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
 from hessopt.spectral_groups import Exponents, Selection, exponent_of, is_matrix, left_to_adamw
 from hessopt.spectral_map import Form, NewtonSchulz, spectral_map
 from hessopt.spectral_step import SpectralStep, apply_adamw_step, apply_matrix_step, check_group, momentum_direction
@@ -75,6 +77,9 @@ class SpectralNewton(Optimizer):
         update_every: Steps from one measurement to the next. Default: 100.
         directions: Most directions of a measurement. Default: 10.
         alpha_decay: Weight of the past in the average. Default: 0.5.
+
+    **Several processes.** Under DistributedDataParallel with ``loss.backward()``, and a fixed α, steps are those of one
+    process. Under FSDP2 (``fully_shard``) α is 0 or 1, without ``newton_schulz``.
 
     Param groups may have their own ``lr``, ``alpha``, ``form``, ``delta``, ``momentum``, ``nesterov``,
     ``weight_decay``, ``maximize``, ``adamw_ratio``, ``betas``, ``eps`` and ``method``.
@@ -154,6 +159,7 @@ class SpectralNewton(Optimizer):
         self.last_step: SpectralStep | None = None
         self._probe = None if batch is None or network is None or loss_fn is None else Probe(network, batch, loss_fn)
         self._adamw = _ids(network, adamw)
+        self._compared = False
         defaults = {
             "lr": lr, "alpha": alpha, "form": form, "delta": delta, "momentum": momentum, "nesterov": nesterov,
             "weight_decay": weight_decay, "maximize": maximize, "adamw_ratio": adamw_ratio, "betas": betas, "eps": eps,
@@ -166,9 +172,24 @@ class SpectralNewton(Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self.newton_schulz)
-        except ValueError:
+            check_distributed([p for group in self.param_groups for p in group["params"]], self.model)
+            self._check_shards(self.param_groups[-1])
+        except (ValueError, ModelError):
             self.param_groups.pop()
             raise
+
+    def _check_shards(self, group: dict[str, Any]) -> None:
+        """Raise ModelError for a matrix in parts whose map takes more than operations that PyTorch knows on these."""
+        for p in group["params"]:
+            if ranks.is_distributed(p) and not self._left_to_adamw(group, p):
+                alpha = exponent_of(group["alpha"], p)
+                if alpha not in (0, 1) or (alpha == 1 and self.newton_schulz is not None):
+                    how = " with newton_schulz" if alpha == 1 else ""
+                    raise ModelError(
+                        f"a weight of shape {tuple(p.shape)} is a DTensor, of which each process has a part, and "
+                        f"alpha={alpha!r}{how} is not mapped in parts: pass alpha=1.0 (Muon) without newton_schulz, or "
+                        "train under DistributedDataParallel."
+                    )
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -194,10 +215,16 @@ class SpectralNewton(Optimizer):
         Raises:
             ClosureError: the closure does not give a finite, differentiable loss; the gradient is not finite; or α is
                 to be measured and there is nothing to measure it on. Parameters are then as they were.
-            ModelError: a gradient is sparse.
+            ModelError: a gradient is sparse; or several processes train together, and α is to be measured, or
+                parameters differ at the first step (:func:`hessopt.separate_networks`).
         """
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         due = self._due(trained)
+        if due:
+            refuse_processes('SpectralNewton(alpha="online")', "exponents")
+        if not self._compared and ranks.processes() > 1:
+            check_alike("SpectralNewton", "the parameters", [p for _, p in trained])
+            self._compared = True
         if due and closure is None and self._probe is None:
             raise ClosureError(
                 'alpha="online" measures curvature, which cannot be had from `.grad` alone. Pass a closure, '
@@ -227,6 +254,7 @@ class SpectralNewton(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         left = state.pop("_left", "absent")
         super().__setstate__(state)
+        self._compared = False
         if left != "absent":  # a copy; its parameters are others
             self._adamw = None if left is None else {id(p) for p in left}
         for group in self.param_groups:
@@ -277,6 +305,7 @@ class SpectralNewton(Optimizer):
             runner = ClosureRunner(closure, parameters, self.model, tape=tape, twice_differentiable=tape)
             evaluation = runner.evaluate()
         if evaluation is not None and not evaluation.backward_called:
+            refuse_own_gradients("SpectralNewton")
             gradients = gradients_of(evaluation.loss, parameters, retain_graph=tape)
         else:
             gradients = [p.grad for p in parameters]

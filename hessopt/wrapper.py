@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ModelError
+from hessopt.processes import refuse_own_gradients, refuse_spread
 
 
 class OptimizerWrapper(Optimizer):
@@ -39,6 +40,7 @@ class OptimizerWrapper(Optimizer):
             raise ValueError(f"{type(self).__name__} has no complex parameters; use torch.view_as_real.")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        refuse_spread(type(self).__name__, model, [p for group in base.param_groups for p in group["params"]])
         self._constructing = True
         self.base = base
         self.model = model
@@ -127,6 +129,7 @@ class OptimizerWrapper(Optimizer):
             runner = ClosureRunner(closure, trained, self.model, tape=curvature, twice_differentiable=curvature)
             evaluation = runner.evaluate()
             if not evaluation.backward_called:
+                refuse_own_gradients(type(self).__name__)
                 gradients = gradients_of(evaluation.loss, trained, retain_graph=curvature)
                 for p, gradient in zip(trained, gradients, strict=True):
                     p.grad = gradient

@@ -207,5 +207,5 @@ def test_compiled_scripted_and_wrapped_networks() -> None:
         layers_of(compiled, compiled.parameters())
     with pytest.raises(ModelError, match="the network is scripted"):
         layers_of(torch.jit.script(net), net.parameters())
-    with pytest.raises(ModelError, match="wrapped in DataParallel"):
+    with pytest.raises(ModelError, match="spread by DataParallel"):
         layers_of(nn.DataParallel(net), net.parameters())

@@ -1,0 +1,166 @@
+"""Several processes: what spreads a network over them, and whether this process is one of many."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Kind: TypeAlias = Literal[
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "fully_shard (FSDP2)",
+    "tensor parallelism",
+    "pipeline parallelism",
+]
+
+_CLASSES: tuple[tuple[str, str, Kind], ...] = (
+    ("torch.nn.parallel", "DistributedDataParallel", "DistributedDataParallel"),
+    ("torch.nn.parallel", "DataParallel", "DataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "FullyShardedDataParallel"),
+    ("torch.distributed.fsdp", "FSDPModule", "fully_shard (FSDP2)"),
+    ("torch.distributed.pipelining", "Pipe", "pipeline parallelism"),
+)
+"""By name, as importing these classes takes longer than what asks for them."""
+
+_GATHERED = (
+    "load `torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+    "StateDictOptions(full_state_dict=True))` into a network that is not spread"
+)
+
+_lock = threading.Lock()
+_separate = 0
+_compared: Counter[str] = Counter()
+
+
+class Spread(NamedTuple):
+    """What spreads a network over processes or devices.
+
+    Attributes:
+        where: ``"the model"``, ``"module 'name'"`` or ``"parameter 'name'"``.
+        kind: As PyTorch calls it.
+        way_out: How to get a network that is whole in this process.
+    """
+
+    where: str
+    kind: Kind
+    way_out: str
+
+
+def spread(model: nn.Module) -> Spread | None:
+    """What spreads a network over processes or devices; None for an ordinary network.
+
+    Costs a look at the class of every module and parameter. The ``.module`` of a DistributedDataParallel is an ordinary
+    network: :func:`processes` tells whether there are others.
+    """
+    part = None  # of an FSDPModule, which tells more, the parameters are distributed as well
+    for name, module in model.named_modules():
+        kind = _kind(type(module))  # type: ignore[arg-type]
+        if kind is not None:
+            return Spread(f"module {name!r}" if name else "the model", kind, _way_out(kind, module))
+        if part is None:
+            owned = (f"{name}.{own}".lstrip(".") for own, p in module._parameters.items() if is_distributed(p))
+            part = next(owned, None)
+    return None if part is None else Spread(f"parameter {part!r}", "tensor parallelism", _way_out("tensor parallelism"))
+
+
+@lru_cache(maxsize=4096)
+def _kind(cls: type) -> Kind | None:
+    for base in cls.__mro__:
+        for module, name, kind in _CLASSES:
+            if base.__name__ == name and base.__module__.startswith(module):
+                return kind
+    return None
+
+
+def _way_out(kind: Kind, module: nn.Module | None = None) -> str:
+    if kind == "DistributedDataParallel":
+        join = getattr(getattr(module, "_join_config", None), "enable", False)
+        return "pass the network inside of it, its `.module`" + (", and leave `Join`" if join else "")
+    if kind == "DataParallel":
+        return "pass the network inside of it, its `.module`, which is on one device"
+    if kind == "pipeline parallelism":
+        return "pass the network that was split into stages"
+    return _GATHERED
+
+
+def is_distributed(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a :class:`torch.distributed.tensor.DTensor`, of which a process may hold a part."""
+    return _is_dtensor(type(tensor))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _is_dtensor(cls: type) -> bool:
+    return any(b.__name__ == "DTensor" and b.__module__.startswith("torch.distributed") for b in cls.__mro__)
+
+
+def processes() -> int:
+    """How many processes train together, as far as can be known: the size of the initialised process group.
+
+    1 without a process group, and inside of :func:`separate_networks`. Costs about a microsecond.
+    """
+    if _separate or not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
+
+
+@contextmanager
+def separate_networks() -> Iterator[None]:
+    """Inside of this context every process of an initialised process group trains a network of its own.
+
+    Optimizers that compute curvature from the batches of one process refuse to step where a process group of several
+    processes is initialised: a data-parallel network, ``ddp.module``, cannot be told from one that nobody else trains,
+    and its copies would drift apart without a word. A search for hyperparameters, or an ensemble, says so:
+
+    .. code-block:: python
+
+        with hessopt.separate_networks():
+            train(network_of_this_process)
+
+    It holds for all threads of the process.
+    """
+    global _separate
+    with _lock:
+        _separate += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _separate -= 1
+
+
+def same_everywhere(label: str, tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors have the values, bit for bit, that the first process to ask had in the same call.
+
+    Calls are the same if label, shapes and dtypes are, and their number so far: processes that ask for other tensors,
+    or do not ask at all, are not waited for. The first process learns nothing. Costs a copy to the host, a hash (about
+    a second a gigabyte), and one exchange with the store of the process group.
+
+    Args:
+        label: What the tensors are.
+        tensors: In an order that is the same everywhere. Parts of distributed tensors differ and are left out.
+    """
+    own = [t.detach() for t in tensors if not is_distributed(t)]
+    signature = _digest([label.encode(), repr([(tuple(t.shape), str(t.dtype)) for t in own]).encode()])
+    digest = _digest([t.flatten().cpu().view(torch.uint8).numpy().data for t in own if t.numel()])
+    store = dist.distributed_c10d._get_default_store()
+    with _lock:
+        first: bytes = store.compare_set(f"hessopt/{signature}/{_compared[signature]}", "", digest)
+        _compared[signature] += first == digest.encode()  # who differs, differs when it asks again
+    return first == digest.encode()
+
+
+def _digest(parts: Sequence[bytes | memoryview]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
