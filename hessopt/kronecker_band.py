@@ -21,7 +21,7 @@ from hessopt.kronecker_factors import KroneckerFactors, Matrices
 from hessopt.kronecker_inverse import KroneckerInverse
 from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
 from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
-from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment
+from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment, warn_of_diagonals
 from hessopt.kronecker_seeds import Seeds
 from hessopt.kronecker_state import load_state, state_of
 from hessopt.loss_curvature import LOSSES, Columns, Loss, Reduction
@@ -362,6 +362,8 @@ class KroneckerBand:
                 "no curvature was gathered: call the network with gradients enabled before each step, and declare the "
                 f"loss, loss={' | '.join(map(repr, LOSSES))}, or pass a closure."
             )
+        if self.steps == 0:
+            warn_of_diagonals(self)
         if not self.inverse.ready or due(self.steps, self.inverse_every):
             self.inverse.refresh(self.absolute_damping)
         self._fill(gradients)

@@ -55,6 +55,7 @@ class Block:
         bias: The trained bias, or None.
         shape: ``(g, o, a)``.
         diagonal: Whether G and A are diagonal.
+        transposed: The weight is ``(inputs, outputs)``.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Block:
     bias: Tensor | None
     shape: tuple[int, int, int]
     diagonal: tuple[bool, bool]
+    transposed: bool = False
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -76,14 +78,17 @@ class Block:
         return self.shape[0] == 1 and self.diagonal == (False, False)
 
     def views(self, matrix: Tensor) -> list[Tensor]:
-        """Views of ``(g, o, a)``, contiguous, in the shape of the parameters."""
+        """Views of ``(g, o, a)``, which is contiguous, in the shape of the parameters."""
         if self.kind == "norm":
             parts = matrix.view(-1).split([p.numel() for p in self.parameters])
             return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
         if self.kind in ("bias", "embedding"):
             return [matrix.view(self.parameters[0].shape)]
         assert self.weight is not None
-        views = [matrix[..., : self.weight[0].numel()].view(self.weight.shape)]
+        if self.transposed:
+            views = [matrix[0, :, : len(self.weight)].mT]
+        else:
+            views = [matrix[..., : self.weight[0].numel()].view(self.weight.shape)]
         return views if self.bias is None else [*views, matrix[..., -1].view(self.bias.shape)]
 
     def rows(
@@ -184,6 +189,7 @@ def _block(
     )
     if weight is None and bias is None:
         return f"no rule for this parameter of {type(module).__name__}"
+    transposed = kind == "linear" and not isinstance(module, nn.Linear)
     if kind == "norm":
         sizes = sum(p.numel() for p in (weight, bias) if p is not None)
         shape = (1, sizes, 1)
@@ -194,10 +200,12 @@ def _block(
         groups = module.groups
         assert isinstance(groups, int)
         shape = (groups, len(weight) // groups, weight[0].numel() + (bias is not None))
+    elif transposed:
+        shape = (1, weight.shape[1], len(weight) + (bias is not None))
     else:
         shape = (1, len(weight), weight[0].numel() + (bias is not None))
     diagonal = (kind == "embedding" or shape[1] > limit, shape[2] > limit)
-    return Block(name, kind, modules, weight, bias, shape, diagonal)
+    return Block(name, kind, modules, weight, bias, shape, diagonal, transposed)
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -215,7 +223,20 @@ def _kind(module: nn.Module) -> str | None:
                 ):
                     return None
                 return kind
-    return None
+    return "linear" if _transposed_linear(module) else None
+
+
+def _transposed_linear(module: nn.Module) -> bool:
+    """Whether this is a ``Conv1D`` of Hugging Face's transformers: ``x W + b``, W ``(inputs, outputs)``.
+
+    It is told by its name and form, as that package need not be there.
+    """
+    cls = next((c for c in type(module).__mro__ if c.__name__ == "Conv1D"), None)
+    if cls is None or getattr(module.forward, "__func__", None) is not cls.__dict__.get("forward"):
+        return False
+    weight, outputs = module._parameters.get("weight"), getattr(module, "nf", None)
+    own = {name for name, p in module._parameters.items() if p is not None}
+    return weight is not None and own <= {"weight", "bias"} and weight.ndim == 2 and weight.shape[1] == outputs
 
 
 def _shared(block: Block, owners: dict[Tensor, list[tuple[str, nn.Module, str]]]) -> str:
@@ -241,7 +262,7 @@ def _least_dimensions(module: nn.Module) -> int:
     dimensions = _spatial(module)
     if dimensions is not None:
         return dimensions + 1
-    return 1 if isinstance(module, nn.Linear) else 0
+    return 1 if isinstance(module, nn.Linear) or _transposed_linear(module) else 0
 
 
 def _one(j: Tensor) -> Rows:

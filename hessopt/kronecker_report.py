@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,11 @@ from hessopt.kronecker_layers import Block, Rows
 
 if TYPE_CHECKING:
     from hessopt.kronecker_band import KroneckerBand
+
+_log = logging.getLogger(__name__)
+
+MANY = 0.1
+"""Share of the parameters that may be without Kronecker factors in silence."""
 
 
 def numbers_kept(factors: KroneckerFactors, diagonals: Sequence[Tensor]) -> int:
@@ -47,6 +54,38 @@ def treatment(band: KroneckerBand) -> dict[str, str]:
         for p in block.parameters:
             found.setdefault(names[p], text)
     return found
+
+
+def without_factors(band: KroneckerBand) -> dict[str, float]:
+    """The share of the parameters that have a diagonal in place of Kronecker factors, by their module's class."""
+    owners: dict[Tensor, str] = {
+        p: type(m).__name__ for m in band.model.modules() for p in m._parameters.values() if p is not None
+    }
+    total = sum(p.numel() for p in band.parameters)
+    counts: Counter[str] = Counter()
+    for p in band.others:
+        counts[owners.get(p, "no module")] += p.numel()
+    return {name: count / total for name, count in counts.most_common()}
+
+
+def warn_of_diagonals(band: KroneckerBand) -> None:
+    """Log a warning if more than ``MANY`` of the parameters are without factors."""
+    shares = without_factors(band)
+    if sum(shares.values()) > MANY:
+        named = [f"{name} ({_percent(share)})" for name, share in list(shares.items())[:5]]
+        more = ["…"] if len(shares) > 5 else []
+        _log.warning(
+            'factors="kronecker": %s of the parameters have no Kronecker factors but a diagonal, which trains them '
+            "about as a diagonal method does: those of %s. `optimizer.band.report()` names each and the reason. Build "
+            "such layers of torch.nn.Linear, Conv1d to Conv3d, Embedding and normalisations, or take another "
+            "optimizer for them.",
+            _percent(sum(shares.values())),
+            ", ".join(named + more),
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
 
 
 def sample_curvature(

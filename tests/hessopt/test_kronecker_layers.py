@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hessopt import BandedNewton, MiniBatch
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_layers import plan_blocks
 
@@ -325,6 +327,96 @@ def test_diagonal_of_the_rest_is_unbiased() -> None:
         band, _ = gathered(net, x, seed=seed)
         total += band.diagonals[net.scale] / 400
     assert torch.allclose(total, expected, rtol=0.25)  # standard error about 5 %
+
+
+class Conv1D(nn.Module):
+    """As in Hugging Face's transformers: a linear layer whose weight is (inputs, outputs)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf, dtype=torch.float64) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def transposed_pair(frozen: str | None) -> tuple[nn.Module, nn.Module]:
+    """Two networks that compute the same, of Conv1D and of nn.Linear."""
+    torch.manual_seed(0)
+    one = nn.Sequential(Conv1D(4, 3), nn.Tanh(), Conv1D(4, 4), nn.Tanh(), nn.Linear(4, 2).double())
+    two = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            two[i].weight.copy_(one[i].weight if i == 4 else one[i].weight.T)
+            two[i].bias.copy_(one[i].bias)
+    if frozen:
+        for net in (one, two):
+            getattr(net[2], frozen).requires_grad_(False)
+    return one, two
+
+
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+@pytest.mark.parametrize("bandwidth", [0, 1])
+@pytest.mark.parametrize("max_size", [100, 4])
+def test_transposed_linear_layer_takes_the_step_of_a_linear_one(
+    frozen: str | None, bandwidth: int, max_size: int
+) -> None:
+    one, two = transposed_pair(frozen)
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    steps = []
+    for net in (one, two):
+        band, z = gathered(net, x, bandwidth=bandwidth, max_size=max_size)
+        assert not band.others
+        z.square().sum().backward()
+        direction = band.direction([p.grad for p in band.parameters])
+        steps.append([step.clone() for step in direction.steps])
+    names = [n for n, p in one.named_parameters() if p.requires_grad]
+    for name, a, b in zip(names, *steps, strict=True):
+        same = b.T if name in ("0.weight", "2.weight") else b
+        assert torch.allclose(a, same, rtol=1e-12, atol=1e-15), name
+
+
+def test_classes_that_are_only_called_like_that_are_left_diagonal() -> None:
+    class Other(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square()
+
+    named = type("Conv1D", (nn.Conv1d,), {"forward": lambda self, x: x})(2, 3, 1)
+    for module in (Other(4, 3), named):
+        blocks, rest = plan_blocks(module, module.parameters(), 100)
+        assert not blocks
+        assert all("no rule for" in reason for reason in rest.values())
+
+
+def test_many_parameters_without_factors_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By class and share; a tenth is silent."""
+
+    class Scale(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(size))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor.sum() / len(self.factor)
+
+    def trained(size: int) -> list[str]:
+        caplog.clear()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 10), Scale(size))  # 90 parameters and size
+        optimizer = BandedNewton(net, factors="kronecker", mini_batch=MiniBatch(loss="mse"))
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.mse_loss(net(torch.randn(5, 8)), torch.zeros(5, 10)).backward()
+            optimizer.step()
+        return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+    assert trained(10) == []
+    (message,) = trained(60)
+    assert "40 % of the parameters" in message
+    assert "Scale (40 %)" in message
+    assert "report()" in message
 
 
 def test_plan_names_reasons() -> None:
