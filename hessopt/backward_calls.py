@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hessopt.errors import ClosureError
 
 
 class BackwardCalls(TorchFunctionMode):
-    """Notes calls of autograd while :meth:`watching`, and makes ``backward`` keep the tape or do nothing.
+    """Notes calls of autograd while watching (:meth:`watch`), and makes ``backward`` keep the tape or do nothing.
 
     Args:
         keep_tapes: Make ``backward`` retain the tape, whatever the caller asked for, and keep it with :attr:`terms`.
@@ -45,19 +45,13 @@ class BackwardCalls(TorchFunctionMode):
         self.inputs: list[set[int]] = []
         self.derivatives = False
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch what runs inside this context."""
-        original = torch.autograd.backward
-        try:
-            with self:
-                if not _DISPATCHES_BACKWARD:
-                    torch.autograd.backward = lambda *args, **kwargs: self.__torch_function__(
-                        original, (), args, kwargs
-                    )
-                yield
-        finally:
-            torch.autograd.backward = original
+    def watch(self, stack: ExitStack) -> None:
+        """Watch until the stack is left."""
+        stack.enter_context(self)
+        if not _DISPATCHES_BACKWARD:
+            original = torch.autograd.backward
+            stack.callback(setattr, torch.autograd, "backward", original)
+            torch.autograd.backward = lambda *args, **kwargs: self.__torch_function__(original, (), args, kwargs)
 
     @property
     def loss(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.cliques import Bandwidth, check_bandwidth
+from hessopt.all_or_nothing import AllOrNothing
 from hessopt.banded_arguments import (
     Params,
     check_choice,
@@ -343,11 +344,13 @@ class BandedNewton(Optimizer):
             MemoryBudgetError: the solve does not fit into ``memory_limit``.
             SolveError: with ``adapt_damping=False``, the damping is too small for the precision.
 
-        In every one of these cases the parameters are as they were.
+        In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
+        were. For that exact factors keep a copy of them during the step.
         """
         refuse_processes("BandedNewton")
         if self._kronecker is not None:
-            return self._kronecker.step(self.param_groups, closure)
+            with AllOrNothing():
+                return self._kronecker.step(self.param_groups, closure)
         if closure is None:
             raise ClosureError(
                 "BandedNewton.step() needs a closure: the loss's curvature and the trial of the step cannot be had "
@@ -355,7 +358,8 @@ class BandedNewton(Optimizer):
                 "`optimizer.step(lambda: loss_fn(model(x), y))`."
             )
         loss: Tensor
-        loss, self.last_step = self._exact.step(self.param_groups, self.state, closure)
+        with AllOrNothing(self._parameters(), state=self.state, owner=self, names=("last_step",)):
+            loss, self.last_step = self._exact.step(self.param_groups, self.state, closure)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:

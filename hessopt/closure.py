@@ -23,8 +23,8 @@ a step, so closures that are run again, for trials, cannot have one: bfloat16 ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -146,14 +146,21 @@ class ClosureRunner:
         """
         self._before = self._surroundings()
         calls = BackwardCalls(keep_tapes=self._tape)
-        with ExitStack() as stack:
-            if self._twice:
-                stack.enter_context(without_recomputation())
-                stack.enter_context(second_order_kernels())
-            stack.enter_context(torch.enable_grad())
-            outputs = stack.enter_context(_outputs_of(self.module))
-            stack.enter_context(calls.watching())
-            returned = self.closure()
+        recorder = _OutputRecorder(self.module)
+        try:
+            with ExitStack() as stack:
+                if self._twice:
+                    stack.enter_context(without_recomputation())
+                    stack.enter_context(second_order_kernels())
+                stack.enter_context(torch.enable_grad())
+                recorder.attach()
+                calls.watch(stack)
+                returned = self.closure()
+            recorder.remove()
+        except BaseException:
+            recorder.remove()
+            raise
+        outputs = recorder.outputs
         self.runs += 1
         self._derives = calls.derivatives
         with torch.enable_grad():
@@ -184,19 +191,28 @@ class ClosureRunner:
             raise RuntimeError("call evaluate() before trial_loss(): it is what a trial evaluation repeats.")
         after = self._surroundings()
         gradients = [p.grad for p in self._protected]
+
+        def give_back() -> None:
+            for p, gradient in zip(self._protected, gradients, strict=True):
+                p.grad = gradient
+            after.restore()
+
         try:
             self._before.restore()
             for p in self._protected:
                 # A stand-in: zero_grad() may drop it or overwrite it in place.
                 p.grad = None if p.grad is None else p.grad.clone()
             calls = BackwardCalls(swallow_for=self._protected)
-            kernels = second_order_kernels() if self._twice else nullcontext()
-            with kernels, torch.set_grad_enabled(self._derives), calls.watching():
+            with ExitStack() as stack:
+                if self._twice:
+                    stack.enter_context(second_order_kernels())
+                stack.enter_context(torch.set_grad_enabled(self._derives))
+                calls.watch(stack)
                 returned = self.closure()
-        finally:
-            for p, gradient in zip(self._protected, gradients, strict=True):
-                p.grad = gradient
-            after.restore()
+            give_back()
+        except BaseException:  # an interrupt in the middle of it, too
+            give_back()
+            raise
         self.runs += 1
         if self._first is None:
             return float(loss_of(returned).item())
@@ -295,17 +311,25 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-@contextmanager
-def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
-    """Record what ``module`` returns; tensors are handed on as clones."""
-    outputs: list[Any] = []
+class _OutputRecorder:
+    """A forward hook that records what ``module`` returns; tensors are handed on as clones."""
 
-    def record(_: nn.Module, __: Any, output: Any) -> Any:
-        outputs.append(output)
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+        self.outputs: list[Any] = []
+
+    def attach(self) -> None:
+        """Record from here on."""
+        if self._module is not None:
+            self._module.register_forward_hook(self)
+
+    def remove(self) -> None:
+        """Take the hook away, wherever it was interrupted when it was made."""
+        hooks = {} if self._module is None else self._module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
+
+    def __call__(self, _: nn.Module, __: Any, output: Any) -> Any:
+        self.outputs.append(output)
         # If the closure changes the output in place (`output -= target`), only the clone's tape changes.
         return output.clone() if isinstance(output, Tensor) else None
-
-    with ExitStack() as stack:
-        if module is not None:
-            stack.callback(module.register_forward_hook(record).remove)
-        yield outputs

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
+from hessopt.all_or_nothing import AllOrNothing
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.curvature_choice import CurvatureChoice
 from hessopt.damping import NielsenDamping
@@ -218,7 +219,8 @@ class NewtonCG(Optimizer):
             DiagnosticsError: an operation has no second derivative.
             ModelError: several processes train together (:func:`hessopt.separate_networks`).
 
-        In every one of these cases the parameters are as they were.
+        In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
+        were; a copy of them is kept during the step.
         """
         refuse_processes("NewtonCG")
         if closure is None:
@@ -229,6 +231,12 @@ class NewtonCG(Optimizer):
                 "scaler."
             )
         objective = Objective(self.param_groups)
+        names = ("last_step", "_verified", "_told")
+        with AllOrNothing(objective.parameters, state=self.state, owner=self, names=names):
+            return self._step(closure, objective)
+
+    def _step(self, closure: Closure, objective: Objective) -> Tensor:
+        """The step, which changes parameters and state at its end."""
         runner = ClosureRunner(closure, objective.parameters, self.model, twice_differentiable=True)
         evaluation = runner.evaluate()
         loss = evaluation.loss.detach()

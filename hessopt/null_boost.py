@@ -149,36 +149,46 @@ class NullBoost(OptimizerWrapper):
 
         Raises:
             ClosureError: a refresh is due without a closure; or the closure does not give a finite, differentiable
-                loss.
+                loss with a finite gradient.
             ModelError: a gradient is sparse; or several processes train together
                 (:func:`hessopt.separate_networks`).
+
+        In these cases parameters and the wrapped optimizer's state are as they were. Without a closure ``.grad`` is not
+        looked at, as in :mod:`torch.optim`.
         """
         due = self.beta != 1 and self.every is not None and self._steps % self.every == 0
         own: list[tuple[Tensor, Tensor | None]] = []
 
-        def before_base(evaluation: Evaluation | None) -> None:
+        def before_base(evaluation: Evaluation | None, _: float = 0.0) -> None:
             nonlocal due
             if due and evaluation is not None:
                 self._refresh(evaluation)
                 due = False  # once a step, also where the wrapped optimizer runs the closure several times
-            own[:] = self._boost()
+            self._boost(own)
 
-        try:
-            if closure is not None:
-                loss: Any = self.base.step(self._for_base(closure, before_base, curvature=due))
-            else:
-                if due:
-                    raise ClosureError(
-                        "NullBoost.step() needs a closure at steps that refresh its subspace: curvature cannot be had "
-                        "from `.grad` alone. Pass one, or construct it with every=None and call refresh(closure) "
-                        "yourself, on whatever batch, before steps without a closure."
-                    )
-                before_base(None)
-                loss = self.base.step()
-        finally:
+        def give_back() -> None:
             for p, gradient in own:
                 p.grad = gradient
-        self._steps += 1
+
+        if closure is None and due:
+            raise ClosureError(
+                "NullBoost.step() needs a closure at steps that refresh its subspace: curvature cannot be had from "
+                "`.grad` alone. Pass one, or construct it with every=None and call refresh(closure) yourself, on "
+                "whatever batch, before steps without a closure."
+            )
+        guard = self._guard(changed=False, names=("_basis", "_members", "_drawn", "last_refresh"))
+        try:
+            with guard:
+                if closure is not None:
+                    loss: Any = self.base.step(self._for_base(closure, before_base, curvature=due))
+                else:
+                    before_base(None)
+                    loss = self.base.step()
+            give_back()
+            self._steps += 1
+        except BaseException:
+            give_back()
+            raise
         result: Tensor | None = loss
         return result
 
@@ -190,7 +200,7 @@ class NullBoost(OptimizerWrapper):
         """
         gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters()]
         try:
-            self._for_base(closure, self._refresh, curvature=True)()
+            self._for_base(closure, lambda evaluation, _: self._refresh(evaluation), curvature=True)()
         finally:
             for p, gradient in gradients:
                 p.grad = gradient
@@ -204,11 +214,6 @@ class NullBoost(OptimizerWrapper):
         maximize = bool(self.param_groups[0].get("maximize"))
         curvature = StepCurvature(evaluation.loss, [listed[i] for i in self._members], verify=True)
         op = LossHessian(curvature, maximize=maximize)
-        if not op.gradient.isfinite().all():
-            raise ClosureError(
-                "the gradient is not finite at the current parameters, which were left as they are, although the loss "
-                "is. torch.autograd.set_detect_anomaly(True) finds the operation."
-            )
         norm = torch.linalg.vector_norm(op.gradient)
         if not norm > 0:  # nothing to boost, and no direction to start from
             self._basis = None
@@ -228,10 +233,11 @@ class NullBoost(OptimizerWrapper):
         self.last_refresh = BoostReport(self.mode, basis.shape[1], signs, share, 0 if ritz is None else ritz.products)
 
     @torch.no_grad()
-    def _boost(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Put boosted gradients in ``.grad``; returns what was there."""
+    def _boost(self, own: list[tuple[Tensor, Tensor | None]]) -> None:
+        """Put boosted gradients in ``.grad``, having noted what was there."""
+        own.clear()
         if self._basis is None or self.beta == 1:
-            return []
+            return
         listed = self._parameters()
         chosen = [listed[i] for i in self._members]
         if self._basis.device != chosen[0].device:  # loaded from elsewhere
@@ -239,9 +245,9 @@ class NullBoost(OptimizerWrapper):
         rows = self._basis.split([p.numel() for p in chosen])
         parts = [(p, q, p.grad) for p, q in zip(chosen, rows, strict=True) if p.grad is not None]
         inside = sum((q.mT @ g.reshape(-1).to(q.dtype) for _, q, g in parts), self._basis.new_zeros(()))
+        own += [(p, g) for p, _, g in parts]
         for p, q, g in parts:
             p.grad = g + ((self.beta - 1) * (q @ inside)).view(g.shape).to(g.dtype)
-        return [(p, g) for p, _, g in parts]
 
     def _own_state(self) -> dict[str, Any]:
         return {"basis": self._basis, "members": list(self._members), "steps": self._steps, "drawn": self._drawn}

@@ -98,21 +98,26 @@ class NullProject(OptimizerWrapper):
             What the wrapped optimizer returned: the loss before its step; None without a closure.
 
         Raises:
-            ClosureError: the closure does not give a finite, differentiable loss.
+            ClosureError: the closure does not give a finite, differentiable loss with a finite gradient.
             ModelError: a gradient is sparse; or several processes train together, and their memories differ.
+
+        In these cases, and where the step is interrupted, parameters and the wrapped optimizer's state are as they
+        were: with a memory, copies of them are kept during the step. Without a closure ``.grad`` is not looked at, as
+        in :mod:`torch.optim`.
         """
         if self._memory is not self._compared and ranks.processes() > 1:
             check_alike("NullProject", "the memory", _tensors(self._memory))
             self._compared = self._memory
         remembered = [] if self._memory is None else self._remembered(self._memory)
-        before = [p.detach().clone() for p in remembered]
-        if closure is None:
-            refuse_sparse(self._parameters())
-            loss: Any = self.base.step()
-        else:
-            loss = self.base.step(self._for_base(closure, lambda _: None))
-        if self._memory is not None:
-            self._project(self._memory, remembered, before)
+        with self._guard(changed=self._memory is not None) as guard:
+            before = guard.keep(remembered)
+            if closure is None:
+                refuse_sparse(self._parameters())
+                loss: Any = self.base.step()
+            else:
+                loss = self.base.step(self._for_base(closure, lambda *_: None))
+            if self._memory is not None:
+                self._project(self._memory, remembered, before)
         result: Tensor | None = loss
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diagnostics.graph import Graph
 from diagnostics.lanczos import ExtremeEigenpairs, extreme_eigenpairs
 from diagnostics.linear_operator import LinearOperator
 from diagnostics.routing import route
+from hessopt.all_or_nothing import AllOrNothing
 from hessopt.closure import Closure, ClosureRunner
 from hessopt.errors import ClosureError
 from hessopt.escape import CurvatureCheck, Ray, escape_direction, first_length, search_rays
@@ -146,8 +148,12 @@ class SaddleEscape(OptimizerWrapper):
             What the wrapped optimizer returned: the loss before its own step.
 
         Raises:
-            ClosureError: the closure is missing or does not give a finite, differentiable loss.
+            ClosureError: the closure is missing or does not give a finite, differentiable loss with a finite gradient.
             ModelError: several processes train together (:func:`hessopt.separate_networks`).
+
+        In these cases, and where the step is interrupted, parameters and state are as they were; but what the wrapped
+        optimizer leaves behind if its own step is interrupted is its own business. At steps with a check a copy of the
+        parameters is kept.
         """
         refuse_processes("SaddleEscape", "curvature and trial losses")
         if closure is None:
@@ -155,7 +161,12 @@ class SaddleEscape(OptimizerWrapper):
                 "SaddleEscape.step() needs a closure: curvature and trial losses cannot be had from `.grad` alone. "
                 "Pass a function that returns the loss, with or without calling backward()."
             )
-        if self.stationarity.due:
+        if not self.stationarity.due:
+            return self._base_step(closure)
+        names = ("last_check", "escapes", "_vectors")
+        guard = AllOrNothing(self._moved(), state=self.state, owner=self, names=names)
+        guard.undo.append(partial(self.stationarity.load_state_dict, self.stationarity.state_dict()))
+        with guard:
             check = self.last_check = self._check(closure)
             self.stationarity.checked(check.escaped)
             _logger.info("curvature check: %s", check.reason)
@@ -163,18 +174,26 @@ class SaddleEscape(OptimizerWrapper):
                 self.escapes += 1
                 if self.reset_state:
                     self.base.state.clear()
+                else:
+                    guard.keep_state()
+                return self._base_step(closure)  # or the escape is not made either
+        return self._base_step(closure)
+
+    def _base_step(self, closure: Closure) -> Tensor:
+        """A step of the wrapped optimizer, watched."""
         own = getattr(self.base, "last_step", self) is not self  # one of this package: it takes the closure as it is
-        seen: list[float] = []
+        seen: list[tuple[float, float]] = []
         passed: Any = (
-            closure if own else self._for_base(closure, lambda evaluation: seen.append(evaluation.loss.item()))
+            closure
+            if own
+            else self._for_base(closure, lambda evaluation, norm: seen.append((evaluation.loss.item(), norm)))
         )
-        loss: Any = self.base.step(passed)
+        with self._guard(changed=False):
+            loss: Any = self.base.step(passed)
         if own:
             self.stationarity.observe(float(loss), self.base.last_step.gradient_norm)  # type: ignore[attr-defined]
         else:
-            slopes = [p.grad for p in self._trained() if p.grad is not None]
-            norm = math.hypot(*(torch.linalg.vector_norm(slope.detach()).item() for slope in slopes))
-            self.stationarity.observe(seen[0], norm)
+            self.stationarity.observe(*seen[0])
         result: Tensor = loss
         return result
 
@@ -233,6 +252,12 @@ class SaddleEscape(OptimizerWrapper):
         parameters = self._moved()
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         runner = ClosureRunner(closure, parameters, self.model, twice_differentiable=True)
+
+        def give_back() -> None:
+            runner.rewind()  # the wrapped optimizer's own run of the closure sees what this one saw
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+
         try:
             evaluation = runner.evaluate()
             maximize = bool(self.param_groups[0].get("maximize"))
@@ -256,11 +281,12 @@ class SaddleEscape(OptimizerWrapper):
                 finally:
                     _restore(parameters, saved)
 
-            return self._decide(parameters, g, pairs, loss, sign, gain)
-        finally:
-            runner.rewind()  # the wrapped optimizer's own run of the closure sees what this one saw
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
+            check = self._decide(parameters, g, pairs, loss, sign, gain)
+            give_back()
+            return check
+        except BaseException:
+            give_back()
+            raise
 
     def _eigenpairs(self, op: LinearOperator) -> ExtremeEigenpairs:
         n = op.shape[0]

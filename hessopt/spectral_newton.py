@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics import ranks
+from hessopt.all_or_nothing import AllOrNothing
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
+from hessopt.finite import gradient_norm
 from hessopt.newton_cg import Params
 from hessopt.online_exponent import Probe, measure_on_tape, smoothed
 from hessopt.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
@@ -217,6 +219,9 @@ class SpectralNewton(Optimizer):
                 to be measured and there is nothing to measure it on. Parameters are then as they were.
             ModelError: a gradient is sparse; or several processes train together, and α is to be measured, or
                 parameters differ at the first step (:func:`hessopt.separate_networks`).
+
+        In these cases, and where the step is interrupted or runs out of memory, parameters and state are as they were:
+        copies of both are kept while they are written.
         """
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         due = self._due(trained)
@@ -233,15 +238,13 @@ class SpectralNewton(Optimizer):
             )
         evaluation, gradients = self._evaluate(closure, trained, tape=bool(due) and self._probe is None)
         moved = [(group, p, g) for (group, p), g in zip(trained, gradients, strict=True) if g is not None]
-        norm = float(nn.utils.get_total_norm([g for *_, g in moved]))
-        if not math.isfinite(norm):
-            raise ClosureError(
-                "the gradient is not finite at the current parameters, which were left as they are. "
-                "torch.autograd.set_detect_anomaly(True) finds the operation."
-            )
-        fallbacks = self._measure(due, evaluation)
-        with torch.no_grad():
-            self._move(moved)
+        norm = gradient_norm([g for *_, g in moved], [p for _, p, _ in moved], self.model)
+        with AllOrNothing(state=self.state) as guard:
+            fallbacks = self._measure(due, evaluation)
+            guard.keep(p for _, p, _ in moved)
+            guard.keep_state()
+            with torch.no_grad():
+                self._move(moved)
         loss = None if evaluation is None else evaluation.loss.detach()
         self.last_step = SpectralStep(math.nan if loss is None else float(loss), norm, len(due), fallbacks)
         return loss

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hessopt.all_or_nothing import AllOrNothing
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ModelError
+from hessopt.finite import gradient_norm
 from hessopt.processes import refuse_own_gradients, refuse_spread
 
 
@@ -113,15 +115,34 @@ class OptimizerWrapper(Optimizer):
         """Those that require grad."""
         return [p for p in self._parameters() if p.requires_grad]
 
+    def _guard(self, *, changed: bool, names: Sequence[str] = ()) -> AllOrNothing:
+        """What restores parameters and state if the step does not end.
+
+        What the wrapped optimizer does in its own step is its own business, unless that runs the closure several times,
+        which may end in between.
+
+        Args:
+            changed: What the wrapped optimizer does is not the whole step: parameters and state are kept.
+            names: Attributes of this one that are restored too.
+        """
+        if not changed and not isinstance(self.base, torch.optim.LBFGS):
+            return AllOrNothing(owner=self, names=names)
+        guard = AllOrNothing(self._trained(), state=self.state, owner=self, names=names)
+        guard.keep_state()
+        return guard
+
     def _for_base(
-        self, closure: Closure, before_base: Callable[[Evaluation], None], *, curvature: bool = False
+        self, closure: Closure, before_base: Callable[[Evaluation, float], None], *, curvature: bool = False
     ) -> Callable[[], Any]:
         """The closure as optimizers of torch.optim expect it: it leaves gradients behind and returns the loss.
 
         Args:
             closure: See :mod:`hessopt.closure`.
-            before_base: Called after each run, with gradients in ``.grad``.
+            before_base: Called after each run, with gradients in ``.grad``, and with their norm.
             curvature: ``before_base`` differentiates the loss again.
+
+        Raises:
+            ClosureError: in a run, the loss or a gradient is not finite.
         """
         trained = self._trained()
 
@@ -135,7 +156,8 @@ class OptimizerWrapper(Optimizer):
                     p.grad = gradient
             if self._DENSE:
                 refuse_sparse(trained)
-            before_base(evaluation)
+            norm = gradient_norm([p.grad for p in trained], trained, self.model)
+            before_base(evaluation, norm)
             return evaluation.loss.detach()
 
         return wrapped
