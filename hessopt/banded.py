@@ -118,8 +118,9 @@ class BandedNewton(Optimizer):
         model: The network, if ``params`` is not the network itself.
         factors: Where to solve: ``"sample"``, in the space of the N rows; ``"dense"``, in that of the parameters; or
             ``"auto"``, where :func:`hessopt.banded_systems.step_operations` counts less. The steps are the same but for
-            rounding. ``"kronecker"``: running averages, for mini-batches; ``"auto"`` never takes them, and logs a
-            warning that names them where a step takes more than 1e11 operations. Default: ``"auto"``.
+            rounding. ``"kronecker"``: running averages, for mini-batches; ``"auto"`` never takes them. An exact step
+            that costs more than a hundred gradients, and more than 1e9 operations, is warned of once, in the log.
+            Default: ``"auto"``.
         mini_batch: With ``factors="kronecker"``, the :class:`hessopt.MiniBatch` of its options. Default: its defaults.
         damping: λ to start from, relative to nothing: in the units of the curvature. Default: 1e-2; with
             ``line_search`` 1e-8 tr(GGN), and 50 ε tr(GGN) at least. With ``factors="kronecker"`` in

@@ -29,6 +29,7 @@ from hessopt.metric_momentum import MomentumSolve
 from hessopt.parameter_uses import Use
 from hessopt.quadratic_model import QuadraticModel
 from hessopt.sample_factors import Factor
+from hessopt.step_cost import CostWarning, gradient_operations
 
 SEARCH_START = 1e-8
 """Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
@@ -79,6 +80,7 @@ class ExactStep:
         self._exact = ExactCurvature(model, memory_limit)
         self._model, self._memory_limit = model, memory_limit
         self._hessian, self._verified = curvature == "hessian", False
+        self._cost = CostWarning(self._hessian)
 
     def step(self, groups: Groups, state: State, closure: Closure) -> tuple[Tensor, DampedStep]:
         """Change the parameters; returns the loss before, detached, and what happened."""
@@ -92,6 +94,7 @@ class ExactStep:
             gradients = _gradients(evaluation, layers, groups)
             distances, factors = self._curvature(evaluation, layers, recorder.uses, gradients[0][0].dtype, groups)
             model = self._quadratic_model(evaluation, layers, gradients, factors, groups)
+            gradient = 0.0 if self._cost.given else gradient_operations(recorder.uses)
         finally:
             recorder.forget()
         loss = evaluation.loss.detach()
@@ -100,6 +103,9 @@ class ExactStep:
         damping = self._damping(model, own)
         system = self._factor_choice.system(model, distances, self.bandwidth)
         cliques = self._cliques(distances, model, system, damping.value, own)
+        if not self._cost.given:
+            rows, size = model.factors[0].size, sum(p.numel() for p in parameters)
+            self._cost.check(system.operations(cliques), gradient, rows, size)
         solve = MomentumSolve(model, partial(QuadraticModel.step, cliques=cliques, system=system), groups, state)
         maximize = groups[0]["maximize"]
         if self.line_search:

@@ -19,9 +19,6 @@ from hessopt.quadratic_model import QuadraticModel
 
 _log = logging.getLogger(__name__)
 
-MANY_OPERATIONS = 1e11
-"""Operations of a step from which on ``"auto"`` warns."""
-
 Factors = Literal["auto", "sample", "kronecker", "dense"]
 
 
@@ -30,7 +27,7 @@ class FactorChoice:
 
     ``"auto"`` takes the space with fewer operations by :func:`hessopt.banded_systems.step_operations`, for the band
     (for ``bandwidth="auto"`` the full matrix); sample space if the other does not fit into memory. It never takes
-    running averages, which make another method; where both counts exceed ``MANY_OPERATIONS`` a warning names them.
+    running averages, which make another method.
 
     Args:
         factors: ``"auto"``, ``"sample"`` or ``"dense"``; ``"kronecker"`` has no system.
@@ -73,10 +70,5 @@ class FactorChoice:
                 'factors="%s": %.3g operations a step in sample space (%d rows), %.3g in that of %d parameters',
                 *(choice, sample, rows, dense, sum(sizes)),
             )
-            if self._last is None and min(sample, dense) > MANY_OPERATIONS:
-                _log.warning(
-                    'an exact step takes %.3g operations here; for mini-batches factors="kronecker" is meant',
-                    min(sample, dense),
-                )
             self._last = choice
         return choice
