@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from diagnostics.diagnose import diagnose
     from diagnostics.discarded import discarded_share
     from diagnostics.drift import drift_exponent
-    from diagnostics.errors import CaptureError, DiagnosticsError, MemoryBudgetError, StaleGraphError
+    from diagnostics.errors import (
+        CaptureError,
+        DiagnosisInterrupted,
+        DiagnosticsError,
+        MemoryBudgetError,
+        SectionFailedWarning,
+        StaleGraphError,
+    )
     from diagnostics.estimated_metrics import estimate_metrics
     from diagnostics.estimators import (
         Estimate,
@@ -69,6 +76,7 @@ __all__ = [
     "Comparison",
     "ConservationMonitor",
     "CurvatureProducts",
+    "DiagnosisInterrupted",
     "DiagnosticsError",
     "DistanceTable",
     "Estimate",
@@ -91,6 +99,7 @@ __all__ = [
     "ParameterBlocks",
     "Report",
     "RoutedCurvature",
+    "SectionFailedWarning",
     "SharpnessTracker",
     "SpectralDensity",
     "SpectralNorm",
@@ -147,8 +156,10 @@ _HOME = {
     "discarded_share": "diagnostics.discarded",
     "drift_exponent": "diagnostics.drift",
     "CaptureError": "diagnostics.errors",
+    "DiagnosisInterrupted": "diagnostics.errors",
     "DiagnosticsError": "diagnostics.errors",
     "MemoryBudgetError": "diagnostics.errors",
+    "SectionFailedWarning": "diagnostics.errors",
     "StaleGraphError": "diagnostics.errors",
     "estimate_metrics": "diagnostics.estimated_metrics",
     "Estimate": "diagnostics.estimators",

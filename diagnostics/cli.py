@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from diagnostics.report import Report
 
 _EPILOG = """\
-exit codes: 0 done, 1 error (one line on stderr says why), 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 error (one line on stderr says why), 2 wrong usage, 3 done, but sections failed (a line each on
+stderr; the report has the others), 130 interrupted (what is finished is written to the file of --out)
 
 example, with a file net.py that has two functions of no arguments: make() returns the model, and data() one batch
 (inputs, targets), or a list or DataLoader of such batches:
@@ -72,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="of all random numbers (default: 0)")
     add("--sections", nargs="+", metavar="NAME", help="of network, metrics, sources, bounds, spectrum, parameters")
     add("--memory", type=float, metavar="GIB", help="memory limit in GiB (default: 4)")
+    add("--seconds", type=float, metavar="S", help="time to aim at, of all checkpoints together: sections by value,"
+        " shortened or left out where there is no time (default: no limit)")  # fmt: skip
     add("--device", metavar="DEVICE", help="where to run, such as cpu or cuda (default: where the model is)")
     add("--dtype", choices=("float32", "float64"), help="convert model and data (default: as they are)")
     add("--mode", choices=("eval", "train"), help="of dropout and batch-norm (default: eval)")
@@ -99,18 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     run = {"report": _report, "show": _show, "compare": _compare}[options.command]
     try:
-        run(options)
-    except KeyboardInterrupt:
-        kept = getattr(options, "resume", None)
-        way_on = f"; finished sections are in {kept}, run the same command again" if kept else ""
-        print(f"interrupted{way_on}", file=sys.stderr)
+        return run(options)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted{'; '.join(['', *stop.args])}", file=sys.stderr)
         return 130
     except Exception as error:
         if options.traceback:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    return 0
 
 
 def one_line(error: BaseException) -> str:
@@ -119,28 +119,62 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, (DiagnosticsError, ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> int:
     from diagnostics.cli_loading import run_report, settings_of
+    from diagnostics.errors import DiagnosisInterrupted
 
     chosen = settings_of(options)
-    _put(run_report(chosen), chosen.get("out"), quiet=bool(chosen.get("quiet")))
+    out, resume = chosen.get("out"), chosen.get("resume")
+    try:
+        result = run_report(chosen)
+    except KeyboardInterrupt as stop:
+        kept = []
+        if isinstance(stop, DiagnosisInterrupted) and out is not None:
+            stop.report.save(out)
+            kept.append(f"what is finished is in {out}")
+        if resume is not None:
+            kept.append(f"finished sections are in {resume}, run the same command again")
+        raise KeyboardInterrupt(*kept) from None
+    _put(result, out, quiet=bool(chosen.get("quiet")))
+    return 3 if _failures(result) else 0
 
 
-def _show(options: argparse.Namespace) -> None:
+def _failures(result: Report | Comparison) -> bool:
+    """Whether sections failed; says which and why."""
+    from diagnostics.report import Report
+
+    found = False
+    for report in (result,) if isinstance(result, Report) else result.reports:
+        for section, why in report.failures.items():
+            print(f"failed: {report.name}: {section}: {' '.join(why.split())}", file=sys.stderr)
+            found = True
+    return found
+
+
+def _show(options: argparse.Namespace) -> int:
     from diagnostics.compare import load
+    from diagnostics.reporting.formats import COMPARISON_FORMATS, REPORT_FORMATS, check_out
 
-    _put(load(options.file), options.out, quiet=options.out is not None)
+    found = load(options.file)
+    if options.out is not None:
+        check_out(options.out, COMPARISON_FORMATS if hasattr(found, "reports") else REPORT_FORMATS)
+    _put(found, options.out, quiet=options.out is not None)
+    return 0
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from diagnostics.compare import compare
     from diagnostics.report import Report
+    from diagnostics.reporting.formats import COMPARISON_FORMATS, check_out
 
+    if options.out is not None:
+        check_out(options.out, COMPARISON_FORMATS)
     reports = [Report.from_json(file) for file in options.files]
     names = options.names or [Path(file).stem for file in options.files]
     _put(compare(reports, names), options.out, quiet=False)
+    return 0
 
 
 def _put(result: Report | Comparison, out: str | None, *, quiet: bool) -> None:

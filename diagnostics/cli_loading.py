@@ -6,19 +6,25 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
+import os
 import sys
+import warnings
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diagnostics.compare import Comparison, compare
-from diagnostics.diagnose import diagnose
-from diagnostics.errors import DiagnosticsError
+from diagnostics.diagnose import diagnose, wanted_sections
+from diagnostics.errors import DiagnosisInterrupted, DiagnosticsError, SectionFailedWarning
 from diagnostics.report import Report
-from diagnostics.reporting.formats import COMPARISON_FORMATS, REPORT_FORMATS, check_libraries
+from diagnostics.reporting.arguments import check_numbers
+from diagnostics.reporting.budget import Budget
+from diagnostics.reporting.formats import COMPARISON_FORMATS, REPORT_FORMATS, check_out, check_place
 from diagnostics.trees import map_tensors
 
 _TEXT, _TEXTS = "a string", "a list of strings"
@@ -26,7 +32,7 @@ _OPTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("model", "data", "loss", "exact", "device", "dtype", "mode", "out", "resume"), (_TEXT, (str,))),
     **dict.fromkeys(("checkpoint", "nodes", "sections"), (_TEXTS, (list,))),
     **dict.fromkeys(("probes", "seed"), ("an integer", (int,))),
-    **dict.fromkeys(("epsilon", "memory"), ("a number", (int, float))),
+    **dict.fromkeys(("epsilon", "memory", "seconds"), ("a number", (int, float))),
     "quiet": ("true or false", (bool,)),
 }
 _CHOICES = {"exact": ("auto", "yes", "no"), "dtype": ("float32", "float64"), "mode": ("eval", "train")}
@@ -40,15 +46,31 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         if name not in chosen:
             shown = "MODULE:FACTORY" if name == "model" else f"--{name}"
             raise DiagnosticsError(f"the {name} is missing: give {shown} or `{name}` in a config file.")
-    if "out" in chosen:  # before minutes of work, not after
-        out = Path(chosen["out"])
-        formats = REPORT_FORMATS if len(chosen.get("checkpoint", [])) < 2 else COMPARISON_FORMATS
-        if out.suffix.lower() not in formats:
-            raise DiagnosticsError(f"--out {out}: reports are written as {', '.join(formats)}.")
-        if not out.parent.is_dir():
-            raise DiagnosticsError(f"--out {out}: there is no folder {out.parent}.")
-        check_libraries(out)
+    _check(chosen, options.config)
     return chosen
+
+
+def _check(chosen: Mapping[str, Any], config: str | None) -> None:
+    """What can be wrong with options alone, found before minutes of work, not after."""
+    memory = chosen.get("memory", 1.0)
+    if not 0 < memory < math.inf:
+        raise DiagnosticsError(f"--memory: expected a positive number of GiB, got {memory}.")
+    check_numbers(**{name: chosen[name] for name in ("probes", "seed", "epsilon", "seconds") if name in chosen})
+    wanted_sections(chosen.get("sections"))
+    for checkpoint in chosen.get("checkpoint", []):
+        if not Path(checkpoint).exists():
+            raise DiagnosticsError(f"there is no checkpoint {checkpoint}.")
+    if "out" in chosen:
+        check_out(chosen["out"], REPORT_FORMATS if len(chosen.get("checkpoint", [])) < 2 else COMPARISON_FORMATS)
+    if "resume" in chosen:
+        resume = Path(chosen["resume"])
+        if resume.suffix and not resume.is_dir():
+            check_place("--resume", resume)
+    places = {"out": chosen.get("out"), "resume": chosen.get("resume"), "config": config}
+    named = [(name, os.path.realpath(place)) for name, place in places.items() if place is not None]
+    for (one, place), (other, same) in combinations(named, 2):
+        if place == same:
+            raise DiagnosticsError(f"--{one} and --{other} name the same file: it would be overwritten.")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -94,28 +116,44 @@ def _toml(text: str) -> Any:
 
 def run_report(chosen: Mapping[str, Any]) -> Report | Comparison:
     """The report that the options ask for; of several checkpoints, a comparison."""
+    loss_fn = _loss(chosen["loss"])
     model = _model(chosen)
     arguments: dict[str, Any] = {name: chosen[name] for name in ("nodes", "probes", "seed", "epsilon", "sections")
                                  if name in chosen}  # fmt: skip
     arguments["exact"] = {"auto": None, "yes": True, "no": False}[chosen.get("exact", "auto")]
     if "memory" in chosen:
-        arguments["memory_limit"] = int(chosen["memory"] * 2**30)
-    loss_fn = _loss(chosen["loss"])
+        arguments["memory_limit"] = max(1, int(chosen["memory"] * 2**30))
     data = _data(chosen, model)
     checkpoints: list[str | None] = list(chosen.get("checkpoint") or [None])
     reports: list[Report] = []
+    budget = Budget(chosen.get("seconds"))
     for checkpoint in checkpoints:
+        seconds = None if budget.seconds is None else max(budget.left / (len(checkpoints) - len(reports)), 1e-3)
         resume = chosen.get("resume")
         if resume is not None and len(checkpoints) > 1:  # a file each
             resume = str(Path(resume).with_suffix(f".{len(reports)}{Path(resume).suffix or '.json'}"))
-        reports.append(_diagnosed(model, data, loss_fn, checkpoint=checkpoint, resume=resume, **arguments))
+        here = {"checkpoint": checkpoint, "resume": resume, "seconds": seconds}
+        try:
+            reports.append(_diagnosed(model, data, loss_fn, **here, **arguments))
+        except DiagnosisInterrupted as stop:
+            raise DiagnosisInterrupted(_together([*reports, cast(Report, stop.report)])) from None
+        except KeyboardInterrupt:
+            if not reports:
+                raise
+            raise DiagnosisInterrupted(_together(reports)) from None
+    return _together(reports)
+
+
+def _together(reports: list[Report]) -> Report | Comparison:
     return reports[0] if len(reports) == 1 else compare(reports)
 
 
 def _diagnosed(model: nn.Module, data: Any, loss_fn: Any, **arguments: Any) -> Report:
     try:
-        return diagnose(model, data, loss_fn, **arguments)
-    except (DiagnosticsError, ValueError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SectionFailedWarning)  # the command says it itself
+            return diagnose(model, data, loss_fn, **arguments)
+    except (DiagnosticsError, ValueError, OSError, MemoryError):
         raise
     except Exception as error:  # of the user's own model or loss
         raise DiagnosticsError(f"model, data and loss do not fit together: {_cause(error)}") from error

@@ -169,6 +169,8 @@ class Comparison:
             rows.append(cells)
         lines += ["=" * WIDTH, format_table(header, rows)]
         lines.append("* significant change from the report before (beyond the combined 95 % intervals)")
+        for name, report in zip(self.names, self.reports, strict=True):
+            lines += [wrapped(f"{name}: {section} failed: {why}", "  ") for section, why in report.failures.items()]
         for entry in self.verdicts:
             lines.append(wrapped(f"only {', '.join(entry['reports'])}: {entry['text']}", "  "))
         return "\n".join(lines)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
-import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from diagnostics.errors import DiagnosticsError, MemoryBudgetError
+from diagnostics.errors import DiagnosisInterrupted, DiagnosticsError, SectionFailedWarning
 from diagnostics.refusals import check_model
 from diagnostics.report import SCHEMA, Report
+from diagnostics.reporting.arguments import check_numbers
 from diagnostics.reporting.bound_section import bounds
+from diagnostics.reporting.budget import Budget
 from diagnostics.reporting.checkpoints import loaded
 from diagnostics.reporting.node_sections import network, pair_metrics, sources
 from diagnostics.reporting.parameter_sections import parameters, spectrum
 from diagnostics.reporting.partial import Partial, identity
-from diagnostics.reporting.values import encode
+from diagnostics.reporting.run import Run
 from diagnostics.reporting.workbench import Settings, Workbench
 from diagnostics.selection import Selection
 from diagnostics.trees import tensors
-from diagnostics.verdicts import judge
 
 SECTIONS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "network": network,
@@ -46,6 +46,7 @@ def diagnose(
     seed: int = 0,
     epsilon: float = 0.1,
     memory_limit: int = 4 * 2**30,
+    seconds: float | None = None,
     sections: Iterable[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     name: str | None = None,
@@ -71,6 +72,11 @@ def diagnose(
     standard errors otherwise; the parameters' Hessian is formed up to 2000 parameters. ``report.data["plan"]`` says
     which and why. Verdicts follow by the rules of docs/verdicts.md from the figures in the report.
 
+    A section that fails by an error of this package (:class:`DiagnosticsError`) or a numerical one
+    (``ArithmeticError``, ``LinAlgError``), lacks a derivative of an operation (``NotImplementedError``) or runs out of
+    memory is left out of the report, with its error as ``report.failures[section]`` and a
+    :class:`SectionFailedWarning`; verdicts that need it are silent. Any other error is raised.
+
     The model runs in the mode it is in. Parameters, buffers, ``.grad``, modes and the global random state are left as
     found; dropout masks and the order of shuffled data follow from ``seed``.
 
@@ -87,11 +93,17 @@ def diagnose(
         seed: Of all random numbers; each section draws its own.
         epsilon: ε of the interaction radius and the recommended bandwidth.
         memory_limit: Bytes.
+        seconds: Wall time to aim at. Sections then run in the order of what they tell (network, metrics, spectrum,
+            parameters, sources, bounds). Before each one its time is predicted from that of one product; one that does
+            not fit is shortened (fewer probes or products: ``report.data["shortened"]``), or else left out
+            (``report.data["skipped"]``). One that has begun is finished, and predictions are off by small factors.
+            None: no limit.
         sections: Names of sections; None: all.
         checkpoint: A ``state_dict`` saved by ``torch.save``, which the model has during this call.
         name: What to call the report; None: the checkpoint's file name, or the model's class.
         resume: A file (or a folder for it) in which finished sections are kept. A run that was interrupted continues
-            from there, with the figures of an uninterrupted one.
+            from there, with the figures of an uninterrupted one. Sections that failed or had no time are run again,
+            those that ``seconds`` shortened are kept.
         progress: Show a bar over sections, on a terminal only.
 
     Returns:
@@ -100,6 +112,7 @@ def diagnose(
     Raises:
         CaptureError: the model cannot be captured; the message names the module and the way out.
         DiagnosticsError: batches, checkpoint or resume file do not fit; an unknown section.
+        DiagnosisInterrupted: Ctrl-C once a section is finished; a ``KeyboardInterrupt`` with those as ``report``.
         MemoryBudgetError: ``exact=True``, and blocks take more than ``memory_limit``.
         ValueError: an argument is out of range.
     """
@@ -107,42 +120,34 @@ def diagnose(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if exact not in (None, "auto", True, False):
         raise ValueError(f'exact must be None, "auto", True or False, got {exact!r}.')
-    if probes is not None and probes < 3:
-        raise ValueError(f"probes must be at least 3, so that there is a standard error, got {probes}.")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}.")
-    wanted = _wanted(sections)
+    check_numbers(probes=probes, seed=seed, epsilon=epsilon, memory_limit=memory_limit, seconds=seconds)
+    wanted = wanted_sections(sections)
+    budget = Budget(seconds)
     check_model(model)
     settings = Settings(nodes, exact if isinstance(exact, bool) else None, probes, seed, epsilon, memory_limit)
     with loaded(model, checkpoint):
         bench = Workbench(model, batches, loss_fn, settings)
-        partial = Partial(resume, identity(bench))
-        skipped: dict[str, str] = {}
-        with tqdm(wanted, desc="diagnose", leave=False, disable=None if progress else True) as bar:
-            for section in bar:
-                bar.set_postfix_str(section)
-                if section in partial.sections:
-                    continue
-                start = time.perf_counter()
-                try:
-                    result = SECTIONS[section](bench)
-                except MemoryBudgetError as error:
-                    skipped[section] = str(error)
-                    continue
-                partial.add(section, {"figures": encode(result), "seconds": time.perf_counter() - start})
-        done = {section: partial.sections[section] for section in wanted if section in partial.sections}
-        data = _header(bench, name or _name(model, checkpoint))
-    data |= {
-        "sections": {section: result["figures"] for section, result in done.items()},
-        "skipped": skipped,
-        "seconds": {section: result["seconds"] for section, result in done.items()},
-    }
-    data = encode(data)
-    data["verdicts"] = [encode(verdict.to_dict()) for verdict in judge(data)]
-    return Report(data)
+        header = _header(bench, name or _name(model, checkpoint), seconds)
+        run = Run(bench, header, Partial(resume, identity(bench)), budget)
+        try:
+            run.sections({section: SECTIONS[section] for section in wanted}, progress)
+        except KeyboardInterrupt:
+            if not run.begun:
+                raise
+            raise DiagnosisInterrupted(run.report()) from None
+        report = run.report()
+    if report.failures:
+        failed = "; ".join(f"{section}: {why}" for section, why in report.failures.items())
+        warnings.warn(f"sections failed and are not in the report: {failed}", SectionFailedWarning, stacklevel=2)
+    return report
 
 
-def _wanted(sections: Iterable[str] | None) -> list[str]:
+def wanted_sections(sections: Iterable[str] | None) -> list[str]:
+    """Names of sections in their order, ``network`` always among them; None: all.
+
+    Raises:
+        DiagnosticsError: one is unknown.
+    """
     asked = list(SECTIONS) if sections is None else [sections] if isinstance(sections, str) else list(sections)
     unknown = [section for section in asked if section not in SECTIONS]
     if unknown or not asked:
@@ -154,7 +159,7 @@ def _name(model: nn.Module, checkpoint: str | os.PathLike[str] | None) -> str:
     return type(model).__name__ if checkpoint is None else os.path.basename(os.fspath(checkpoint))
 
 
-def _header(bench: Workbench, name: str) -> dict[str, Any]:
+def _header(bench: Workbench, name: str, seconds: float | None) -> dict[str, Any]:
     model, graph = bench.model, bench.graph
     parameters = list(model.parameters())
     return {
@@ -174,7 +179,12 @@ def _header(bench: Workbench, name: str) -> dict[str, Any]:
             "batch_size": graph.batch_size,
             "inputs": [list(t.shape) for t in tensors(bench.batch.inputs)],
         },
-        "options": {"seed": bench.settings.seed, "probes": bench.probes, "epsilon": bench.settings.epsilon},
+        "options": {
+            "seed": bench.settings.seed,
+            "probes": bench.probes,
+            "epsilon": bench.settings.epsilon,
+            "seconds": seconds,
+        },
         "plan": {
             "exact": bench.plan.exact,
             "reason": bench.plan.reason,

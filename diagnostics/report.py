@@ -59,6 +59,11 @@ class Report:
         return dict(self.data["sections"])
 
     @property
+    def failures(self) -> dict[str, str]:
+        """Of each section that failed its error, type and text; empty where none did."""
+        return {name: f"{why['error']}: {why['text']}" for name, why in self.data.get("failures", {}).items()}
+
+    @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """What the figures mean, in words."""
         return tuple(Verdict(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in self.data["verdicts"])
@@ -71,7 +76,7 @@ class Report:
         if section not in ("metrics", "parameters"):
             raise ValueError(f'there are tables of "metrics" and "parameters", got {section!r}.')
         if section not in self.data["sections"]:
-            raise DiagnosticsError(f"the report has no section {section!r}: it was not asked for, or skipped.")
+            raise DiagnosticsError(f"the report has no section {section!r}: it was not asked for, left out, or failed.")
         found = self.data["sections"][section]
         errors = None
         if found["errors"] is not None:

@@ -83,7 +83,7 @@ def _view(report: Mapping[str, Any], name: str, index: int, reports: Sequence[Ma
     return {
         "id": prefix,
         "name": name,
-        "report": report,
+        "report": {"failures": {}, "shortened": {}, **report},
         "sections": sections,
         "verdicts": [_verdict(entry) for entry in report["verdicts"]],
         "graph": drawing(sections),

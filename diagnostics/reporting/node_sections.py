@@ -62,7 +62,7 @@ def pair_metrics(bench: Workbench) -> dict[str, Any]:
     else:
         table = estimate_metrics(
             bench.graph,
-            bench.probes,
+            bench.probes_of("metrics"),
             generator=bench.generator("metrics"),
             memory_limit=min(bench.settings.memory_limit, 2**30),
         )
@@ -141,8 +141,7 @@ def sources(bench: Workbench) -> dict[str, Any]:
             "tensor_norm": table.tensor_norm.square().sum().sqrt().item(),
             "probes": None,
         }
-    probes = max(3, bench.probes // 3) if bench.light else bench.probes
-    return estimated_sources(bench.graph, probes, bench.generator("sources"))
+    return estimated_sources(bench.graph, bench.probes_of("sources"), bench.generator("sources"))
 
 
 def estimated_sources(graph: Graph, probes: int, generator: torch.Generator) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def estimated_sources(graph: Graph, probes: int, generator: torch.Generator) -> 
     squares: dict[str, list[float]] = {}
     norms: list[float] = []
     for k in range(probes):
-        tangents = {name: injections.spread(name, _signs(graph, injections, name, generator)) for name in graph.chosen}
+        tangents = {name: injections.spread(name, signs(graph, injections, name, generator)) for name in graph.chosen}
         routed = route(graph, tangents, by_source=True)
         if routed.tensor_by_source is None:
             raise DiagnosticsError("the tensor part did not come apart by source.")
@@ -186,7 +185,8 @@ def estimated_sources(graph: Graph, probes: int, generator: torch.Generator) -> 
     }
 
 
-def _signs(graph: Graph, injections: Injections, name: str, generator: torch.Generator) -> Tensor:
+def signs(graph: Graph, injections: Injections, name: str, generator: torch.Generator) -> Tensor:
+    """A probe at a node, the same for all samples, ``(1, d, 1)``."""
     value = graph[name].value
     signs = torch.empty(1, injections.size(name), 1, dtype=value.dtype)
     return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(value.device)

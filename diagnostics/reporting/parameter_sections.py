@@ -60,7 +60,7 @@ def _all_eigenvalues(matrix: Tensor) -> dict[str, Any]:
 
 
 def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
-    op, light = bench.part(name), bench.light
+    op, light = bench.part(name), bench.light or "spectrum" in bench.cut
     generator = bench.generator(f"spectrum of {name}")
     end = "largest" if name == "GN" else "both"
     most = {"H": 12, "GN": 8, "T": 8}[name] if light else 60
@@ -110,11 +110,10 @@ def parameters(bench: Workbench) -> dict[str, Any]:
     if bench.dense:
         table = dense_group_metrics(bench, groups, distance)
     else:
-        probes = max(3, bench.probes // 3) if bench.light else bench.probes
         table = estimate_parameter_metrics(
             bench.operator,
             groups,
-            probes,
+            bench.probes_of("parameters"),
             generator=bench.generator("parameters"),
             deflate=0,
             spectral_rounds=0,

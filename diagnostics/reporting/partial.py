@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.files import write_text
+from diagnostics.files import check_writable, write_text
 from diagnostics.reporting.values import encode
 from diagnostics.reporting.workbench import Workbench
 from diagnostics.trees import tensors
@@ -29,6 +29,7 @@ class Partial:
 
     Raises:
         DiagnosticsError: the file is of another run, or is no such file.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, str]) -> None:
@@ -36,6 +37,8 @@ class Partial:
         if self.path is not None and (self.path.is_dir() or (not self.path.suffix and not self.path.exists())):
             self.path.mkdir(parents=True, exist_ok=True)
             self.path = self.path / "partial.json"
+        if self.path is not None:
+            check_writable(self.path)
         self._identity = identity
         self.sections: dict[str, dict[str, Any]] = {}
         if self.path is not None and self.path.exists():

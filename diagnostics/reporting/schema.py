@@ -182,10 +182,12 @@ DOCUMENT: dict[str, Any] = {
     "torch": str,
     "model": {"class": str, "parameters": int, "trainable": int, "dtype": str, "device": str, "training": bool},
     "data": {"batches": Maybe(int), "batch_size": int, "inputs": ListOf(ListOf(int))},
-    "options": {"seed": int, "probes": int, "epsilon": NUMBER},
+    "options": {"seed": int, "probes": int, "epsilon": NUMBER, "seconds": Optional(NUMBER)},
     "plan": {"exact": bool, "reason": str, "bytes": int, "operations": int, "nodes": str},
     "sections": {name: section if name == "network" else Optional(section) for name, section in SECTIONS.items()},
     "skipped": MapOf(str),
+    "shortened": Optional(MapOf(str)),
+    "failures": Optional(MapOf({"error": str, "text": str})),
     "seconds": MapOf(NUMBER),
     "verdicts": ListOf(_VERDICT),
 }

@@ -18,11 +18,12 @@ _SHOWN = {"resonance": "R", "coupling": "C", "stable_rank": "D", "gn_gap": "Gap"
 
 def text_of(report: Mapping[str, Any]) -> str:
     """The whole report: what it is of, verdicts, and a table for each section."""
-    parts = [_title(report), _verdicts(report["verdicts"])]
+    parts = [_title(report), *_failures(report), _verdicts(report["verdicts"])]
     for name, show in _SECTIONS.items():
         if name in report["sections"]:
             parts.append(show(report["sections"][name]))
     parts += [wrapped(f"{name}: left out. {why}") for name, why in report["skipped"].items()]
+    parts += [wrapped(f"{name}: shortened. {why}") for name, why in report.get("shortened", {}).items()]
     seconds = ", ".join(f"{name} {number(s):.1f}" for name, s in report["seconds"].items())
     parts.append(wrapped(f"seconds: {seconds}"))
     return "\n\n".join(parts)
@@ -60,6 +61,13 @@ def _title(report: Mapping[str, Any]) -> str:
     ]
     heading = "\n".join(wrapped(line) for line in lines)
     return f"{heading}\n{'=' * WIDTH}"
+
+
+def _failures(report: Mapping[str, Any]) -> list[str]:
+    """What is missing because it failed: said first, since verdicts that need it are silent."""
+    failures = report.get("failures", {})
+    lines = [wrapped(f"! {name}: {why['error']}: {why['text']}", "  ") for name, why in failures.items()]
+    return [_section("Failed sections, on which there are no verdicts", "\n".join(lines))] if lines else []
 
 
 def _verdicts(entries: Sequence[Mapping[str, Any]]) -> str:

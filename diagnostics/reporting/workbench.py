@@ -48,10 +48,14 @@ class Workbench:
 
     The model's own randomness (dropout) and the order of shuffled data start from the seed wherever the model is run or
     data is read, so that no section depends on which came before.
+
+    Attributes:
+        cut: Probes by section, of those that are shortened to fit into the time.
     """
 
     def __init__(self, model: nn.Module, source: Any, loss_fn: Callable[[Any, Any], Tensor], settings: Settings):
         self.model, self.loss_fn, self.settings = model, loss_fn, settings
+        self.cut: dict[str, int] = {}
         parameter = next(model.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.batches = Batches(source)
@@ -74,6 +78,11 @@ class Workbench:
         """Random probes at each node: as asked for, or 30, or 10 where products are dear."""
         default = 10 if self.light else 30
         return default if self.settings.probes is None else self.settings.probes
+
+    def probes_of(self, section: str) -> int:
+        """Random probes of a section: those of :attr:`cut`, where there is too little time for all."""
+        whole = max(3, self.probes // 3) if self.light and section != "metrics" else self.probes
+        return self.cut.get(section, whole)
 
     @property
     def light(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,7 @@ def once(): return (batch for batch in batches())
 def none(): return None
 def broken(): raise ValueError("no weights\\nat all")
 def number(): return 3
+def slow(): raise AssertionError("too late")
 def loss(z, targets): return torch.nn.functional.cross_entropy(z, targets, label_smoothing=0.1)
 def vector(z, targets): return z.sum(1)
 """
@@ -81,7 +84,7 @@ def test_options_arrive(net: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"nodes": "1", "exact": "no", "probes": 7, "epsilon": 0.2, "seed": 5, "dtype": "float32", "mode": "train"}
     assert _run(*_args(net, **options, sections="metrics", device="cpu", memory=1, out="r.json")) == 0
     data = diagnostics.Report.load("r.json").data
-    assert data["options"] == {"seed": 5, "probes": 7, "epsilon": 0.2}
+    assert data["options"] == {"seed": 5, "probes": 7, "epsilon": 0.2, "seconds": None}
     assert data["model"]["dtype"] == "float32"
     assert data["model"]["training"]
     assert data["sections"]["metrics"]["nodes"] == ["1"]
@@ -183,15 +186,98 @@ def _fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str
         ({"nodes": "layer9"}, "no module of Sequential is called or matches 'layer9'"),
         ({"out": "report.xls"}, "reports are written as .json, .csv, .txt"),
         ({"out": "absent/report.json"}, "there is no folder absent"),
+        ({"out": "."}, "--out . is a folder: name a file in it, such as report.json"),
+        ({"out": "closed/report.json"}, "--out closed/report.json cannot be written: Permission denied"),
+        ({"resume": "absent/part.json"}, "--resume absent/part.json: there is no folder absent"),
+        ({"out": "same.json", "resume": "./same.json"}, "--out and --resume name the same file"),
+        ({"memory": "nan"}, "--memory: expected a positive number of GiB, got nan"),
+        ({"memory": "-1"}, "--memory: expected a positive number of GiB, got -1"),
+        ({"memory": "inf"}, "--memory: expected a positive number of GiB, got inf"),
+        ({"epsilon": "nan"}, "epsilon must be positive and finite, got nan"),
+        ({"seconds": "0"}, "seconds must be positive and finite, or None, got 0"),
+        ({"seed": 10**30}, "seed must be an integer of 64 bits"),
+        ({"probes": 2}, "probes must be at least 3"),
         ({"sections": "graph"}, "sections must be some of"),
         ({"device": "warp"}, "--device warp"),
         ({"config": "absent.toml"}, "cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(
-    net: str, changed: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+    net: str,
+    changed: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if str(changed.get("out")).startswith("closed"):
+        Path("closed").mkdir()
+        closed = os.open
+
+        def refused(path: Any, *args: Any, **kwargs: Any) -> int:  # root may write everywhere
+            if Path(path).parent.name == "closed":
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return closed(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "open", refused)
+    if {"out", "resume", "memory", "epsilon", "seconds", "seed", "probes", "sections"} & set(changed):
+        changed = changed | {"model": f"{net}:slow"}  # wrong options are found before any work
     _fails(_args(net, **changed), message, capsys)
+
+
+def test_failed_sections_are_told_by_lines_and_exit_code(
+    net: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(bench: Any) -> dict[str, Any]:
+        raise diagnostics.DiagnosticsError("a product\noverflows")
+
+    assert diagnostics.diagnose is not None
+    monkeypatch.setitem(sys.modules["diagnostics.diagnose"].SECTIONS, "spectrum", failing)
+    assert _run(*_args(net, out="r.json"), "--quiet") == 3
+    assert capsys.readouterr().err == "failed: Sequential: spectrum: DiagnosticsError: a product overflows\n"
+    found = diagnostics.Report.load("r.json")
+    assert list(found.failures) == ["spectrum"]
+    assert "parameters" in found.sections
+
+
+def test_seconds_arrive(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*_args(net, out="r.json", seconds=1e-9)) == 0
+    assert "metrics: left out. no time" in capsys.readouterr().out
+    torch.save(chain([6, 5, 3]).state_dict(), "a.pt")
+    assert _run(*_args(net, out="c.json", seconds=1e-9), "--checkpoint", "a.pt", "a.pt") == 0
+    document = json.loads(Path("c.json").read_text())
+    assert [list(report["sections"]) for report in document["reports"]] == [["network"], ["network"]]
+
+
+def test_interruption_writes_what_is_finished(
+    net: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(chain([6, 5, 3]).state_dict(), "a.pt")
+    sections = sys.modules["diagnostics.diagnose"].SECTIONS
+    real, calls = sections["spectrum"], []
+
+    def interrupted(bench: Any) -> Any:
+        calls.append(bench)
+        if len(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(bench)
+
+    monkeypatch.setitem(sections, "spectrum", interrupted)
+    assert _run(*_args(net, out="c.json"), "--checkpoint", "a.pt", "a.pt") == 130
+    assert capsys.readouterr().err == "interrupted; what is finished is in c.json\n"
+    first, second = json.loads(Path("c.json").read_text())["reports"]
+    assert len(first["sections"]) == 6
+    assert list(second["sections"]) == ["network", "metrics", "sources", "bounds"]
+    calls.append(None)
+    assert _run(*_args(net, out="r.json")) == 130
+    assert list(diagnostics.Report.load("r.json").data["skipped"]) == ["spectrum", "parameters"]
+
+
+def test_places_of_show_and_compare_are_checked(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*_args(net, sections="network", out="r.json"), "--quiet") == 0
+    for arguments in (["show", "r.json"], ["compare", "r.json", "r.json"]):
+        _fails([*arguments, "--out", "."], "--out . is a folder", capsys)
+        _fails([*arguments, "--out", "absent/r.txt"], "there is no folder absent", capsys)
+        _fails([*arguments, "--out", "r.xls"], "reports are written as", capsys)
 
 
 def test_checkpoint_that_does_not_fit(net: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,83 @@ def test_interrupted_run_resumes_with_the_same_figures(tmp_path: Path, monkeypat
     assert resumed.verdicts == whole.verdicts
 
 
+def _raising(error: BaseException) -> Any:
+    def section(bench: Any) -> dict[str, Any]:
+        raise error
+
+    return section
+
+
+def test_failed_section_costs_the_report_nothing_else(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, whole = case
+    module = __import__("sys").modules["diagnostics.diagnose"]
+    why = "a product\noverflows when it is squared"
+    with monkeypatch.context() as patch:
+        patch.setitem(module.SECTIONS, "spectrum", _raising(DiagnosticsError(why)))
+        with pytest.warns(diagnostics.SectionFailedWarning, match="spectrum: DiagnosticsError: a product"):
+            report = diagnostics.diagnose(model, batch, F.cross_entropy, resume=tmp_path / "part.json")
+    assert report.failures == {"spectrum": f"DiagnosticsError: {why}"}
+    assert report.sections == {name: found for name, found in whole.sections.items() if name != "spectrum"}
+    assert {v.rule for v in report.verdicts} == {v.rule for v in whole.verdicts} - {"negative-curvature"}
+    text = str(report)
+    assert "! spectrum: DiagnosticsError: a product overflows when it is squared" in text
+    assert text.index("Failed sections") < text.index("\nVerdicts")
+    assert "b: spectrum failed: DiagnosticsError" in str(diagnostics.compare([whole, report], names=["a", "b"]))
+    report.save(tmp_path / "report.json")
+    assert diagnostics.Report.load(tmp_path / "report.json").failures == report.failures
+    with pytest.raises(DiagnosticsError, match="no section 'parameters'"):
+        diagnostics.diagnose(model, batch, F.cross_entropy, sections=["metrics"]).table("parameters")
+    again = diagnostics.diagnose(model, batch, F.cross_entropy, resume=tmp_path / "part.json")
+    assert again.sections == whole.sections  # what failed is tried again
+    assert again.failures == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FloatingPointError("overflow"),
+        torch.linalg.LinAlgError("no convergence"),  # type: ignore[attr-defined]
+        NotImplementedError("no second derivative"),
+        torch.OutOfMemoryError("out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_numerical_failures_cost_a_section(error: Exception, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, _ = case
+    monkeypatch.setitem(__import__("sys").modules["diagnostics.diagnose"].SECTIONS, "sources", _raising(error))
+    with pytest.warns(diagnostics.SectionFailedWarning, match=str(error)):
+        report = diagnostics.diagnose(model, batch, F.cross_entropy, sections=["sources", "spectrum"])
+    assert list(report.sections) == ["network", "spectrum"]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shape"), AssertionError(), TypeError("x")], ids=repr)
+def test_faults_are_raised(error: Exception, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, _ = case
+    monkeypatch.setitem(__import__("sys").modules["diagnostics.diagnose"].SECTIONS, "sources", _raising(error))
+    with pytest.raises(type(error)):
+        diagnostics.diagnose(model, batch, F.cross_entropy)
+
+
+def test_interruption_hands_over_what_is_finished(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, whole = case
+    sections = __import__("sys").modules["diagnostics.diagnose"].SECTIONS
+    monkeypatch.setitem(sections, "bounds", _raising(KeyboardInterrupt()))
+    with pytest.raises(diagnostics.DiagnosisInterrupted) as stop:
+        diagnostics.diagnose(model, batch, F.cross_entropy)
+    report = stop.value.report
+    assert isinstance(stop.value, KeyboardInterrupt)
+    assert isinstance(report, diagnostics.Report)
+    assert report.sections == {name: whole.sections[name] for name in ("network", "metrics", "sources")}
+    assert list(report.data["skipped"]) == ["bounds", "spectrum", "parameters"]
+    assert "spectrum: left out. interrupted" in str(report)
+    monkeypatch.setitem(sections, "network", _raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt) as bare:
+        diagnostics.diagnose(model, batch, F.cross_entropy)
+    assert type(bare.value) is KeyboardInterrupt
+
+
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
     model, batch = chain([6, 5, 3]), labelled(6, 3)
     run: Any = {"resume": tmp_path, "sections": ["metrics"]}
@@ -307,6 +384,17 @@ def test_bad_arguments() -> None:
         diagnostics.diagnose(model, batch, F.cross_entropy, probes=2)
     with pytest.raises(ValueError, match="epsilon must be positive"):
         diagnostics.diagnose(model, batch, F.cross_entropy, epsilon=0.0)
+    for wrong in (
+        {"epsilon": float("nan")},
+        {"epsilon": float("inf")},
+        {"memory_limit": float("nan")},
+        {"memory_limit": 0},
+        {"seed": 2**63},
+        {"seconds": 0},
+        {"seconds": float("nan")},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            diagnostics.diagnose(model, batch, F.cross_entropy, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exact must be"):
         diagnostics.diagnose(model, batch, F.cross_entropy, exact="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be"):

@@ -285,6 +285,30 @@ def test_nodes_that_are_not_connected(tmp_path: Path) -> None:
         assert "no path leads from aside to the loss" in str(report)
 
 
+def test_page_says_what_is_missing(exact: diagnostics.Report, tmp_path: Path) -> None:
+    data = exact.to_dict()
+    del data["sections"]["spectrum"]
+    data |= {
+        "failures": {"spectrum": {"error": "DiagnosticsError", "text": "a product overflows <b>"}},
+        "skipped": {"bounds": "no time: the 3 s were over"},
+        "shortened": {"metrics": "5 probes, to fit into 3 s"},
+    }
+    report = diagnostics.Report(data)
+    for saved in (report, diagnostics.compare([report, exact])):
+        elements = Elements(_page(saved, tmp_path))
+        words = " ".join(elements.words)
+        for said in (
+            "DiagnosticsError: a product overflows <b>",
+            "no time: the 3 s were over",
+            "5 probes, to fit into",
+        ):
+            assert said in words
+        assert words.index("Failed sections") < words.index("Verdicts")
+        assert "b" not in {tag for tag, _ in elements.found}
+    old = {key: value for key, value in data.items() if key not in ("failures", "shortened")}
+    assert "Failed sections" not in _page(diagnostics.Report(old), tmp_path)  # of a file from before there were any
+
+
 def test_tables_have_every_pair(estimated: diagnostics.Report, tmp_path: Path) -> None:
     text = _page(estimated, tmp_path)
     c, error = (estimated.sections["metrics"][k] for k in ("coupling", "errors"))
