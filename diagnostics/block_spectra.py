@@ -75,7 +75,7 @@ def group_spectra(
         groups: As in :func:`estimate_parameter_metrics`.
         probes: Random vectors of the quadrature for m⁻, at least 2.
         steps: Lanczos steps of each. What too few of them get wrong is not in the standard error.
-        rtol: Eigenvalues are converged where residuals are at most rtol times the largest absolute one. None: √eps.
+        rtol: As in :func:`diagnostics.extreme_eigenpairs`.
         max_products: For the two eigenvalues of a group.
         generator: Source of randomness. None: a new one with seed 0 for each group.
         memory_limit: Bytes for the Lanczos vectors.

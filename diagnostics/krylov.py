@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,10 +16,17 @@ from diagnostics.symmetric_eigen import eigh
 
 Reorthogonalise: TypeAlias = Literal["full", "selective"]
 Completeness: TypeAlias = Literal["complete", "continue", "fresh"]
+Limits: TypeAlias = tuple[float, float]
 
 _FIRST_ROWS = 32
 _EXHAUSTED = 100
 """A coupling β of so many eps · ‖A‖ may be rounding: then the next vector, made of it, is as good as random."""
+_SPACES = 4
+"""Spaces in a row, exhausted without anything farther out, after which an eigenvalue of rounding size is let go."""
+CHANCE = 0.01
+"""Chance that a random start has less of an eigenvector than is assumed of it."""
+_MISSED = 0.1
+"""Share of an eigenvalue by which nothing may lie beyond it in the first space."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,10 @@ class Krylov:
 
     c = β e_j, and T tridiagonal; after a restart T has an arrow of earlier Ritz values and their couplings in front.
 
+    Args:
+        start: The first vector, of length 1; None: random.
+        noise: The share of it that is random.
+
     Attributes:
         capacity: The largest number of basis vectors.
         size: Their number j.
@@ -57,6 +69,7 @@ class Krylov:
         memory_limit: int,
         generator: torch.Generator,
         start: Tensor | None,
+        noise: float = 1.0,
     ) -> None:
         op = products.op
         n = op.shape[0]
@@ -73,17 +86,20 @@ class Krylov:
         self._products, self._generator = products, generator
         self._selective = reorthogonalise == "selective"
         self._eps = torch.finfo(op.dtype).eps
-        self._basis = torch.empty(min(_FIRST_ROWS, self.capacity), n, dtype=op.dtype, device=op.device)
+        # it grows by copies, for which there must be room; otherwise it is allocated as a whole
+        rows = self.capacity if 2 * self.capacity * vector_bytes > memory_limit else min(_FIRST_ROWS, self.capacity)
+        self._basis = torch.empty(rows, n, dtype=op.dtype, device=op.device)
         self._locked = self._basis[:0]  # converged Ritz vectors, of selective reorthogonalisation
         self._projected = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
-        self._live = torch.zeros(
-            self.capacity, dtype=torch.bool
-        )  # of the space that grows, not of one exhausted before
+        # of the space that grows, not of one exhausted before
+        self._live = torch.zeros(self.capacity, dtype=torch.bool)
         self._scale = 0.0  # a lower bound on the spectral norm
-        self._spaces, self._exhausted = 1, False
+        self._spaces, self._exhausted, self._barren = 1, False, 0
         self.neglected = 0.0
         self.size = 0
         self._next: Tensor = self._random() if start is None else start
+        self._noise = noise
+        self._seed = torch.zeros(self.capacity, dtype=torch.float64)  # the start of the space that grows, in the basis
         self._coupling = torch.zeros(0, dtype=torch.float64)  # c, of the vectors that are there
 
     @property
@@ -102,9 +118,12 @@ class Krylov:
         if self._exhausted:
             self._live[:j] = False
             self._spaces += 1
+            self._noise = 0.5
         self._basis[j] = vector
         self._projected[j, :j] = self._projected[:j, j] = self._coupling
         self._live[j] = True
+        if self._exhausted or j == 0:
+            self._seed.zero_()[j] = 1
         self.size = j + 1
         image = self._products.forward(vector)
         diagonal = torch.dot(vector, image).item()
@@ -115,12 +134,13 @@ class Krylov:
         beta = torch.linalg.vector_norm(image).item()
         self._coupling = torch.zeros(self.size, dtype=torch.float64)
         self._exhausted = beta <= _EXHAUSTED * self._eps * self._scale
+        self._barren = self._barren + 1 if self._exhausted else 0
         if beta > self.size * self._eps * self._scale:
             self._coupling[j] = beta
             self._next = image / beta
         elif self.size < len(image):
             self.neglected += beta
-            self._next = self._random()
+            self._next = self._random(image / beta if beta > 0 else None)  # what the coupling shows may be no rounding
         if self._selective and self._lock():
             self._next = _project_out(self._locked, self._next)
             self._next /= torch.linalg.vector_norm(self._next)
@@ -137,41 +157,66 @@ class Krylov:
         unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=0)
         return unit
 
-    def check(
-        self,
-        ritz: Ritz,
-        limits: tuple[float, float],
-        outermost: Callable[[Tensor], Tensor],
-        tolerance: float,
-        verify: bool,
-    ) -> Completeness:
-        """Whether an eigenvalue outside of ``limits`` may have been missed, and what to do about it.
+    def check(self, outermost: Limits, wanted: Limits, tolerance: float, least: float, verify: bool) -> Completeness:
+        """Whether an eigenvalue outside of the wanted ones may have been missed, and what to do about it.
 
-        An exhausted space holds one copy of each eigenvalue that its start contains. The random start of the next space
-        contains all that are left, so its own outermost Ritz pairs must have converged, and between the limits. The
-        first space is believed where it goes on, unless ``verify`` asks for another.
+        The space that grows from one start is asked for its :meth:`frontier`. An exhausted space holds one copy of each
+        eigenvalue that its start contains; the random start of the next one contains all that are left. The first
+        space is believed where it goes on, unless ``verify`` asks for another.
 
         Args:
-            ritz: Eigenpairs of T, of which the wanted ones have converged.
-            limits: The values between which nothing is wanted.
-            outermost: Of ascending values, the indices of the first that would be wanted.
-            tolerance: Residual of a converged pair.
+            outermost: The values of the first pair at either end, between which the first space must have stayed.
+            wanted: Those of the last pair that is wanted; infinite at an end that is not asked for.
+            tolerance: How much farther out an eigenvalue may lie, in shares of these values; in the first space at
+                least a tenth, so that nothing but a whole eigenvalue is looked for.
+            least: How much farther out it may lie in any case.
             verify: See above.
         """
-        if self._spaces == 1 and not self._exhausted:
-            return "fresh" if verify else "complete"
-        if self._spaces == 1:
+        first = self._spaces == 1
+        if first and self._exhausted:
             return "continue"
-        weight = ritz.coefficients[self._live[: self.size]].square().sum(0)
-        candidates = (weight > 0.1).nonzero().squeeze(1)
-        candidates = candidates[outermost(ritz.values[candidates])]
-        if not len(candidates) or ritz.residuals[candidates].amax().item() > tolerance:
-            return "continue"
-        rounding = self._eps * self._scale * self.size
-        values = ritz.values[candidates]
-        if limits[0] - rounding <= values.amin().item() and values.amax().item() <= limits[1] + rounding:
-            return "complete"
+        inside = True
+        for sign, limit in zip((1, -1), outermost if first else wanted, strict=True):
+            if limit == -sign * float("inf"):
+                continue
+            value, distance = self.frontier(sign)
+            farther = max((max(tolerance, _MISSED) if first else tolerance) * abs(limit), least)
+            if self._barren < _SPACES and sign * (limit - value) + distance > farther and distance > farther:
+                return "continue"
+            inside &= sign * (limit - value) <= farther
+        if inside:
+            return "fresh" if first and verify else "complete"
         return "continue" if self._exhausted else "fresh"
+
+    def frontier(self, sign: int) -> tuple[float, float]:
+        """The smallest (sign 1) or largest (−1) Ritz value θ of the space that grows, and how far beyond λ may lie.
+
+        The Ritz vector is x = p(A)u of the start u, p a polynomial whose roots are the other Ritz values θ_i, and
+        ``p(θ) = 1/uᵀx``. So an eigenvector e of an eigenvalue λ at a distance d beyond θ is in x to the extent
+        ``eᵀx = p(λ) eᵀu``, which grows with d, and ``d |eᵀx| ≤ ‖A x − θ x‖ = r``. Of a random u, ``|eᵀu|`` is with
+        probability 1 − CHANCE at least ``c = CHANCE √(π/2n)``; then
+
+            d ∏_i (1 + d/|θ_i − θ|) ≤ r uᵀx / c.
+
+        Without restarts this is exact; with them roots are left out, which makes d larger, and x is taken for an
+        eigenvector in ``p(θ)``. It holds for an eigenvalue that the start can see, not for a second copy of one.
+        """
+        live = self._live[: self.size].nonzero().squeeze(1)
+        values, coefficients = eigh(sign * self._projected[live][:, live])
+        residual = (self._coupling[live] @ coefficients[:, 0]).abs()
+        overlap = (self._seed[live] @ coefficients[:, 0]).abs()
+        least = CHANCE * self._noise * (torch.pi / 2 / self._basis.shape[1]) ** 0.5
+        bound = (residual * overlap / least).item()
+        gaps = values[1:] - values[0]
+        gaps = gaps[gaps > _EXHAUSTED * self._eps * self._scale]
+        low, high = 0.0, bound
+        for _ in range(60 if bound > 0 else 0):
+            middle = (low + high) / 2
+            if math.log(middle or sys.float_info.min) + (middle / gaps).log1p().sum().item() > math.log(bound):
+                high = middle
+            else:
+                low = middle
+        return sign * values[0].item(), high
 
     def restart(self, ritz: Ritz, kept: Tensor) -> None:
         """Replace the basis by Ritz vectors; the next vector couples to each by its signed residual."""
@@ -187,6 +232,8 @@ class Krylov:
         live = self._live[: self.size]
         self._live[:number] = coefficients[live].square().sum(0) > 0.5
         self._live[number:] = False
+        seed = self._seed[: self.size] @ coefficients
+        self._seed.zero_()[:number] = seed
         self.size = number
 
     def begin_again(self, ritz: Ritz, kept: Tensor) -> None:
@@ -218,9 +265,11 @@ class Krylov:
         self._locked = self.vectors(ritz, good).mT.contiguous()
         return True
 
-    def _random(self) -> Tensor:
-        """A random unit vector orthogonal to the basis."""
+    def _random(self, toward: Tensor | None = None) -> Tensor:
+        """A random unit vector orthogonal to the basis; half of it along the unit vector ``toward``, if given."""
         vector = self._products.draw(1, "gaussian", self._generator).squeeze(1)
+        if toward is not None:
+            vector = vector / torch.linalg.vector_norm(vector) + toward
         vector = _project_out(self._basis[: self.size], vector)
         unit: Tensor = vector / torch.linalg.vector_norm(vector)
         return unit

@@ -16,6 +16,9 @@ from diagnostics.probes import Products, generator_for
 End: TypeAlias = Literal["smallest", "largest", "both", "magnitude"]
 """Ends of a spectrum: the k most negative, the k most positive, k of each, or the k of largest absolute value."""
 
+_NOISE = 0.1
+"""Length of the random vector that is added to a given start of length 1."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExtremeEigenpairs:
@@ -26,7 +29,9 @@ class ExtremeEigenpairs:
         vectors: Ritz vectors as columns, ``(n, k)``.
         residuals: ``‖A x − θ x‖`` of each: an eigenvalue of A lies within it of θ, up to the rounding of products.
         products: Matrix-vector products used.
-        converged: Whether all residuals are within the tolerance.
+        converged: Whether all residuals are within the tolerance, and nothing farther out is likely to be missed. Where
+            it is False, the outermost value at an end is still one that ``vᵀAv`` takes, so λ_min is no larger than the
+            smallest and λ_max no smaller than the largest.
     """
 
     values: Tensor
@@ -49,6 +54,7 @@ def extreme_eigenpairs(
     which: End = "smallest",
     *,
     rtol: float | None = None,
+    floor: float = 0.0,
     max_products: int = 300,
     start: Tensor | None = None,
     reorthogonalise: Reorthogonalise = "full",
@@ -62,6 +68,14 @@ def extreme_eigenpairs(
     ``(θ, V_j s)``, whose residual is ``β_j |e_jᵀ s|``. It is reported with the rounding of the iteration added,
     eps · ‖A‖ · j. Eigenvalue errors are at most the residual, and about residual²/gap where the gap is large.
 
+    A small residual says that an eigenvalue is near, not that it is the outermost: of a random vector, an eigenvector
+    is a share of 1/√n, so that of a large network with H = diag(172, −27, 0, …) the second step has a vector of the
+    null space with a residual of 10⁻⁴ · 172. So the iteration goes on until residuals are small beside the eigenvalues
+    themselves, and until with 99 % probability no eigenvalue lies farther out than the outermost by more than a tenth
+    (or rtol) of it, by a bound from the start's share of the Ritz vector (:meth:`diagnostics.krylov.Krylov.frontier`).
+    Eigenvalues smaller than rounding, eps · ‖A‖ · j, count as 0. The smallest eigenvalue of a positive semidefinite
+    matrix with a continuum down to 0 is thus hard to get, and easily reported as not converged; see ``floor``.
+
     Full reorthogonalisation makes the new vector orthogonal to all before, twice, in 4nj operations each. Selective
     reorthogonalisation makes it so to the Ritz vectors that have converged to √eps only, along which alone
     orthogonality gets lost (Parlett and Scott 1979): fewer operations where few have converged, and the same memory.
@@ -72,27 +86,31 @@ def extreme_eigenpairs(
     all copies are found. Convergence usually comes before that, and then ``verify`` does the same from there: the found
     pairs stay, a new start looks for another one among them or farther out. Without it one may be missed.
 
-    Memory: the basis, n · (number of products), and at most as much again while it grows. Once the basis alone would
-    take more than ``memory_limit`` bytes, it is replaced by the best Ritz vectors and grows again (thick restart, Wu
-    and Simon 2000), which takes more products.
+    Memory: the basis, n · (number of products), and at most as much again while it grows, if that is within
+    ``memory_limit``. Once the basis alone would take more than ``memory_limit`` bytes, it is replaced by the best Ritz
+    vectors and grows again (thick restart, Wu and Simon 2000), which takes more products.
 
     Args:
         op: The matrix A = Aᵀ, ``(n, n)``.
         k: Number of pairs at each end that is asked for.
         which: ``"smallest"``: ascending. ``"largest"``: descending. ``"both"``: the k smallest and the k largest,
             ascending. ``"magnitude"``: by descending absolute value.
-        rtol: Converged where residuals are at most rtol times the largest absolute Ritz value. None: √eps of the
-            dtype, and eigenvalues are then accurate to about eps where they are well separated.
+        rtol: Converged where each residual is at most rtol times the absolute value of its own eigenvalue. None: √eps
+            of the dtype, and eigenvalues are then accurate to about eps where they are well separated. With selective
+            reorthogonalisation the measured residuals count, against rtol · ‖A‖.
+        floor: Share of ‖A‖ that does not matter: a residual or a missed eigenvalue of at most floor · ‖A‖ is accepted
+            as well. 0: only rounding is.
         max_products: The largest number of matrix-vector products. n of them are exact, and no more are made without
             a restart.
-        start: The first vector, ``(n,)``, e.g. an eigenvector of nearby parameters. None: random.
+        start: The first vector, ``(n,)``, e.g. an eigenvector of nearby parameters; a random vector of a tenth of its
+            length is added, in case that another eigenvalue has overtaken. None: random.
         reorthogonalise: ``"full"`` or ``"selective"``, see above.
         verify: Look for a missed eigenvalue from a new start, at about the same cost again.
         memory_limit: Bytes for the basis.
         generator: Source of randomness. None: a new one with seed 0, so that two calls give the same.
 
     Raises:
-        ValueError: ``k``, ``which``, ``rtol`` or ``max_products`` is out of range.
+        ValueError: ``k``, ``which``, ``rtol``, ``floor`` or ``max_products`` is out of range.
         DiagnosticsError: The operator is not symmetric; a product is not finite; ``start`` is zero, not finite or of a
             wrong shape, dtype or device.
         MemoryBudgetError: Not even the least basis fits, or one for selective reorthogonalisation.
@@ -109,20 +127,24 @@ def extreme_eigenpairs(
     tolerance = torch.finfo(op.dtype).eps ** 0.5 if rtol is None else rtol
     if not tolerance >= 0:
         raise ValueError(f"rtol is a relative tolerance of at least 0, got {rtol}.")
+    if not floor >= 0:
+        raise ValueError(f"floor is a share of the largest eigenvalue, at least 0, got {floor}.")
     wanted = k * ends[which]
     if reorthogonalise not in ("full", "selective"):
         raise ValueError(f'reorthogonalise is "full" or "selective", got {reorthogonalise!r}.')
     steps = max_products - (wanted if reorthogonalise == "selective" else 0)
     if steps < wanted:
         raise ValueError(f"max_products must be at least {wanted + max_products - steps}, got {max_products}.")
+    random = generator_for(op, generator)
     space = Krylov(
         products,
         wanted=wanted,
         steps=steps,
         reorthogonalise=reorthogonalise,
         memory_limit=memory_limit,
-        generator=generator_for(op, generator),
-        start=None if start is None else checked_start(start, op),
+        generator=random,
+        start=None if start is None else _blended(checked_start(start, op), products, random),
+        noise=1.0 if start is None else _NOISE / (1 + _NOISE**2) ** 0.5,
     )
     check_at = wanted
     while True:
@@ -135,14 +157,12 @@ def extreme_eigenpairs(
         chosen = _select(ritz.values, k, which)
         radius = ritz.values.abs().amax().item()
         converged = space.size == n
-        if not converged and space.size >= wanted and (ritz.residuals[chosen] <= tolerance * radius).all():
-            state = space.check(
-                ritz,
-                _limits(ritz.values, k, which),
-                lambda values: _select(values, 1, which),
-                tolerance * radius,
-                verify,
-            )
+        rounding = torch.finfo(op.dtype).eps * radius * space.size + space.neglected
+        least = max(rounding, floor * radius)
+        tolerances = (tolerance * ritz.values[chosen].abs()).clamp(min=least)
+        if not converged and space.size >= wanted and (ritz.residuals[chosen] <= tolerances).all():
+            limits = _limits(ritz.values, 1, which), _limits(ritz.values, k, which)
+            state = space.check(*limits, tolerance, least, verify)
             converged = state == "complete"
             if state == "fresh" and not done:
                 space.begin_again(ritz, chosen)
@@ -152,8 +172,7 @@ def extreme_eigenpairs(
             values, residuals = (x[chosen].to(op.device, op.dtype) for x in (ritz.values, ritz.residuals))
             if reorthogonalise == "selective":
                 residuals = torch.linalg.vector_norm(products.forward(vectors) - vectors * values, dim=0)
-                converged = converged and bool((residuals <= tolerance * radius).all())
-            rounding = torch.finfo(op.dtype).eps * radius * space.size + space.neglected
+                converged = converged and bool((residuals <= max(tolerance, floor) * radius).all())
             return ExtremeEigenpairs(values, vectors, residuals + rounding, products.count, converged)
         if space.full:
             space.restart(ritz, _keep(ritz.values, chosen, space.capacity, which))
@@ -190,6 +209,14 @@ def _keep(values: Tensor, chosen: Tensor, capacity: int, which: End) -> Tensor:
     if which == "both":
         return torch.cat([torch.arange((number + 1) // 2), torch.arange(len(values) - number // 2, len(values))])
     return _select(values, number, which)
+
+
+def _blended(start: Tensor, products: Products, generator: torch.Generator) -> Tensor:
+    """The start with random noise added, so that it contains every eigenvector."""
+    noise = products.draw(1, "gaussian", generator).squeeze(1)
+    vector = start + noise * (_NOISE / torch.linalg.vector_norm(noise))
+    unit: Tensor = vector / torch.linalg.vector_norm(vector)
+    return unit
 
 
 def checked_start(start: Tensor, op: LinearOperator) -> Tensor:

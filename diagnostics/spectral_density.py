@@ -184,18 +184,23 @@ def spectral_density(
 def _tridiagonals(products: Products, start: Tensor, steps: int, reorthogonalise: bool) -> tuple[Tensor, Tensor]:
     """Diagonals ``(k, steps)`` and off-diagonals ``(k, steps − 1)`` of the Lanczos matrices of k probes ``(n, k)``.
 
-    Where a probe's space is exhausted, the off-diagonal is 0 or rounding, and so are the weights of what follows.
+    Where a probe's space is exhausted, what is left of the product is rounding. The probe ends there: off-diagonals are
+    0, so that what follows has no weight, and diagonals are its mean, so that no node lies outside of the spectrum.
     """
     vector = (start / torch.linalg.vector_norm(start, dim=0)).mT.contiguous()  # (k, n): what is summed over is adjacent
-    previous, beta = torch.zeros_like(vector), vector.new_zeros(len(vector))
+    previous, beta, norm = torch.zeros_like(vector), vector.new_zeros(len(vector)), vector.new_zeros(len(vector))
+    alive = torch.ones_like(norm, dtype=torch.bool)
+    eps = torch.finfo(vector.dtype).eps
     basis = vector.new_empty(len(vector), steps, vector.shape[1]) if reorthogonalise else None
-    diagonal, off_diagonal = [], []
+    diagonal: list[Tensor] = []
+    off_diagonal: list[Tensor] = []
     for step in range(steps):
         image = products.forward(vector.mT).mT
         alpha = (vector * image).sum(1)
-        diagonal.append(alpha)
+        diagonal.append(torch.where(alive, alpha, diagonal[0]) if step else alpha)
         if step == steps - 1:
             break
+        norm = torch.maximum(norm, torch.linalg.vector_norm(image, dim=1))
         image = image - alpha[:, None] * vector - beta[:, None] * previous
         if basis is not None:
             basis[:, step] = vector
@@ -204,9 +209,11 @@ def _tridiagonals(products: Products, start: Tensor, steps: int, reorthogonalise
                 row = image.unsqueeze(1)  # rows times matrices: PyTorch's products of matrices times columns are slower
                 image = image - (row @ rows.mT @ rows).squeeze(1)
         beta = torch.linalg.vector_norm(image, dim=1)
+        alive &= beta > eps * norm
+        beta = torch.where(alive, beta, 0)
         off_diagonal.append(beta)
         previous = vector
-        vector = torch.where(beta[:, None] > 0, image / torch.where(beta > 0, beta, 1)[:, None], 0)
+        vector = torch.where(alive[:, None], image / torch.where(alive, beta, 1)[:, None], 0)
     empty = vector.new_empty(len(vector), 0)
     return torch.stack(diagonal, 1), torch.stack(off_diagonal, 1) if off_diagonal else empty
 

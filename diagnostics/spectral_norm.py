@@ -72,7 +72,7 @@ def spectral_norm(
             ``power``, which then makes all its iterations.
         max_products: The largest number of products. None: 300 for ``lanczos``, and for ``power`` the 40 of the 20
             iterations that arXiv 2604.11639 makes.
-        start: The first right vector, ``(n,)``. None: random.
+        start: The first right vector, ``(n,)``; ``lanczos`` adds a random one of a tenth of its length. None: random.
         memory_limit: Bytes for the basis of ``lanczos``.
         generator: Source of randomness. None: a new one with seed 0, so that two calls give the same.
 

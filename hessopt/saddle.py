@@ -293,12 +293,14 @@ class SaddleEscape(OptimizerWrapper):
         if n == 1:
             return extreme_eigenpairs(op)
         k = min(self.directions, n // 2)
-        start = self._vectors[:, 0] if self._vectors is not None and len(self._vectors) == n else None
-        if start is not None:  # with some noise: the last eigenvector alone may span all that its products reach
-            noise = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=op.dtype).to(op.device)
-            start = start.to(op.device, op.dtype) + 0.5 * noise / torch.linalg.vector_norm(noise)
+        start = (
+            self._vectors[:, 0].to(op.device, op.dtype)
+            if self._vectors is not None and len(self._vectors) == n
+            else None
+        )
         most = max(self.max_products, 2 * k)
-        pairs = extreme_eigenpairs(op, k, "both", rtol=max(self.threshold / 10, 1e-7), max_products=most, start=start)
+        enough = max(self.threshold / 10, 1e-7)  # of ‖H‖: less is no negative curvature
+        pairs = extreme_eigenpairs(op, k, "both", rtol=enough, floor=enough, max_products=most, start=start)
         self._vectors = pairs.vectors[:, :k]
         return pairs
 

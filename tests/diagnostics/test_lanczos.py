@@ -10,9 +10,9 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.krylov import Krylov
+from diagnostics.krylov import CHANCE, Krylov
 from diagnostics.lanczos import ExtremeEigenpairs, extreme_eigenpairs
-from diagnostics.linear_operator import MatrixOperator
+from diagnostics.linear_operator import LinearOperator, MatrixOperator
 from diagnostics.probes import Products
 from tests.matrices import Counting, spread, symmetric
 
@@ -217,8 +217,122 @@ def test_warm_start() -> None:
     nearby = matrix + 1e-7 * symmetric(spread(400, 1), 1)
     warm = extreme_eigenpairs(MatrixOperator(nearby), rtol=1e-5, start=cold.vectors[:, 0])
     assert warm.converged
-    assert warm.products < 0.5 * cold.products
+    assert warm.products < cold.products  # not by much: nothing may have overtaken the eigenvector
     assert warm.values.item() == pytest.approx(torch.linalg.eigvalsh(nearby)[0].item(), rel=1e-8)
+
+
+class _Diagonal(LinearOperator):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__((len(values), len(values)), values.dtype, values.device, symmetric=True)
+        self.values = values
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self.values[:, None] * vectors
+
+
+def _rare(name: str, n: int) -> Tensor:
+    """Spectra of which a random vector contains next to nothing at the lower end."""
+    few = torch.logspace(2, 0, 10, dtype=torch.float64)
+    values = torch.zeros(n, dtype=torch.float64)
+    if name == "rank two":
+        values[:2] = torch.tensor([172.0, -27.0])
+    elif name == "low rank":
+        values[:11] = torch.cat([few, torch.tensor([-0.1])])
+    elif name == "low rank on a ridge":
+        values[:] = 0.01
+        values[:11] = torch.cat([few, torch.tensor([-0.1])])
+    elif name == "small bulk":
+        values[:] = 1e-3 * spread(n)
+        values[:11] = torch.cat([few, torch.tensor([-0.5])])
+    else:
+        values[:] = torch.linspace(0, 0.1, n)
+        values[:23] = torch.cat([torch.linspace(1, 50, 20), torch.tensor([-1.0, -0.9, -0.8])])
+    return values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["rank two", "low rank", "low rank on a ridge", "small bulk", "outliers"])
+@pytest.mark.parametrize("n", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_small_negative_eigenvalue_is_found_beside_large_positive_ones(n: int, name: str, dtype: torch.dtype) -> None:
+    op = _Diagonal(_rare(name, n).to(dtype))
+    smallest, largest = op.values.min().item(), op.values.max().item()
+    for seed in range(3):
+        for rtol in (1e-2, None):
+            generator = torch.Generator().manual_seed(seed)
+            found = extreme_eigenpairs(op, which="smallest", rtol=rtol, max_products=60, generator=generator)
+            assert found.converged
+            assert found.values.item() == pytest.approx(smallest, rel=1e-3)
+            both = extreme_eigenpairs(op, which="both", rtol=rtol, max_products=60, generator=generator)
+            assert both.converged
+            assert both.values.tolist() == pytest.approx([smallest, largest], rel=1e-3)
+
+
+def test_too_few_products_for_a_small_eigenvalue_are_no_convergence() -> None:
+    op = _Diagonal(_rare("outliers", 1000))
+    for most in range(1, 12):
+        found = extreme_eigenpairs(op, which="smallest", rtol=1e-2, max_products=most)
+        assert not found.converged or found.values.item() == pytest.approx(-1, rel=0.02)
+        assert found.values.item() > -1 - 1e-12  # a Ritz value is a curvature that the matrix has
+
+
+def test_a_negative_eigenvalue_below_the_rounding_of_a_coupling_is_found() -> None:
+    values = torch.zeros(1_000_000)
+    values[0], values[1] = 172, -0.1
+    for seed in range(3):
+        found = extreme_eigenpairs(_Diagonal(values), generator=torch.Generator().manual_seed(seed))
+        assert found.converged
+        assert found.values.item() == pytest.approx(-0.1, rel=1e-3)
+
+
+def test_a_start_that_has_been_overtaken_is_left() -> None:
+    values = torch.cat([torch.linspace(-1, 4, 400, dtype=torch.float64), torch.tensor([-3.0, -2.9])])
+    start = torch.zeros(402, dtype=torch.float64)
+    start[-1] = 1  # -2.9, which was the smallest, to a residual of 1e-4
+    start[100] = 1e-4
+    found = extreme_eigenpairs(_Diagonal(values), rtol=1e-3, start=start)
+    assert found.converged
+    assert found.values.item() == pytest.approx(-3, rel=1e-3)
+
+
+def test_what_is_smaller_than_the_floor_needs_no_relative_accuracy() -> None:
+    op = _Diagonal(torch.linspace(1e-4, 1, 2000, dtype=torch.float64))
+    exact = extreme_eigenpairs(op, which="smallest", rtol=1e-3)
+    enough = extreme_eigenpairs(op, which="smallest", rtol=1e-3, floor=1e-2)
+    assert enough.converged
+    assert enough.products < exact.products
+    assert 1e-4 < enough.values.item() <= 1e-4 + 1e-2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("steps", [2, 5, 15, 40])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_no_eigenvector_of_the_start_lies_beyond_the_frontier(steps: int, sign: int, restarts: bool) -> None:
+    """With the share that a start really has of the outermost eigenvector in place of the one it has by chance."""
+    for seed in range(5):
+        values = torch.cat([spread(150, seed), torch.tensor([-6.0, 5.0], dtype=torch.float64)])
+        outermost = int((sign * values).argmin())
+        for share in (1e-1, 1e-5, 1e-9):
+            start = torch.randn(152, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            start[outermost] = 0
+            start /= start.norm()
+            start[outermost] = share
+            space = Krylov(
+                Products(_Diagonal(values)),
+                wanted=1,
+                steps=152,
+                reorthogonalise="full",
+                memory_limit=2**30 if not restarts else 13 * 152 * 8,
+                generator=torch.Generator().manual_seed(0),
+                start=start / start.norm(),
+                noise=share / (CHANCE * (torch.pi / 2 / 152) ** 0.5),
+            )
+            for _ in range(steps):
+                if space.full:
+                    space.restart(space.ritz(), torch.tensor([0, 1, 2, 3, 8, 9, 10, 11]))
+                space.step()
+            value, distance = space.frontier(sign)
+            slack = 1.1 if restarts else 1 + 1e-9
+            assert sign * value - distance * slack <= sign * values[outermost].item() + 1e-12
 
 
 def test_not_converged_is_said() -> None:
@@ -251,6 +365,7 @@ def test_bad_input() -> None:
         ({"k": 31}, "between 1 and 30"),
         ({"k": 16, "which": "both"}, "between 1 and 15"),
         ({"rtol": -1e-9}, "at least 0"),
+        ({"floor": -1e-9}, "at least 0"),
         ({"k": 5, "max_products": 4}, "must be at least 5"),
         ({"k": 5, "max_products": 9, "reorthogonalise": "selective"}, "must be at least 10"),
         ({"reorthogonalise": "none"}, "reorthogonalise is"),

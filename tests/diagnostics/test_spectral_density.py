@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.linear_operator import MatrixOperator
+from diagnostics.linear_operator import LinearOperator, MatrixOperator
 from diagnostics.probes import Products
 from diagnostics.spectral_density import SpectralDensity, spectral_density
 from tests.matrices import Counting, spread, symmetric
@@ -74,6 +74,39 @@ def test_negative_mass() -> None:
     assert values.std() / 30**0.5 < 0.01 * truth
     assert 0.5 < torch.stack([run.standard_error for run in runs]).mean() / values.std() < 1.5
     assert sum(bool(run.interval()[0] <= truth <= run.interval()[1]) for run in runs) >= 0.85 * 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reorthogonalise", [True, False])
+@pytest.mark.parametrize("low", [0.0, -0.5])
+def test_more_steps_than_a_low_rank_matrix_has_eigenvalues(
+    dtype: torch.dtype, reorthogonalise: bool, low: float
+) -> None:
+    """The space is exhausted: each probe's measure is had exactly, and what follows has no weight."""
+    torch.manual_seed(0)
+    factor = torch.randn(4000, 4, dtype=dtype) / 4000**0.5
+    values = torch.tensor([7.0, 3.0, 1.0, low], dtype=dtype)
+
+    class LowRank(LinearOperator):
+        def matmat(self, vectors: Tensor) -> Tensor:
+            image: Tensor = factor @ (values[:, None] * (factor.mT @ vectors))
+            return image
+
+    op = LowRank((4000, 4000), dtype, factor.device, symmetric=True)
+    density = spectral_density(op, probes=4, steps=50, reorthogonalise=reorthogonalise)
+    eps = 100 * torch.finfo(dtype).eps
+    assert (density.weights.sum(-1) - 1).abs().max() < eps
+    start = Products(op).draw(4, "rademacher", torch.Generator().manual_seed(0))
+    start = start / torch.linalg.vector_norm(start, dim=0)
+    image = start
+    for degree in range(8):
+        moment = (density.weights * density.nodes**degree).sum(-1)
+        assert (moment - (start * image).sum(0)).abs().max() < eps * 7**degree
+        image = op @ image
+    root = torch.linalg.qr(factor.double()).R
+    exact = torch.linalg.eigvalsh(root * values.double() @ root.mT)
+    assert density.nodes.max().item() <= exact.max().item() + 1000 * eps
+    assert density.nodes.min().item() >= min(exact.min().item(), 0) - 1000 * eps
 
 
 @pytest.mark.parametrize("reorthogonalise", [True, False])

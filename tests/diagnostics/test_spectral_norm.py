@@ -102,7 +102,7 @@ def test_warm_start(method: Any) -> None:
     nearby = MatrixOperator(matrix + 1e-6 * rectangular(100, 120, torch.ones(100)))
     warm = spectral_norm(nearby, method, rtol=1e-4, start=cold.vector, max_products=4000)
     assert warm.converged
-    assert warm.products <= 6 < cold.products
+    assert warm.products < cold.products
     assert warm.item() == pytest.approx(torch.linalg.matrix_norm(nearby.matrix, 2).item(), rel=1e-6)
 
 
