@@ -184,7 +184,7 @@ def batched_vjp(
         _check_finite(t for t in found if not t.sum().isfinite())
         return _in_place_of(known, found)
     weights = torch.cos(torch.arange(1, count + 1, dtype=outputs[0].dtype)).to(outputs[0].device)
-    combined = [torch.tensordot(weights, cotangent, dims=1) for cotangent in cotangents]
+    combined = [torch.tensordot(weights.to(c.dtype), c, dims=1) for c in cotangents]
     expected = torch.autograd.grad(outputs, inputs, combined, retain_graph=True, allow_unused=True)
     known = [e is not None for e in expected]
     used = [t for t, own in zip(inputs, known, strict=True) if own]
@@ -196,7 +196,8 @@ def batched_vjp(
         found = _in_chunks(outputs, used, cotangents)
     except RuntimeError:  # only vmap cannot do it: the product above has shown that there is a derivative
         found = []
-    if not found or not all(_agree(weights, p, e) for p, e in zip(found, expected_of_used, strict=True)):
+    eps = max(torch.finfo(t.dtype).eps for t in (*outputs, *used))  # precisions may be mixed along the tape
+    if not found or not all(_agree(weights, p, e, eps) for p, e in zip(found, expected_of_used, strict=True)):
         found = _one_by_one(outputs, used, cotangents)
     elif verified is not None:
         verified.add(outputs, inputs, known)
@@ -238,9 +239,10 @@ def _one_by_one(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents:
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def _agree(weights: Tensor, products: Tensor, expected: Tensor) -> bool:
+def _agree(weights: Tensor, products: Tensor, expected: Tensor, eps: float) -> bool:
+    weights = weights.to(products.dtype)
     error = (torch.tensordot(weights, products, dims=1) - expected).norm()
-    return bool(error <= _VERIFIED * torch.finfo(expected.dtype).eps * weights.norm() * products.norm())
+    return bool(error <= _VERIFIED * eps * weights.norm() * products.norm())
 
 
 CHUNK_BYTES = 256 * 2**20

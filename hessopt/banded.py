@@ -21,9 +21,10 @@ from hessopt.bandwidth_choice import BandwidthChoice
 from hessopt.closure import Closure
 from hessopt.damped_step import DampedStep
 from hessopt.damping import NielsenDamping
-from hessopt.errors import ClosureError
+from hessopt.errors import ClosureError, ModelError
 from hessopt.exact_step import ExactStep
 from hessopt.factor_choice import Factors
+from hessopt.finite import refuse_meta
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import layers_of
@@ -306,6 +307,7 @@ class BandedNewton(Optimizer):
         group = self.param_groups[-1]
         known = set(self.model.parameters())
         try:
+            refuse_meta(group["params"])
             check_group(group, self.param_groups[0])
             for position, p in enumerate(group["params"]):
                 if p not in known:
@@ -313,7 +315,7 @@ class BandedNewton(Optimizer):
                         f"parameter {position} of group {len(self.param_groups) - 1}, of shape {tuple(p.shape)}, is "
                         "not a parameter of the network; pass the network that owns it as model=."
                     )
-        except ValueError:
+        except (ValueError, ModelError):
             self.param_groups.pop()
             raise
         kronecker: KroneckerStep | None = self.__dict__.get("_kronecker")  # not there yet in the constructor

@@ -1,14 +1,25 @@
-"""Gradients that are not finite: refused before anything has been changed by them."""
+"""Parameters without values and gradients that are not finite: refused before anything has been changed by them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hessopt.errors import ClosureError
+from hessopt.errors import ClosureError, ModelError
+
+
+def refuse_meta(parameters: Iterable[Tensor]) -> None:
+    """Raise a ModelError for parameters on the meta device."""
+    for p in parameters:
+        if p.is_meta:
+            raise ModelError(
+                f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values to train. Give the "
+                'network memory, `model.to_empty(device="cpu")`, and initialise or load it, before the optimizer is '
+                "made."
+            )
 
 
 @torch.no_grad()

@@ -250,7 +250,8 @@ def _wrong(found: dict[int, Factor], layers: Sequence[Layer], output: Tensor, ro
     seed = (roots * weights.reshape(columns, batch, 1)).sum(dim=0).reshape(output.shape).to(output.dtype)
     flat = [p for v in found for p in layers[v].parameters]
     slopes = iter(torch.autograd.grad(output, flat, seed, retain_graph=True, allow_unused=True))
-    tolerance = 1e3 * torch.finfo(output.dtype).eps * weights.norm()
+    eps = max(torch.finfo(t.dtype).eps for t in (output, *flat))
+    tolerance = 1e3 * eps * weights.norm()
     wrong = set()
     for v, factor in found.items():
         error = roots.new_zeros(())

@@ -18,6 +18,7 @@ from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.curvature_choice import CurvatureChoice
 from hessopt.damping import NielsenDamping
 from hessopt.errors import ClosureError, ModelError
+from hessopt.finite import refuse_meta
 from hessopt.newton_step import NewtonStep, both_models
 from hessopt.newton_trial import Setting, search_line, search_radius
 from hessopt.objective import Objective
@@ -199,8 +200,9 @@ class NewtonCG(Optimizer):
         """Add a group of parameters, with its own ``lr`` and ``weight_decay`` if wanted."""
         super().add_param_group(param_group)
         try:
+            refuse_meta(self.param_groups[-1]["params"])
             _check_group(self.param_groups[-1], self.param_groups[0])
-        except ValueError:
+        except (ValueError, ModelError):
             self.param_groups.pop()
             raise
 

@@ -16,7 +16,7 @@ from hessopt.all_or_nothing import AllOrNothing
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
-from hessopt.finite import gradient_norm
+from hessopt.finite import gradient_norm, refuse_meta
 from hessopt.newton_cg import Params
 from hessopt.online_exponent import Probe, measure_on_tape, smoothed
 from hessopt.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
@@ -173,6 +173,7 @@ class SpectralNewton(Optimizer):
         """Add a group of parameters, with options of its own if wanted."""
         super().add_param_group(param_group)
         try:
+            refuse_meta(self.param_groups[-1]["params"])
             check_group(self.param_groups[-1], self.newton_schulz)
             check_distributed([p for group in self.param_groups for p in group["params"]], self.model)
             self._check_shards(self.param_groups[-1])

@@ -13,7 +13,7 @@ from hessopt.all_or_nothing import AllOrNothing
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ModelError
-from hessopt.finite import gradient_norm
+from hessopt.finite import gradient_norm, refuse_meta
 from hessopt.processes import refuse_own_gradients, refuse_spread
 
 
@@ -38,6 +38,7 @@ class OptimizerWrapper(Optimizer):
     def _begin(self, base: Optimizer, model: nn.Module | None) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}.")
+        refuse_meta(p for group in base.param_groups for p in group["params"])
         if any(p.is_complex() for group in base.param_groups for p in group["params"]):
             raise ValueError(f"{type(self).__name__} has no complex parameters; use torch.view_as_real.")
         if model is not None and not isinstance(model, nn.Module):

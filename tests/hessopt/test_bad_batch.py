@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessopt import BandedNewton, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
-from hessopt.errors import ClosureError
+from hessopt.errors import ClosureError, HessoptError, ModelError
 from tests.hessopt.test_interrupts import everything, projection, same, sgd
 
 
@@ -131,3 +131,30 @@ def test_a_line_search_of_the_wrapped_optimizer_that_does_not_end(error: type[Ba
     assert same(everything(net, optimizer), before)
     now = optimizer.state[next(net.parameters())]["old_dirs"]
     assert same(now, directions)
+
+
+@pytest.mark.parametrize("kind", [*(name for name in MAKERS if name != "project off a memory"), "kronecker"])
+def test_parameters_without_values_are_refused(kind: str) -> None:
+    makers = {**MAKERS, "kronecker": lambda net: BandedNewton(net, factors="kronecker")}
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(ModelError, match=r"shape \(8, 6\) is on the meta device.*to_empty"):
+        makers[kind](net)
+
+
+@pytest.mark.parametrize("loss", [nn.functional.mse_loss, lambda z, y: (z - y).square().sum()])
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_an_empty_batch_changes_nothing_or_is_named(kind: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    net, (x, _) = network(), batch()
+    optimizer = MAKERS[kind](net)
+    x = x.to(next(net.parameters()).dtype)
+    target = x[:, :3]
+    optimizer.step(lambda: loss(net(x), target))
+    before = everything(net, optimizer)
+    message = ""
+    try:
+        optimizer.step(lambda: loss(net(x[:0]), target[:0]))
+    except HessoptError as error:
+        message = str(error)
+    assert not message or ("empty" in message and same(everything(net, optimizer), before))
+    assert all(bool(p.isfinite().all()) for p in net.parameters())

@@ -1,5 +1,7 @@
 """BandedNewton's steps against dense linear algebra, and which of them it accepts."""
 
+import copy
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -239,3 +241,37 @@ def test_float32_trains() -> None:
     for _ in range(40):
         optimizer.step(closure)
     assert closure().item() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"factors": "sample"}, {"factors": "dense"}, {"curvature": "hessian"}])
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_layers_of_different_precision(
+    options: dict[str, Any], first: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps are those of the same network in float64, to the rounding of float32, and in closed form."""
+
+    class Cast(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(self.dtype)
+
+    second = torch.float64 if first == torch.float32 else torch.float32
+    torch.manual_seed(0)
+    mixed = nn.Sequential(nn.Linear(4, 5).to(first), nn.Tanh(), Cast(second), nn.Linear(5, 2).to(second))
+    double = copy.deepcopy(mixed).double()
+    double[2].dtype = torch.float64
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)
+    for net, a, b in ((mixed, first, second), (double, torch.float64, torch.float64)):
+        optimizer = BandedNewton(net, bandwidth="full", **options)
+        for _ in range(2):
+            optimizer.step(functools.partial(_mean_squares, net, x.to(a), y.to(b)))
+    for p, q in zip(mixed.parameters(), double.parameters(), strict=True):
+        assert torch.allclose(p.double(), q, rtol=1e-3, atol=1e-4)
+    assert "closed form" not in caplog.text
+
+
+def _mean_squares(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(net(x), y)
