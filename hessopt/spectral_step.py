@@ -90,3 +90,9 @@ def check_group(group: Group, newton_schulz: NewtonSchulz | None) -> None:
     for p in group["params"]:
         if p.is_complex():
             raise ValueError("SpectralNewton has no complex parameters; use torch.view_as_real.")
+        if p.dtype == torch.float16:
+            raise ValueError(
+                "SpectralNewton has no float16 parameters: AdamW's eps and the squares of small gradients are zero in "
+                "that precision, and steps infinite. Keep the parameters in float32 and run the network under "
+                "torch.autocast(dtype=torch.float16) with a GradScaler, or take bfloat16."
+            )
