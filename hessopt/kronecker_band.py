@@ -65,12 +65,13 @@ class KroneckerBand:
     is not declared, call :meth:`gather` between the forward and the backward pass. Of several forward passes between
     two calls of :meth:`direction`, the first one with gradients enabled counts.
 
-    **Layers.** Linear on any leading dimensions, convolutions (all options, one pair of factors a group), embeddings
-    (frequency of tokens ⊗ features), affine maps of normalisations and lone biases (exact blocks of the per-sample
-    gradients). A layer that is called several times, or whose parameters several layers share: calls count as
-    positions, so A is averaged over calls and G is summed. Every other parameter has a diagonal, the running mean
-    of the squared back-propagated batch column (``E (Σ_b ĵ_b)²``, which is the diagonal of the curvature where columns
-    of samples are independent and centred; with ``"empirical"``, B times the squared gradient). See :meth:`report`.
+    **Layers.** Linear on any leading dimensions (also transformers' ``Conv1D``), convolutions (all options, one pair
+    of factors a group), embeddings (frequency of tokens ⊗ features), affine maps of normalisations and lone biases
+    (exact blocks of the per-sample gradients). A layer that is called several times, or whose parameters several layers
+    share: calls count as positions, so A is averaged over calls and G is summed. Every other parameter has a diagonal,
+    the running mean of the squared back-propagated batch column (``E (Σ_b ĵ_b)²``, which is the diagonal of the
+    curvature where columns of samples are independent and centred; with ``"empirical"``, B times the squared gradient);
+    where these are many, a warning is logged at the first step. See :meth:`report`.
 
     **Memory**, in numbers: twice ``Σ_v g (a² + o²) + Σ_(v,w) (a_v a_w + o_v o_w)`` (a or o in place of a squared
     diagonal factor; one sum over blocks, one over pairs inside the band) for averages and inverses, and the number of
