@@ -4,14 +4,18 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEVICE ?= cpu
+# Tests run in processes of one thread each: most work on small matrices. WORKERS=0 runs them in one process.
+WORKERS ?= auto
+export OMP_NUM_THREADS ?= 1
 DATA   ?= data
 PAPER   = exp1 exp1_deep exp1b exp2 exp3 exp3_norm exp4 exp5 exp6 ablation_probes labels architectures
 BIN    := $(VENV)/bin
+PYTEST  = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment would race
-.PHONY: help demo test test-slow test-gpu test-browser snippets lint types docs bench bench-large ablation ablation-full \
+.PHONY: help demo test test-kernels test-slow test-gpu test-browser snippets lint types docs bench bench-large ablation ablation-full \
 	paper paper-quick theories dev clean
 
 help: ## list the targets
@@ -21,10 +25,16 @@ demo: $(VENV)/.stamp-examples ## run the quickstart; writes quickstart.png
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.stamp-test ## run the fast tests and every code block of README.md and docs/
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-kernels: export ATEN_CPU_CAPABILITY = default
+test-kernels: export MKL_CBWR = COMPATIBLE
+test-kernels: export OMP_NUM_THREADS = 1
+test-kernels: $(VENV)/.stamp-test ## the fast tests again on PyTorch's oldest CPU kernels: what another processor may round
+	$(PYTEST)
 
 test-slow: $(VENV)/.stamp-test ## run the tests marked slow
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: $(VENV)/.stamp-test ## run the tests marked gpu
 	$(BIN)/python -m pytest -m gpu

@@ -4,6 +4,7 @@ import os
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -24,6 +25,19 @@ def _leave_document(namespace: dict[str, Any]) -> None:
     torch.set_default_dtype(dtype)
     os.chdir(cwd)
     directory.cleanup()
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand single tests to the workers, but documents whole: their blocks share a namespace."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class DocumentsWhole(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.endswith(".md") else nodeid
+
+    return DocumentsWhole(config, log)
 
 
 pytest_collect_file = Sybil(
