@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diagnostics.coupling import couples_samples
 from diagnostics.errors import DiagnosticsError, StaleGraphError
+from diagnostics.tape import rounding
 from diagnostics.whole_tape import WholeTape
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Graph:
         parameters: The model's parameters by qualified name, in the order of ``model.parameters()``.
         reduction: ``"mean"`` or ``"sum"``: how the loss reduces over the batch.
         batch_size: Size of the first dimension of the inputs.
+        note: That the rule for ``nodes=None`` found fewer than three nodes, and how to choose; None otherwise.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Graph:
         parameters: dict[str, nn.Parameter],
         refine: Callable[[], Graph],
         record_whole: Callable[[], WholeTape],
+        note: str | None = None,
     ) -> None:
         self.nodes = nodes
         self.chosen = chosen
@@ -99,6 +102,7 @@ class Graph:
         self.parameters = parameters
         self.reduction = reduction
         self.batch_size = batch_size
+        self.note = note
         self._by_name = {node.name: node for node in nodes}
         self._refine = refine
         self._record_whole = record_whole
@@ -123,7 +127,15 @@ class Graph:
     def __repr__(self) -> str:
         lines = [f"Graph of {len(self)} nodes, batch of {self.batch_size}, loss {self.loss.item():.6g}"]
         lines += [f"  {node!r}" for node in self.nodes]
+        lines += [f"  Note: {self.note}"] if self.note else []
         return "\n".join(lines)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of blocks: the finest of all nodes, their parameters and the loss, where these are several."""
+        used = {name for node in self.nodes for name in node.parameters} | set(self.loss_parameters)
+        tensors = [self.loss, *(node.value for node in self.nodes), *(self.parameters[name] for name in used)]
+        return reduce(torch.promote_types, {t.dtype for t in tensors})
 
     @cached_property
     def coupled(self) -> bool:
@@ -239,7 +251,7 @@ class Graph:
         return BlockOperator(self, v, w, part)
 
     def _check_same_loss(self, loss: Tensor) -> None:
-        if not torch.allclose(loss, self.loss, rtol=torch.finfo(self.loss.dtype).eps ** 0.75, atol=0):
+        if not loss.equal(self.loss) and not torch.allclose(loss, self.loss, rtol=rounding([loss]) ** 0.75, atol=0):
             raise DiagnosticsError(
                 f"running the model again on the same batch gave the loss {loss.item():.8g} instead of "
                 f"{self.loss.item():.8g}, although buffers and random state were the same: its forward pass or the "

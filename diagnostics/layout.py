@@ -64,7 +64,7 @@ class Layout:
             chosen=tuple(name for name in graph.chosen if name in offsets),
             outputs=tuple(name for name in graph.outputs if name in offsets),
             distances=graph.distances[index][:, index],
-            like=graph.loss.detach().new_empty(0),
+            like=graph.loss.detach().new_empty(0, dtype=graph.dtype),
         )
 
     def columns(self, name: str) -> slice:

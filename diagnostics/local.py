@@ -14,7 +14,7 @@ from diagnostics.affine import AffineLayer
 from diagnostics.closed_form import DenseLayer
 from diagnostics.flatness import cannot_bend
 from diagnostics.graph import Graph, Node
-from diagnostics.tape import batched_vjp, check_symmetric, named_errors, slopes_of
+from diagnostics.tape import batched_vjp, checked_symmetric, named_errors, slopes_of
 
 Curvature: TypeAlias = dict[tuple[str, str], Tensor]
 """``K[p, q]`` of one node for parents ``p`` not before ``q``, ``(S, d_p, d_q)``; absent where structurally zero."""
@@ -61,7 +61,7 @@ def differentiate(graph: Graph) -> LocalDerivatives:
         layer = None if graph.coupled else _closed_form(node, parents)
         if layer is not None:
             with named_errors(where):
-                _differentiate_layer(local, layer, node, parents[0], signals)
+                _differentiate_layer(graph, local, layer, node, parents[0], signals)
         elif parents:
             local.jacobians[u] = dict(jacobians_of(graph, where, node.segment, parents))
             if signal is not None:
@@ -79,15 +79,21 @@ def _closed_form(node: Node, parents: Sequence[Node]) -> DenseLayer | AffineLaye
 
 
 def _differentiate_layer(
-    local: LocalDerivatives, layer: DenseLayer | AffineLayer, node: Node, parent: Node, signals: dict[str, Tensor]
+    graph: Graph,
+    local: LocalDerivatives,
+    layer: DenseLayer | AffineLayer,
+    node: Node,
+    parent: Node,
+    signals: dict[str, Tensor],
 ) -> None:
     slope = layer.slope(node.segment)
-    local.jacobians[node.name] = {parent.name: layer.jacobian(slope, len(node.value))}
+    local.jacobians[node.name] = {parent.name: layer.jacobian(slope, len(node.value)).to(graph.dtype)}
     signal = signals.get(node.name)
     if signal is not None:
         _accumulate(signals, [parent], [layer.back(slope, signal)])
         curvature = layer.curvature(slope, signal)
-        local.curvatures[node.name] = {} if curvature is None else {(parent.name, parent.name): curvature}
+        found = {} if curvature is None else {(parent.name, parent.name): curvature.to(graph.dtype)}
+        local.curvatures[node.name] = found
 
 
 def _accumulate(signals: dict[str, Tensor], parents: Sequence[Node], slopes: Sequence[Tensor | None]) -> None:
@@ -104,7 +110,7 @@ def _curvature(graph: Graph, where: str, parents: Sequence[Node], slopes: Sequen
         if slope is not None and slope.requires_grad:
             for name, block in jacobians_of(graph, where, slope, parents[: i + 1]):
                 if name == parent.name:
-                    check_symmetric(where, block)
+                    block = checked_symmetric(where, block, [slope])
                 curvature[parent.name, name] = block
     return curvature
 
@@ -122,4 +128,4 @@ def jacobians_of(graph: Graph, where: str, output: Tensor, inputs: Sequence[Node
         rows = batched_vjp([output], [node.value for node in inputs], [cotangents])
     for node, row in zip(inputs, rows, strict=True):
         if row is not None:
-            yield node.name, rearrange(row.reshape(size, graph.samples, -1), "d s p -> s d p")
+            yield node.name, rearrange(row.reshape(size, graph.samples, -1), "d s p -> s d p").to(graph.dtype)

@@ -18,6 +18,7 @@ from diagnostics.errors import DiagnosticsError
 from diagnostics.linear_operator import LinearOperator
 from diagnostics.parameter_space import ParameterSelection, ParameterSpace
 from diagnostics.replay import Replay, along_the_tape
+from diagnostics.tape import rounding
 
 T = TypeVar("T", bound=Tape)
 
@@ -173,7 +174,8 @@ class CurvatureOperator(LinearOperator):
             The difference, relative to ``‖u‖ ‖A v‖``.
 
         Raises:
-            DiagnosticsError: it is more than rounding (the square root of the machine precision).
+            DiagnosticsError: it is more than rounding (the square root of the machine precision, of the coarsest
+                dtype that the network computes in).
         """
         generator = torch.Generator().manual_seed(0)
         pair = torch.randn(self.shape[1], 2, generator=generator, dtype=self.dtype).to(self.device)
@@ -181,12 +183,23 @@ class CurvatureOperator(LinearOperator):
         forms = pair.mT @ products
         scale = (pair.norm(dim=0).flip(0) * products.norm(dim=0)).amax().clamp_min(torch.finfo(self.dtype).tiny)
         asymmetry = float((forms[0, 1] - forms[1, 0]).abs() / scale)
-        if asymmetry > torch.finfo(self.dtype).eps ** 0.5:
+        if asymmetry > torch.finfo(self.dtype).eps ** 0.5 and asymmetry > self._rounding() ** 0.5:
             raise DiagnosticsError(
                 f"the second derivative that PyTorch gives is not symmetric (uᵀ A v and vᵀ A u differ by "
                 f"{asymmetry:.1e}), so the backward of an operation is wrong. Replace it by one made of simpler ones."
             )
         return asymmetry
+
+    def _rounding(self) -> float:
+        """Machine precision of the coarsest dtype that the gradient of some batch passes through."""
+        found: list[float] = []
+
+        def look(tape: Tape) -> tuple[Tensor, ...]:
+            found.append(rounding(g for g in tape.gradients if g is not None))
+            return ()
+
+        self._sum(self._tape_kind, look)
+        return max(found)
 
     @abstractmethod
     def _product(self, tape: Any, columns: Columns) -> Columns:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diagnostics.affine import is_activation, is_plain_layer, is_same
 from diagnostics.graph import Graph, Node
 from diagnostics.local import jacobians_of
-from diagnostics.tape import ancestry, batched_vjp, check_symmetric, named_errors, slopes_of
+from diagnostics.tape import ancestry, batched_vjp, checked_symmetric, named_errors, slopes_of
 
 TotalJacobian = Callable[[str], Tensor | None]
 """J[q←w] of a node q for one fixed w, ``(S, d_q, d_w)``; None where it is zero."""
@@ -238,7 +238,7 @@ def dense_map(
     with named_errors(where):
         rows = _rows(output, leaves)
     samples = graph.samples if output.numel() > 1 else 1
-    jacobian = rearrange(torch.cat(rows, 1), "(s d) p -> s d p", s=samples)
+    jacobian = rearrange(torch.cat(rows, 1), "(s d) p -> s d p", s=samples).to(graph.dtype)
     if signal is None:
         return DenseMap(sizes, jacobian, {}, None)
     values = [graph[name].value for name in parents]
@@ -250,14 +250,14 @@ def dense_map(
             else [leaf.new_zeros(leaf.numel(), t.numel()) for t in (*values, *leaves)]
             for slope, leaf in zip(slopes, leaves, strict=True)
         ]
-    stacked = [torch.cat(blocks) for blocks in zip(*second, strict=True)]
+    stacked = [torch.cat(blocks).to(graph.dtype) for blocks in zip(*second, strict=True)]
     bends = {
         name: rearrange(block, "p (s q) -> s p q", s=graph.samples)
         for name, block in zip(parents, stacked[: len(parents)], strict=True)
         if block.any()
     }
     curvature = torch.cat(stacked[len(parents) :], 1)
-    check_symmetric(where, curvature)
+    curvature = checked_symmetric(where, curvature, [slope for slope in slopes if slope is not None])
     return DenseMap(sizes, jacobian, bends, curvature if curvature.any() else None)
 
 
@@ -267,7 +267,7 @@ def _rows(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     one_hot = torch.eye(entries, dtype=output.dtype, device=output.device).view(entries, *output.shape)
     products = batched_vjp([output], inputs, [one_hot])
     return [
-        output.new_zeros(entries, t.numel()) if product is None else product.reshape(entries, -1)
+        output.new_zeros(entries, t.numel()) if product is None else product.reshape(entries, t.numel())
         for t, product in zip(inputs, products, strict=True)
     ]
 
@@ -285,7 +285,7 @@ def _patch_map(graph: Graph, node: Node, signal: Tensor | None) -> PatchMap | No
     if None in kinds or not isinstance(x, Tensor) or not graph.is_batched(node) or x.shape[:1] != node.shape[:1]:
         return None
     receives = _receives(graph, node, x) if "weight" in kinds else {}  # nothing bends a bias
-    if receives is None:
+    if receives is None or x.numel() == 0:
         return None
     joint = graph.batch_size // graph.samples
     if isinstance(module, nn.Conv2d):
@@ -300,9 +300,9 @@ def _patch_map(graph: Graph, node: Node, signal: Tensor | None) -> PatchMap | No
     if "bias" in kinds:
         positions = nn.functional.pad(positions, (0, 1), value=1.0)
     if signal is not None:
-        signal = rearrange(signal, f"s {entries} -> s (b l) i", b=joint, i=channels)
+        signal = rearrange(signal, f"s {entries} -> s (b l) i", b=joint, i=channels).to(graph.dtype)
     return PatchMap(
-        patches=rearrange(positions, "(s b) l j -> s (b l) j", b=joint),
+        patches=rearrange(positions, "(s b) l j -> s (b l) j", b=joint).to(graph.dtype),
         signal=signal,
         receives=receives,
         unfold=unfold,
@@ -326,7 +326,7 @@ def _receives(graph: Graph, node: Node, x: Tensor) -> dict[str, Tensor | None] |
             return {parent.name: None}
         if is_activation(x, parent.value):
             (slope,) = torch.autograd.grad(x, [parent.value], torch.ones_like(x), retain_graph=True)
-            return {parent.name: slope.reshape(graph.samples, -1)}
+            return {parent.name: slope.reshape(graph.samples, -1).to(graph.dtype)}
     return dict(jacobians_of(graph, f"the input of node {node.name!r}", x, parents)) if parents else {}
 
 

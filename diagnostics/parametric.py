@@ -104,11 +104,11 @@ def parameter_blocks(graph: Graph, part: Part = "total", *, memory_limit: int = 
     starts = accumulate(trained.values(), initial=0)
     slices = {name: slice(start, start + size) for (name, size), start in zip(trained.items(), starts, strict=False)}
     size = sum(trained.values())
-    _check_memory(size * size * graph.loss.element_size(), memory_limit)
-    matrix = graph.loss.detach().new_empty(size, size)
+    _check_memory(size * size * graph.dtype.itemsize, memory_limit)
+    fine = graph.refined
+    matrix = graph.loss.detach().new_empty(size, size, dtype=fine.dtype)
     result = ParameterBlocks(matrix, slices)
 
-    fine = graph.refined
     with plain_autograd(), twice_differentiable():
         layout = Layout.of(fine)
         local = differentiate(fine)

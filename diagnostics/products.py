@@ -35,6 +35,7 @@ class CurvatureProducts:
 
     def __init__(self, graph: Graph) -> None:
         graph.check_fresh()
+        _check_one_dtype(graph)
         self.graph = graph
         self.count = {"total": 0, "tensor": 0, "vjp": 0}
         self._verified = Verified()
@@ -175,6 +176,18 @@ def _products(
     k = len(cotangents[0])
     rows = vector_products(outputs, inputs, cotangents, verified)
     return [t.new_zeros(k, *t.shape) if row is None else row for t, row in zip(inputs, rows, strict=True)]
+
+
+def _check_one_dtype(graph: Graph) -> None:
+    kinds = {node.value.dtype: f"node {node.name!r}" for node in reversed(graph.nodes)}
+    kinds.setdefault(graph.loss.dtype, "the loss")
+    if len(kinds) > 1:
+        listed = ", ".join(f"{what} ({dtype})" for dtype, what in kinds.items())
+        raise DiagnosticsError(
+            f"nodes and loss are of several dtypes: {listed}. Products and estimates need one: choose nodes of one "
+            "(nodes=…), convert the model (.double()), or take the exact blocks (hessian_blocks), which are in the "
+            "finest."
+        )
 
 
 def _check_twice_differentiable(graph: Graph, loss_slopes: Sequence[Tensor | None]) -> None:
