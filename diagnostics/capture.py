@@ -21,11 +21,12 @@ from diagnostics.backends import (
 )
 from diagnostics.errors import CaptureError
 from diagnostics.graph import Graph, Node
+from diagnostics.layer_rule import FEW_NODES, layers, layers_inside
 from diagnostics.lean_kernels import LeanKernels
-from diagnostics.refusals import check_inputs, check_model, check_tensor
+from diagnostics.refusals import check_inputs, check_loss_fn, check_model, check_tensor
 from diagnostics.replay import run_model
 from diagnostics.selection import OUTPUT, Selection, select_modules
-from diagnostics.tape import Function, ancestry, passes_through
+from diagnostics.tape import Function, ancestry, passes_through, rounding
 from diagnostics.trees import flatten, map_tensors, tensors
 from diagnostics.whole_tape import WholeTape
 
@@ -48,12 +49,18 @@ def capture(
 
     The rule for ``nodes=None``: the modules that a person would name as layers or blocks.
 
-    1. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened; so is a lone child of the model (a wrapper).
-    2. Every other direct child that has parameters is a layer (or a block, if it has children), except normalisations
+    1. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened; so is a body, a module most of whose parameters
+       (embeddings aside) are in stacks of blocks: a ``Sequential`` or ``ModuleList`` of several modules of one class,
+       each of several layers. The blocks themselves are not, nor modules of a class that the model has three times.
+    2. Every other child that has parameters is a layer (or a block, if it has children), except normalisations
        (class name ending in ``Norm``, ``Norm1d``, …) and learned activations (``PReLU``).
     3. Inside a ``Sequential``, what follows a layer and is none itself — activation, normalisation, pooling, dropout
        — belongs to it: the node is the output of the last of them. A ``Sequential`` with one layer is that layer.
-    4. Of these modules' outputs, tensors whose first dimension is not the batch are left uncut.
+    4. While these are fewer than three, those of several layers are opened, and wrappers.
+    5. Of these modules' outputs, tensors whose first dimension is not the batch are left uncut. A module that returns
+       none (a flow's transform, a distribution) is opened, and the model is run again.
+
+    Where fewer than three nodes are left, ``graph.note`` (and the graph when it is printed) says so.
 
     The model's output is always the last node: under the name of the module that returned that very tensor, if that
     was chosen, and as ``"output"`` otherwise. Tables leave it out unless ``nodes`` asked for it.
@@ -61,6 +68,7 @@ def capture(
     The model runs in the mode it is in. With dropout in training mode the blocks are those of the network with this
     pass's mask, the one that the next forward pass of the model would have drawn. Batch-norm in training mode couples
     the samples (``graph.coupled``). The model, its buffers, its grads and the global random state are left as found.
+    While it runs, captures and operators in other threads wait: hooks, buffers and random state are the process's.
 
     Args:
         model: The network; eager, in float32 or float64.
@@ -76,21 +84,24 @@ def capture(
 
     Raises:
         CaptureError: the model is scripted or compiled, runs without gradients, or returns no floating tensor; a
-            tensor is complex, half precision or not strided; the batch is empty; ``nodes`` names no module, or one
-            that was not called; the output is detached from the nodes; the loss is not a finite real scalar that
-            depends on the output; a lazy module has no parameters yet; the model uses checkpointing, changes its own
-            parameters, or works in place on a node whose memory other tensors share. The message names the module and
-            the way out.
+            tensor is complex, half precision or not strided; the batch, the output or a node that was asked for is
+            empty; ``nodes`` names no module, or one that was not called; the output is detached from the nodes; the
+            loss is not a finite real scalar that depends on the output; a lazy module has no parameters yet; the model
+            uses checkpointing, changes its own parameters, or works in place on a node whose memory other tensors
+            share. The message names the module and the way out.
+        TypeError: an argument is of the wrong kind or in the wrong place (targets, a loss function that takes them).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+    check_loss_fn(loss_fn, "z")
     check_model(model)
     recipe = _Recipe(model, inputs, loss_fn, reduction, check_inputs(inputs))
-    modules = select_modules(model, nodes)
-    output_named = nodes is not None and not callable(nodes) and OUTPUT in nodes
-    return recipe.run(modules, automatic=nodes is None, output_named=output_named)
+    if nodes is None:
+        return recipe.run_on_layers()
+    output_named = not callable(nodes) and OUTPUT in nodes
+    return recipe.run(select_modules(model, nodes), automatic=False, output_named=output_named)
 
 
 class _Recipe:
@@ -117,6 +128,29 @@ class _Recipe:
             _check_all_called(modules, cuts)
         self._check_unmodified(cuts, loss)
         return _assemble(self, cuts, outputs, modules, automatic, output_named, loss)
+
+    def run_on_layers(self) -> Graph:
+        """Cut at the layers; of those that return nothing to cut (a distribution, a transform), at the layers inside.
+
+        The same for layers that are not called themselves (``self.encoder.features(x)``), where few others are left.
+        """
+        names = layers(self.model)
+        while True:
+            modules = {name: self.model.get_submodule(name) for name in names}
+            cuts = _Cuts(self.batch_size, skip_unbatched=True)
+            outputs, loss = self._forward(modules, cuts, {}, None)
+            cut = {id(module) for module in cuts.modules.values()}
+            few = len(cuts.values) < FEW_NODES
+            inside = {
+                name: layers_inside(self.model, name)
+                for name, module in modules.items()
+                if id(module) not in cut and (few or name in cuts.calls)
+            }
+            if not any(inside.values()):
+                break
+            names = [deeper for name in names for deeper in inside.get(name) or [name]]
+        self._check_unmodified(cuts, loss)
+        return _assemble(self, cuts, outputs, modules, True, False, loss)
 
     def whole(self, modules: dict[str, nn.Module], *, automatic: bool) -> WholeTape:
         """The same run with the nodes' outputs noted but not cut off, and with constants for parameters."""
@@ -158,7 +192,7 @@ class _Recipe:
         suspects = cuts.modified_behind()
         if not broken and suspects and any(module is not None for module in cuts.modules.values()):
             uncut = self.run({}, automatic=True, output_named=False)
-            tolerance = torch.finfo(loss.dtype).eps ** 0.5 if loss.is_floating_point() else 0.0
+            tolerance = rounding([uncut.loss]) ** 0.5 if loss.is_floating_point() else 0.0
             if not torch.allclose(uncut.loss, loss, rtol=tolerance, atol=0.0, equal_nan=True):
                 broken = suspects
         if broken:
@@ -230,6 +264,16 @@ class _Cuts:
         z = self._cut(name, None, result, keep=already, skip_unbatched=False)
         return z, tuple(n for n in self.values if n in already or n not in before)
 
+    def _is_batched(self, module: nn.Module | None, tensor: Tensor, first: bool) -> bool:
+        """Whether the first dimension of an output, or of its ``first`` tensor, is the batch: by its size.
+
+        That of a recurrent layer's states is the layers', whatever its size, and without ``batch_first`` that of its
+        sequence is time.
+        """
+        if isinstance(module, nn.RNNBase) and not (first and module.batch_first and tensor.ndim == 3):
+            return False
+        return tensor.ndim > 0 and tensor.shape[0] == self.batch_size
+
     def modified_before(self) -> list[str]:
         """Nodes whose own tape was changed after the cut, by an operation in place through another name."""
         return [label for label, (version, _) in self._versions.items() if self.segments[label]._version != version]
@@ -261,8 +305,16 @@ class _Cuts:
                 continue
             label = name if len(cuttable) == 1 else f"{name}[{i}]"
             check_tensor(tensor, f"the output of module {name!r}" if module is not None else "the model's output")
-            if skip_unbatched and (tensor.ndim == 0 or tensor.shape[0] != self.batch_size):
+            if skip_unbatched and not self._is_batched(module, tensor, first=i == cuttable[0]):
                 continue
+            if tensor.numel() == 0:
+                if skip_unbatched or any(leaves[j].numel() for j in cuttable):
+                    continue
+                where = f"the output of module {name!r}" if module is not None else "the model's output"
+                raise CaptureError(
+                    f"{where} has no entries, {tuple(tensor.shape)}, so there is nothing to differentiate by: "
+                    f"{'leave it out of `nodes`' if module is not None else 'give the loss something to depend on'}."
+                )
             value = tensor.detach().requires_grad_() if self.apart or not tensor.requires_grad else tensor.clone()
             handed_on = value.clone()  # not a view: operations in place downstream must leave the leaf alone
             assert handed_on.grad_fn is not None
@@ -330,6 +382,22 @@ def _assemble(
         parameters=recipe.parameters,
         refine=recipe.refined,
         record_whole=partial(recipe.whole, modules, automatic=automatic),
+        note=_few_nodes(model, nodes) if automatic and len(nodes) < FEW_NODES else None,
+    )
+
+
+def _few_nodes(model: nn.Module, nodes: tuple[Node, ...]) -> str:
+    """What to say where the rule has found next to nothing, and how to choose."""
+    taken = {id(module) for node in nodes if node.module is not None for module in node.module.modules()}
+    others = [
+        name
+        for name, module in model.named_modules()
+        if name and id(module) not in taken and any(True for _ in module.parameters(recurse=False))
+    ]
+    among = f", among {', '.join(map(repr, others[:4]))}{' …' if len(others) > 4 else ''}" if others else ""
+    return (
+        f"the rule for nodes=None found only {len(nodes)} node{'s' if len(nodes) > 1 else ''}; choose others by "
+        f'nodes=["name", "pattern.*"]{among}'
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.errors import DiagnosisInterrupted, DiagnosticsError, SectionFailedWarning
-from diagnostics.refusals import check_model
+from diagnostics.refusals import at_most_positional, check_loss_fn, check_model
 from diagnostics.report import SCHEMA, Report
 from diagnostics.reporting.arguments import check_numbers
 from diagnostics.reporting.bound_section import bounds
@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
 }
 
 
+@at_most_positional(3, "pass one batch as a pair, diagnose(model, (inputs, targets), loss_fn), options by name.")
 def diagnose(
     model: nn.Module,
     batches: Any,
@@ -92,9 +93,7 @@ def diagnose(
             1e8 operations; then Lanczos iterations are fewer as well.
         seed: Of all random numbers; each section draws its own.
         epsilon: ε of the interaction radius and the recommended bandwidth.
-        memory_limit: Bytes that a section may take beside the model, its data and the tapes of a pass over them. What
-            does not fit is estimated instead, with fewer probes or with vectors that are not kept (the report's
-            ``shortened`` says so), or left out with the size that it needs (``skipped``).
+        memory_limit: Bytes.
         seconds: Wall time to aim at. Sections then run in the order of what they tell (network, metrics, spectrum,
             parameters, sources, bounds). Before each one its time is predicted from that of one product; one that does
             not fit is shortened (fewer probes or products: ``report.data["shortened"]``), or else left out
@@ -125,6 +124,7 @@ def diagnose(
     check_numbers(probes=probes, seed=seed, epsilon=epsilon, memory_limit=memory_limit, seconds=seconds)
     wanted = wanted_sections(sections)
     budget = Budget(seconds)
+    check_loss_fn(loss_fn, "z", "targets")
     check_model(model)
     settings = Settings(nodes, exact if isinstance(exact, bool) else None, probes, seed, epsilon, memory_limit)
     with loaded(model, checkpoint):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 FEW_NODES = 3
 """Below this a table of pairs shows a body and a head at most."""
 
-_NORMALISATION = re.compile(r"Norm(\dd)?$")
+_NORMALISATION = re.compile(r"Norm(Act)?(\dd)?$")
 _BODY = 0.5  # share of a module's parameters in stacks of blocks, from which it is a body and no block
 _SIBLINGS = 3  # modules of one class from which they are the repeated part themselves
 
@@ -133,7 +133,9 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _is_normalisation(module: nn.Module) -> bool:
-    return _NORMALISATION.search(type(module).__name__) is not None
+    """By its name; but what holds layers with parameters (``ConvNormAct``, ``PreNorm``) is more than that."""
+    named = _NORMALISATION.search(type(module).__name__) is not None
+    return named and all(next(child.parameters(), None) is None for child in module.children())
 
 
 def _follows(module: nn.Module) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +50,49 @@ def check_model(model: nn.Module) -> None:
             )
     for name, parameter in model.named_parameters():
         check_tensor(parameter, f"parameter {name!r}")
+
+
+def check_loss_fn(loss_fn: Any, *arguments: str) -> None:
+    """Refuse a loss function that is none, or cannot be called with these positional ``arguments``.
+
+    Raises:
+        TypeError: as Python would raise inside, with what to pass instead.
+    """
+    form = f"loss_fn({', '.join(arguments)}) -> scalar"
+    if len(arguments) == 1:
+        way_out = "Targets go into it: loss_fn=lambda z: F.cross_entropy(z, targets)."
+    else:
+        way_out = "A batch is one argument, the pair (inputs, targets); a loss without targets is lambda z, _: …"
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, {form}; got {type(loss_fn).__name__}. {way_out}")
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (ValueError, TypeError):  # a built-in function does not tell
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(f"loss_fn must be {form}, but {name}{signature} is not: {error}. {way_out}") from None
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def at_most_positional(count: int, way_out: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: more than ``count`` positional arguments are refused with what to pass instead."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) > count:
+                raise TypeError(f"{function.__name__} takes {count} positional arguments, got {len(args)}: {way_out}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def check_inputs(inputs: Any) -> int:

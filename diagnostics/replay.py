@@ -20,7 +20,7 @@ from diagnostics.backends import (
 )
 from diagnostics.data import Batch
 from diagnostics.errors import CaptureError, DiagnosticsError, StaleGraphError
-from diagnostics.refusals import check_model, check_tensor
+from diagnostics.refusals import check_loss_fn, check_model, check_tensor
 from diagnostics.substitution import substituted
 from diagnostics.tape import passes_through
 from diagnostics.trees import tensors
@@ -48,8 +48,7 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], device: torch.device) -> None:
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable, loss_fn(z, targets) -> scalar; got {type(loss_fn).__name__}.")
+        check_loss_fn(loss_fn, "z", "targets")
         if hasattr(loss_fn, "_torchdynamo_orig_callable"):
             raise CaptureError(
                 "the loss function is compiled (torch.compile): compiled code has no second derivative. Pass the "

@@ -10,7 +10,6 @@ from typing import TypeAlias
 from torch import nn
 
 from diagnostics.errors import CaptureError
-from diagnostics.layer_rule import layers
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selection: TypeAlias = Iterable[str] | Predicate | None
@@ -19,10 +18,8 @@ OUTPUT = "output"
 """Name of the node that holds the model's output, where no chosen module's output is the same tensor."""
 
 
-def select_modules(model: nn.Module, nodes: Selection) -> dict[str, nn.Module]:
-    """The modules whose outputs are to be cut, by qualified name (see :func:`diagnostics.capture` for the rule)."""
-    if nodes is None:
-        return {name: model.get_submodule(name) for name in layers(model)}
+def select_modules(model: nn.Module, nodes: Iterable[str] | Predicate) -> dict[str, nn.Module]:
+    """The modules that were asked for, by qualified name."""
     if callable(nodes):
         return {name: module for name, module in model.named_modules() if name and nodes(name, module)}
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}

@@ -412,6 +412,24 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
         diagnostics.capture(Chain(5, 4, 3), X, _square, [nn.Linear(1, 1)])
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, y, ce: diagnostics.capture(m, X, y), r"got Tensor\. Targets go into it: .*lambda z"),
+        (lambda m, y, ce: diagnostics.capture(m, X, ce), r"loss_fn\(z\) -> scalar, but CrossEntropyLoss.*lambda z"),
+        (lambda m, y, ce: diagnostics.capture(m, X, F.cross_entropy), r"but cross_entropy.*Targets go into it"),
+        (lambda m, y, ce: diagnostics.capture(m, X, y, ce), r"got Tensor\. Targets go into it"),
+        (lambda m, y, ce: diagnostics.diagnose(m, X, y, ce), r"diagnose\(model, \(inputs, targets\), loss_fn\)"),
+        (lambda m, y, ce: diagnostics.diagnose(m, X, y), r"loss_fn\(z, targets\).*got Tensor.*\(inputs, targets\)"),
+        (lambda m, y, ce: diagnostics.diagnose(m, (X, y), _square), r"loss_fn\(z, targets\).*_square.*lambda z, _:"),
+        (lambda m, y, ce: diagnostics.HessianOperator(m, (X, y), y), r"got Tensor\. A batch is one argument"),
+    ],
+)  # fmt: skip
+def test_arguments_in_the_wrong_place_are_refused_with_what_to_pass(call: Callable[..., object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(Chain(5, 4, 3), torch.zeros(3, dtype=torch.long), nn.CrossEntropyLoss())
+
+
 def test_autocast_is_refused_with_the_way_out() -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(CaptureError, match=r"has dtype torch\.bfloat16"):
         diagnostics.capture(Chain(5, 4, 3), X, _square)

@@ -67,3 +67,25 @@ def test_nodes_without_features_are_tested_too() -> None:
         assert graph["1"].shape == (6,)
         assert graph.coupled is coupled
         assert diagnostics.hessian_blocks(graph).total["1", "1"].shape == ((1, 6, 6) if coupled else (6, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_states_of_recurrent_layers_are_not_taken_for_samples(kind: type[nn.RNNBase], batch_first: bool) -> None:
+    """As many samples as layers times directions, and as many as time steps."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.head = nn.Linear(2, 3), nn.Linear(4, 2)
+            self.rnn = kind(3, 2, num_layers=2, bidirectional=True, batch_first=batch_first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.enter(x))
+            h = self.rnn(h)[0] if batch_first else self.rnn(h.transpose(0, 1))[0].transpose(0, 1)
+            return self.head(h)
+
+    torch.manual_seed(0)
+    graph = diagnostics.capture(Tagger(), torch.randn(4, 4, 2), lambda z: z.square().mean())
+    assert [node.name for node in graph] == ["enter", *(["rnn[0]"] if batch_first else []), "head"]
+    assert not graph.coupled
