@@ -93,7 +93,9 @@ def diagnose(
             1e8 operations; then Lanczos iterations are fewer as well.
         seed: Of all random numbers; each section draws its own.
         epsilon: ε of the interaction radius and the recommended bandwidth.
-        memory_limit: Bytes.
+        memory_limit: Bytes that a section may take beside the model, its data and the tapes of a pass over them. What
+            does not fit is estimated instead, with fewer probes or with vectors that are not kept (the report's
+            ``shortened`` says so), or left out with the size that it needs (``skipped``).
         seconds: Wall time to aim at. Sections then run in the order of what they tell (network, metrics, spectrum,
             parameters, sources, bounds). Before each one its time is predicted from that of one product; one that does
             not fit is shortened (fewer probes or products: ``report.data["shortened"]``), or else left out

@@ -29,6 +29,7 @@ def estimate_metrics(
     spectral_tolerance: float = 1e-2,
     spectral_rounds: int = 20,
     memory_limit: int = 2**30,
+    responses_limit: int = 8 * 2**30,
 ) -> MetricTable:
     """Resonance, coupling, stable rank and Gauss-Newton gap of every pair of nodes, estimated from Hessian products.
 
@@ -67,8 +68,9 @@ def estimate_metrics(
             they fit into ``memory_limit``.
         spectral_tolerance: Relative growth of ‖H‖₂ in a round at which its iterations end.
         spectral_rounds: Rounds at most; 0: no iterations, and D from the vectors multiplied anyway.
-        memory_limit: Bytes that tangents multiplied at one time may take, by plan; the responses, n² of them with some
-            50 columns each, come on top.
+        memory_limit: Bytes that tangents multiplied at one time may take, by plan.
+        responses_limit: Bytes that probes and responses may take besides, by plan: n² of them, with some 50 columns
+            each. With ``deflate=0`` and ``spectral_rounds=0`` they are not kept, but reduced to norms node by node.
 
     Returns:
         A :class:`diagnostics.MetricTable` over the chosen nodes in topological order, with ``standard_errors`` and the
@@ -90,6 +92,8 @@ def estimate_metrics(
     names = tuple(graph.nodes[i].name for i in index)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     injections = Injections(graph, per_sample)
+    sizes = [injections.samples * injections.size(name) for name in names]
+    sampling.check_memory(sizes, graph.loss.element_size(), responses_limit, "responses_limit")
     before = dict(graph.products.count)
     with torch.no_grad():
         factors = _output_jacobians(graph, injections, names, probes, exact_gn, memory_limit)

@@ -225,7 +225,7 @@ class Krylov:
         self._coupling = self._coupling @ coefficients
         # in slices of columns, so that it needs no second basis
         rotation = coefficients.mT.to(self._basis)
-        for columns in self._basis[: self.size].split(2**20, dim=1):
+        for columns in self._basis[: self.size].split(min(2**20, -(-self._basis.shape[1] // 16)), dim=1):
             columns[:number] = rotation @ columns
         self._projected.zero_()
         self._projected[:number, :number] = torch.diag(ritz.values[kept])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from diagnostics.errors import MemoryBudgetError
 from diagnostics.metrics import coupling, gn_gap
 from diagnostics.pair_products import Pairs, Responses
 from diagnostics.probes import Probe
@@ -55,6 +56,41 @@ class Sampling:
         """Whether the responses to the probes at one node are not needed once those at the next are there."""
         return self.deflate == 0 and self.spectral_rounds == 0
 
+    def planned_bytes(self, sizes: Sequence[int], item: int) -> int:
+        """Bytes of probes and responses, of G, T, H and their copies, at nodes or groups of these sizes.
+
+        Responses to the probes at all nodes, or, where they are streamed, at one; and then a vector for each pair.
+        """
+        n, m, vector = len(sizes), min(self.probes, max(sizes)), sum(sizes) * item
+        return (8 * m + n) * vector if self.streams else (3 * n * (m + self.deflate) + 8 * m) * vector
+
+    def within(self, sizes: Sequence[int], item: int, limit: int) -> Sampling:
+        """The same, or what of it fits into ``limit`` bytes: no responses kept, then fewer probes as well.
+
+        Raises:
+            MemoryBudgetError: not even 3 probes fit.
+        """
+        if self.planned_bytes(sizes, item) <= limit:
+            return self
+        vector = sum(sizes) * item
+        fitting = (limit // max(vector, 1) - len(sizes)) // 8
+        fewer = replace(self, probes=max(3, min(self.probes, fitting)), deflate=0, spectral_rounds=0)
+        fewer.check_memory(sizes, item, limit)
+        return fewer
+
+    def check_memory(self, sizes: Sequence[int], item: int, limit: int, name: str = "memory_limit") -> None:
+        """Refuse what does not fit into ``limit`` bytes, with the figure and the way out."""
+        needed = self.planned_bytes(sizes, item)
+        if needed <= limit:
+            return
+        streamed = replace(self, deflate=0, spectral_rounds=0).planned_bytes(sizes, item)
+        keeps = f"Use deflate=0 and spectral_rounds=0, which keep no responses and take {_size(streamed)}; or "
+        raise MemoryBudgetError(
+            f"{len(sizes)} groups or nodes with {self.probes} probes each, in vectors of {sum(sizes)} entries, take "
+            f"{_size(needed)}, more than the limit of {_size(limit)}. {'Use ' if self.streams else keeps}fewer groups "
+            f"or nodes, fewer probes, or a larger {name}."
+        )
+
     def draw(self, pairs: Pairs, w: str, generator: torch.Generator) -> Tensor:
         """Random probes at w, ``(S, d, m)``, or all unit vectors where these are not more."""
         size, like = pairs.size(w), pairs.like
@@ -66,6 +102,10 @@ class Sampling:
         else:
             values.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
         return values.to(like.device)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2g} GiB" if count >= 2**28 else f"{count / 2**20:.2g} MiB"
 
 
 @dataclass(frozen=True, eq=False)

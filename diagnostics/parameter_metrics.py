@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diagnostics.errors import DiagnosticsError, MemoryBudgetError
+from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph
 from diagnostics.operators import HessianOperator
 from diagnostics.pair_estimates import Sampling, estimate_pairs
@@ -71,7 +71,7 @@ def estimate_parameter_metrics(
     sampling = Sampling(probes, distribution, deflate, spectral_tolerance, spectral_rounds)
     chosen = ParameterGroups(op, groups)
     distances = _distances(chosen, graph, distance)
-    _check_memory(op, chosen, sampling, memory_limit)
+    sampling.check_memory([chosen.size(name) for name in chosen.names], op.dtype.itemsize, memory_limit)
     products = GroupProducts(op, chosen)
     with torch.no_grad():
         estimates = estimate_pairs(products, sampling, generator_for(op, generator))
@@ -132,25 +132,3 @@ def _distances(groups: ParameterGroups, graph: Graph | None, distance: Tensor | 
             f"distance must be a symmetric ({n}, {n}) tensor for the {n} groups, got shape {tuple(distance.shape)}."
         )
     return distance
-
-
-def _check_memory(op: HessianOperator, groups: ParameterGroups, sampling: Sampling, limit: int) -> None:
-    """Refuse what would not fit: responses are G and T of all columns, and H with the spans of the iterations."""
-    vector = op.shape[0] * torch.empty((), dtype=op.dtype).element_size()
-    n, m = len(groups.names), sampling.probes
-    streamed = (6 * m + n) * vector  # of one group: probes, H, G, T and their copies; singular vectors of every pair
-    kept = (3 * n * (m + sampling.deflate) + 6 * m) * vector
-    needed = streamed if sampling.streams else kept
-    if needed > limit:
-        way_out = (
-            ""
-            if sampling.streams
-            else (
-                f"Use deflate=0 and spectral_rounds=0, which keep no responses and take {streamed / 2**30:.2g} GiB; or "
-            )
-        )
-        raise MemoryBudgetError(
-            f"{n} groups with {m} probes each, in vectors of {op.shape[0]} entries, take {needed / 2**30:.2g} GiB, "
-            f"more than the limit of {limit / 2**30:.2g} GiB. {way_out or 'Use '}fewer groups, fewer probes, or a "
-            "larger memory_limit."
-        )

@@ -14,6 +14,9 @@ from diagnostics.linear_operator import LinearOperator
 from diagnostics.probes import Probe, Products, check_sampling, generator_for
 from diagnostics.symmetric_eigen import eigh, eigvalsh
 
+_OF_A_STEP = 8
+"""Vectors of a step: the start, the last two of the basis, the product before, while and after it is orthogonalised."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SpectralDensity:
@@ -134,9 +137,9 @@ def spectral_density(
         target: What the tolerance is for, e.g. ``torch.square``; by default ``Σ |λ|``.
         batch: Probes that advance together; fewer where the basis would not fit.
         probe: Distribution of the probes, scaled to length 1.
-        reorthogonalise: Keep the basis, n · steps · batch, and make new vectors orthogonal to it. False: three
+        reorthogonalise: Keep the basis, n · steps · batch, and make new vectors orthogonal to it. False: eight
             vectors a probe; converged eigenvalues then show several times, with the same weight in sum.
-        memory_limit: Bytes for the basis of a batch.
+        memory_limit: Bytes for the basis of a batch and the vectors of a step.
         generator: Source of randomness. None: a new one with seed 0, so that two calls give the same.
 
     Raises:
@@ -157,13 +160,13 @@ def spectral_density(
         dense = torch.cat([products.forward(v) for _, _, v in products.unit_vectors(batch)], 1)
         nodes = eigvalsh((dense + dense.mT) / 2).unsqueeze(0)
         return SpectralDensity(nodes, torch.full_like(nodes, 1 / n), n, n, products.count, True)
-    held = steps + 3 if reorthogonalise else 3
-    fitting = memory_limit // (held * n * torch.empty((), dtype=op.dtype).element_size())
+    of_one = basis_bytes(op, steps if reorthogonalise else 0)
+    fitting = memory_limit // of_one
     if fitting < 1:
         way_out = "fewer steps, reorthogonalise=False" if reorthogonalise else "a smaller matrix"
         raise MemoryBudgetError(
-            f"{held} vectors of {n} entries take more than the limit of {memory_limit / 2**30:.2g} GiB: use {way_out} "
-            "or a larger memory_limit."
+            f"the vectors of one probe, of {n} entries each, take {of_one / 2**20:.3g} MiB, more than the limit of "
+            f"{memory_limit / 2**20:.3g} MiB: use {way_out} or a larger memory_limit."
         )
     random = generator_for(op, generator)
     nodes = torch.empty(0, steps, dtype=op.dtype, device=op.device)
@@ -179,6 +182,11 @@ def spectral_density(
             if enough(estimate):
                 break
     return SpectralDensity(nodes, weights, n, steps, products.count, estimate.converged)
+
+
+def basis_bytes(op: LinearOperator, steps: int) -> int:
+    """Bytes of a probe's vectors: those that are kept, and those of a step."""
+    return (steps + _OF_A_STEP) * op.shape[0] * op.dtype.itemsize
 
 
 def _tridiagonals(products: Products, start: Tensor, steps: int, reorthogonalise: bool) -> tuple[Tensor, Tensor]:

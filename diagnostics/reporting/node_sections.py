@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnostics.errors import DiagnosticsError
+from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.estimated_metrics import estimate_metrics
 from diagnostics.flatness import cannot_bend
 from diagnostics.graph import Graph
 from diagnostics.injections import Injections
 from diagnostics.metrics import EPSILON, coupling, metrics
+from diagnostics.pair_estimates import Sampling
 from diagnostics.reporting.workbench import Workbench
 from diagnostics.routing import route
 from diagnostics.sources import curvature_sources
@@ -60,11 +61,21 @@ def pair_metrics(bench: Workbench) -> dict[str, Any]:
     if bench.plan.exact:
         table = metrics(bench.blocks)
     else:
+        graph, limit = bench.graph, bench.settings.memory_limit
+        injections = Injections(graph)
+        sampling = Sampling(bench.probes_of("metrics"), "rademacher", 10, 1e-2, 20)
+        sizes = [injections.size(name) for name in graph.chosen]
+        responses = limit - limit // 4
+        fitting = bench.fitting("metrics", sampling, sizes, graph.loss.element_size(), responses)
         table = estimate_metrics(
-            bench.graph,
-            bench.probes_of("metrics"),
+            graph,
+            fitting.probes,
             generator=bench.generator("metrics"),
-            memory_limit=min(bench.settings.memory_limit, 2**30),
+            deflate=fitting.deflate,
+            spectral_tolerance=fitting.spectral_tolerance,
+            spectral_rounds=fitting.spectral_rounds,
+            memory_limit=min(limit // 4, 2**30),
+            responses_limit=responses,
         )
     return tabulated(table)
 
@@ -141,7 +152,15 @@ def sources(bench: Workbench) -> dict[str, Any]:
             "tensor_norm": table.tensor_norm.square().sum().sqrt().item(),
             "probes": None,
         }
-    return estimated_sources(bench.graph, bench.probes_of("sources"), bench.generator("sources"))
+    graph, limit = bench.graph, bench.settings.memory_limit
+    # of one product: the responses of every source at all chosen nodes, the tangents, and sums of responses
+    needed = (len(graph) + 4) * sum(graph[name].value.numel() for name in graph.chosen) * graph.loss.element_size()
+    if needed > limit:
+        raise MemoryBudgetError(
+            f"the shares of {len(graph)} sources at {len(graph.chosen)} nodes take {needed / 2**20:.3g} MiB, more than "
+            f"the limit of {limit / 2**20:.3g} MiB. Use fewer nodes, a smaller batch or a larger memory_limit."
+        )
+    return estimated_sources(graph, bench.probes_of("sources"), bench.generator("sources"))
 
 
 def estimated_sources(graph: Graph, probes: int, generator: torch.Generator) -> dict[str, Any]:

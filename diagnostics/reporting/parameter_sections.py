@@ -11,13 +11,17 @@ from torch import Tensor
 from diagnostics.discarded import discarded_share
 from diagnostics.lanczos import extreme_eigenpairs
 from diagnostics.metrics import coupling, gn_gap, stable_rank
+from diagnostics.pair_estimates import Sampling
 from diagnostics.parameter_groups import ParameterGroups
 from diagnostics.parameter_metrics import estimate_parameter_metrics
 from diagnostics.reporting.node_sections import tabulated
 from diagnostics.reporting.workbench import Workbench
-from diagnostics.spectral_density import SpectralDensity, spectral_density
+from diagnostics.spectral_density import SpectralDensity, basis_bytes, spectral_density
 from diagnostics.symmetric_eigen import eigvalsh
 from diagnostics.tables import MetricTable
+
+_OF_A_PRODUCT = 10
+"""Vectors of the parameters that a product and its step hold beside the basis."""
 
 
 def spectrum(bench: Workbench) -> dict[str, Any]:
@@ -64,7 +68,15 @@ def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
     generator = bench.generator(f"spectrum of {name}")
     end = "largest" if name == "GN" else "both"
     most = {"H": 12, "GN": 8, "T": 8}[name] if light else 60
-    pairs = extreme_eigenpairs(op, which=end, rtol=1e-3, max_products=most, generator=generator)  # type: ignore[arg-type]
+    limit = max(1, bench.settings.memory_limit - _OF_A_PRODUCT * op.shape[0] * op.dtype.itemsize)
+    pairs = extreme_eigenpairs(
+        op,
+        which=end,  # type: ignore[arg-type]
+        rtol=1e-3,
+        max_products=most,
+        memory_limit=limit,
+        generator=generator,
+    )
     smallest, largest = (0, -1) if pairs.values[0] <= pairs.values[-1] else (-1, 0)
     ends: dict[str, Any] = {
         "largest": pairs.values[largest].item(),
@@ -77,7 +89,18 @@ def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
     if light and name != "H":
         return dict.fromkeys(_of_density(None)) | ends
     probes, steps = (2, 8) if light else (15, 30)
-    density = spectral_density(op, probes=probes, steps=steps, batch=1 if light else 10, generator=generator)
+    keeps = basis_bytes(op, steps) <= limit
+    if not keeps:
+        bench.reduced["spectrum"] = "Lanczos vectors are not kept"
+    density = spectral_density(
+        op,
+        probes=probes,
+        steps=steps,
+        batch=1 if light else 10,
+        reorthogonalise=keeps,
+        memory_limit=limit,
+        generator=generator,
+    )
     return _of_density(density) | ends | {"products": pairs.products + density.products}
 
 
@@ -110,15 +133,20 @@ def parameters(bench: Workbench) -> dict[str, Any]:
     if bench.dense:
         table = dense_group_metrics(bench, groups, distance)
     else:
+        op, limit = bench.operator, bench.settings.memory_limit
+        sampling = Sampling(bench.probes_of("parameters"), "rademacher", 0, 1e-2, 0)
+        chosen = ParameterGroups(op, groups)
+        sizes = [chosen.size(name) for name in chosen.names]
+        fitting = bench.fitting("parameters", sampling, sizes, op.dtype.itemsize, limit)
         table = estimate_parameter_metrics(
-            bench.operator,
+            op,
             groups,
-            bench.probes_of("parameters"),
+            fitting.probes,
             generator=bench.generator("parameters"),
             deflate=0,
             spectral_rounds=0,
             distance=distance,
-            memory_limit=bench.settings.memory_limit,
+            memory_limit=limit,
         )
     finite = distance[distance.isfinite()].unique().tolist()
     discarded = []

@@ -109,5 +109,8 @@ class Run:
         if name in self._bench.cut:
             probes = "fewer products" if name == "spectrum" else f"{self._bench.cut[name]} probes"
             self._shortened[name] = f"{probes}, to fit into {self._budget.seconds:g} s"
+        if name in self._bench.reduced:
+            memory = f"{self._bench.reduced[name]}, to fit into the memory limit"
+            self._shortened[name] = "; ".join([*filter(None, [self._shortened.get(name)]), memory])
         self._partial.add(name, {"figures": encode(result), "seconds": time.perf_counter() - start})
         self._done.add(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from diagnostics.data import Batch, Batches
 from diagnostics.graph import Graph
 from diagnostics.local import LocalDerivatives
 from diagnostics.operators import CurvatureProducts, GaussNewtonOperator, HessianOperator, TensorOperator
+from diagnostics.pair_estimates import Sampling
 from diagnostics.paths import local_derivatives
 from diagnostics.recursion import hessian_blocks
 from diagnostics.reporting.plan import Plan, choose, coarser
@@ -51,11 +52,13 @@ class Workbench:
 
     Attributes:
         cut: Probes by section, of those that are shortened to fit into the time.
+        reduced: What was left out of sections to fit into the memory, by section.
     """
 
     def __init__(self, model: nn.Module, source: Any, loss_fn: Callable[[Any, Any], Tensor], settings: Settings):
         self.model, self.loss_fn, self.settings = model, loss_fn, settings
         self.cut: dict[str, int] = {}
+        self.reduced: dict[str, str] = {}
         parameter = next(model.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.batches = Batches(source)
@@ -85,6 +88,15 @@ class Workbench:
         whole = max(3, self.probes // 3) if self.light and section != "metrics" else self.probes
         return self.cut.get(section, whole)
 
+    def fitting(self, section: str, sampling: Sampling, sizes: Sequence[int], item: int, limit: int) -> Sampling:
+        """What of a section's sampling fits into ``limit`` bytes (:meth:`Sampling.within`); a difference is noted."""
+        found = sampling.within(sizes, item, limit)
+        if found != sampling:
+            kept = "responses not kept"
+            fewer = kept if found.probes == sampling.probes else f"{kept}, {found.probes} of {sampling.probes} probes"
+            self.reduced[section] = fewer if not sampling.streams else fewer.removeprefix(f"{kept}, ")
+        return found
+
     @property
     def light(self) -> bool:
         """Whether a pass over the data is so long that products are saved."""
@@ -101,7 +113,8 @@ class Workbench:
     def dense(self) -> bool:
         """Whether the Hessian of the parameters is formed."""
         size = self.operator.shape[0]
-        return self.settings.exact is not False and size <= DENSE_UP_TO
+        needed = 10 * size**2 * self.operator.dtype.itemsize  # H, G, T, products, copies
+        return self.settings.exact is not False and size <= DENSE_UP_TO and needed <= self.settings.memory_limit
 
     @cached_property
     def local(self) -> LocalDerivatives:

@@ -198,7 +198,7 @@ def test_products_batches_and_tolerance() -> None:
     estimate = early.spectral_sum(torch.square)
     assert estimate.standard_error <= 0.05 * estimate.value
     op.widest = 0
-    small = spectral_density(op, probes=7, steps=9, memory_limit=2 * 12 * 300 * 8)
+    small = spectral_density(op, probes=7, steps=9, memory_limit=2 * 17 * 300 * 8)
     assert op.widest == 2
     assert small.nodes.shape == (7, 9)
 
