@@ -26,6 +26,7 @@ from hessopt.exact_step import ExactStep
 from hessopt.factor_choice import Factors
 from hessopt.finite import refuse_meta
 from hessopt.kronecker_band import KroneckerBand
+from hessopt.kronecker_causes import SEE_LOSS
 from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import layers_of
 from hessopt.mini_batch import CURVATURES, MiniBatch
@@ -82,7 +83,7 @@ class BandedNewton(Optimizer):
     **Mini-batches.** The above inverts the curvature of one batch. With ``factors="kronecker"`` the curvature is a
     running average, ``A_vw ⊗ G_vw`` of pairs of layers in the band, tapered so that it is positive definite, and the
     step is that of :class:`hessopt.kronecker_step.KroneckerStep`: a trust region in place of trials, momentum, and
-    weight decay that is decoupled from the curvature. Factors are gathered by hooks in the forward pass. With a loss
+    weight decay that is decoupled from the curvature. Factors are gathered in the backward pass. With a loss
     declared in ``mini_batch``, or ``curvature="empirical"``, ``loss.backward(); optimizer.step()`` is enough; a closure
     of any of the kinds below does as well, and then any loss that is a sum or mean over samples is taken. Layers and
     memory are documented at :class:`hessopt.kronecker_band.KroneckerBand`.
@@ -295,11 +296,16 @@ class BandedNewton(Optimizer):
         """With ``factors="kronecker"`` the engine: its ``report()`` says how each parameter is treated.
 
         Raises:
-            ValueError: the factors are others.
+            AttributeError: the factors are others, so that there is none, as `hasattr` says.
         """
         if self._kronecker is None:
-            raise ValueError(f'only factors="kronecker" has an engine; the factors are "{self.factors}".')
+            raise AttributeError(f'only factors="kronecker" has an engine; the factors are "{self.factors}".')
         return self._kronecker.band
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks; if so, it leaves the gradients scaled and marks itself here, so it can be refused."""
+        return self._kronecker is not None and self._kronecker.band.gathering.slope_is_missing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the network, with its own ``lr`` and ``weight_decay`` if wanted."""
@@ -352,6 +358,12 @@ class BandedNewton(Optimizer):
         """
         refuse_processes("BandedNewton")
         if self._kronecker is not None:
+            if self.__dict__.pop("found_inf", None) is not None:
+                del self.__dict__["grad_scale"]
+                raise ClosureError(
+                    'under a GradScaler curvature="empirical" has to see by what the loss was scaled: '
+                    f"{SEE_LOSS}. Or train in bfloat16, without a scaler."
+                )
             with AllOrNothing():
                 return self._kronecker.step(self.param_groups, closure)
         if closure is None:

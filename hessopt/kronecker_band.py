@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -13,21 +14,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from diagnostics.cliques import Bandwidth, band_cliques, check_bandwidth
 from hessopt.errors import ClosureError, ModelError
-from hessopt.kronecker_factors import KroneckerFactors, Matrices
+from hessopt.kronecker_causes import SEE_LOSS, cause
+from hessopt.kronecker_factors import KroneckerFactors, Matrices, Moments
+from hessopt.kronecker_gathering import Columns, Gathering
 from hessopt.kronecker_inverse import KroneckerInverse
 from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
-from hessopt.kronecker_recorder import Call, Recorder, back_propagate, block_distances
+from hessopt.kronecker_recorder import Call, Recorder, back_propagate
 from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment, warn_of_diagonals
 from hessopt.kronecker_seeds import Seeds
 from hessopt.kronecker_state import load_state, state_of
-from hessopt.loss_curvature import LOSSES, Columns, Loss, Reduction
+from hessopt.loss_curvature import Columns as Count
+from hessopt.loss_curvature import Loss, Reduction
 from hessopt.mini_batch import check_curvature, check_engine
 from hessopt.taper import clique_taper
-from hessopt.weak_hooks import WeakHooks
+
+_log = logging.getLogger(__name__)
 
 ROUNDING = 30
 """Of the loss's curvature at the start, times the rounding unit: the least damping in units of layers."""
@@ -42,12 +46,27 @@ class Direction:
         flat: What these are views of: a buffer for the Kronecker blocks, and the rest's.
         decrement: ``gᵀd``, without dimensions, on the device; equal to ``dᵀ P d`` (up to rounding).
         failed: Whether conjugate gradients failed and d is the block-diagonal step, on the device.
+        sound: Whether all of it is finite, on the device; if not, d and the decrement are zero instead.
     """
 
     steps: list[Tensor]
     flat: list[Tensor]
     decrement: Tensor
     failed: Tensor
+    sound: Tensor
+
+
+@dataclass
+class _Pending:
+    """What a backward pass gathered, for the step that takes its gradients."""
+
+    moments: Moments
+    probe: Moments | None
+    last: list[Rows | None]
+    rows: list[int]
+    slopes: dict[Tensor, Tensor]
+    samples: int
+    scale: Tensor | None
 
 
 class KroneckerBand:
@@ -61,9 +80,15 @@ class KroneckerBand:
     t is the taper of :func:`hessopt.taper.clique_taper`, t = 1 with ``"full"``, and no pairs with bandwidth 0.
 
     **Use.** Call the network, back-propagate the loss, then :meth:`direction` with the gradients. What is due is
-    gathered by hooks in the network's forward pass (``curvature="empirical"``: in its backward pass). With a loss that
-    is not declared, call :meth:`gather` between the forward and the backward pass. Of several forward passes between
-    two calls of :meth:`direction`, the first one with gradients enabled counts.
+    gathered in the backward pass, by a hook at the network's output (or at the declared loss module's value) that
+    back-propagates the columns before the ordinary backward goes on, so on a tape that is whole; this is a re-entrant
+    call of autograd, from the thread that executes the backward. Hooks of the user's own on the tape see the columns as
+    well. With a loss that is not declared, call :meth:`gather` on the loss's tape. Which pass counts where there are
+    several is at :class:`hessopt.kronecker_passes.Choice`: not one that no backward follows.
+
+    **One bad batch.** What a backward gathered goes into the averages at the step that follows, if all of it is finite
+    and so is the gradient; a direction that is not finite is zero. Both are decided and counted on the device
+    (:meth:`report`), without waiting for it, but at the first update.
 
     **Layers.** Linear on any leading dimensions (also transformers' ``Conv1D``), convolutions (all options, one pair
     of factors a group), embeddings (frequency of tokens ⊗ features), affine maps of normalisations and lone biases
@@ -75,7 +100,8 @@ class KroneckerBand:
 
     **Memory**, in numbers: twice ``Σ_v g (a² + o²) + Σ_(v,w) (a_v a_w + o_v o_w)`` (a or o in place of a squared
     diagonal factor; one sum over blocks, one over pairs inside the band) for averages and inverses, and the number of
-    parameters for other parameters' diagonals; see :meth:`memory`.
+    parameters for other parameters' diagonals; see :meth:`memory`. Between the backward pass and the step of an update
+    the averages' share once more.
 
     Args:
         model: The network.
@@ -101,6 +127,7 @@ class KroneckerBand:
     Attributes:
         probe: Factors of another bandwidth that are averaged as well, with equal weights, or None.
         last: The rows of the last batch that went into the probe.
+        left_out: Directions that were not finite, on the device.
         scale: Trace of the loss's output curvature, mean over the samples of the first batch: what makes λ (and the
             optimizer's trust region) independent of the loss's units. With ``"empirical"`` it is 1.
 
@@ -119,7 +146,7 @@ class KroneckerBand:
         loss: Loss | None = None,
         reduction: Reduction = "mean",
         class_dim: int | None = None,
-        columns: Columns = 1,
+        columns: Count = 1,
         damping: float = 2e-3,
         damping_unit: Literal["loss", "layer"] = "loss",
         decay: float = 0.9,
@@ -169,14 +196,14 @@ class KroneckerBand:
         self.rows: list[int] = []
         self.last: list[Rows | None] = []
         self.seed = seed
-        self.recorder = Recorder(self.blocks, curvature == "empirical")
-        self._hooks = WeakHooks(self, "_see_output")
-        self._hooks.attach(model)
-        self._loss_hooks = WeakHooks(self, "_see_loss")
-        if isinstance(loss, nn.Module) and curvature != "empirical":
-            self._loss_hooks.attach(loss)
         self.samples = 0
-        self.recorder.start()
+        self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._unsound_start = False
+        self._pending: _Pending | None = None
+        self._planned = dict(self.others)
+        self.gathering = Gathering(
+            model, self.blocks, self.parameters, self.seeds, curvature == "empirical", self._back_propagate
+        )
 
     @property
     def absolute_damping(self) -> float:
@@ -192,33 +219,39 @@ class KroneckerBand:
         """In the curvature's own units, what rounding errors of the gradient ask for; 0 where these are not known."""
         return 0.0 if self.curvature == "empirical" else ROUNDING * torch.finfo(self.dtype).eps * self.scale
 
+    @property
+    def recorder(self) -> Recorder:
+        """Notes the calls of layers; active while an update is due."""
+        return self.gathering.recorder
+
     def detach(self) -> None:
         """Remove all hooks from the network."""
-        self.recorder.remove()
-        self._hooks.remove()
-        self._loss_hooks.remove()
+        self.gathering.remove()
 
     @property
     def waits(self) -> bool:
-        """Whether an update is due that :meth:`gather` has to make, as the hook on the network did not."""
-        return self.recorder.active
+        """Whether an update is due that :meth:`gather` has to make, as no backward pass did."""
+        return self.recorder.active and self._pending is None and self.curvature != "empirical"
 
     def begin(self) -> None:
-        """Forget forward passes that were not followed by a step."""
-        if self.recorder.active:
-            self.recorder.start()
+        """Forget what was gathered in passes that were not followed by a step."""
+        self._pending = None
+        self.gathering.forget()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def start(self, active: bool = True) -> None:
+        """Gather in the next backward pass; or nothing until a later step says so."""
+        self._pending = None
+        if active:
+            self.gathering.start()
+        else:
+            self.gathering.stop()
+
+    def paused(self) -> AbstractContextManager[None]:
         """Gather nothing inside of this context."""
-        active, self.recorder.active = self.recorder.active, False
-        try:
-            yield
-        finally:
-            self.recorder.active = active
+        return self.gathering.paused()
 
     def gather(self, loss: Tensor, output: Tensor) -> None:
-        """Update the factors from a loss on its tape, if an update is due. The tape is retained.
+        """Gather from a loss on its tape, if an update is due. The tape is retained.
 
         Not needed where the loss is declared or the curvature is the empirical one, and the network itself was called;
         nor ever where it was declared as a module.
@@ -227,75 +260,51 @@ class KroneckerBand:
             loss: A sum or mean over samples.
             output: ``(B, …)``, what the loss is a function of.
         """
-        if not self.recorder.active:
-            return
-        if self.curvature == "empirical":
-            self._see_batch(output)
-            return
-        if isinstance(self.seeds.loss, nn.Module):
-            raise ClosureError(
-                f"the declared {type(self.seeds.loss).__name__} was not called, on what the network returns, since the "
-                "last step. Call that very module in the closure, or leave out loss=."
-            )
-        columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
-        self._back_propagate(output, columns)
+        if self.waits:
+            self._raise()
+            with self.paused():
+                self.gathering.take_loss(loss, output)
 
-    def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
-        """After the network's forward pass: the curvature of a loss that is declared by name, or the empirical one."""
-        if not self.recorder.active or not torch.is_grad_enabled():
-            return
-        if self.curvature == "empirical":
-            leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-            if leaves:
-                self._see_batch(leaves[0])
-        elif self.seeds.name is not None and not (isinstance(output, Tensor) and not output.requires_grad):
-            columns = self.seeds.of_output(output)
-            self._back_propagate(output, columns)
+    def _raise(self) -> None:
+        """The error that gathering met, if there was one."""
+        error = self.gathering.error
+        if error is not None:
+            self.begin()
+            raise error
 
-    def _see_loss(self, _: None, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        """After the declared loss module: it may serve other networks as well, whose passes are not recorded here."""
-        if self.recorder.active and self.recorder.calls and torch.is_grad_enabled():
-            found = self.seeds.of_call(args, kwargs, value)
-            if found is not None:
-                self._back_propagate(*found)
-
-    def _see_batch(self, output: Tensor) -> None:
-        """Empirical: the calls are complete, and their cotangents will come."""
-        self.samples = _batch(output)
-        self._structure(self.recorder.calls, output)
-        self.recorder.active = False
-
-    def _back_propagate(self, output: Tensor, columns: Tensor) -> None:
-        calls = self.recorder.stop()
-        self.samples = _batch(output)
-        apart = all(call.input.shape[:1] == output.shape[:1] for call in calls)
-        if self.factors is None:
-            # The only synchronisation with the device; a loss without curvature here has no scale.
-            self.scale = float(columns.square().sum()) or 1.0
-        self._structure(calls, output)
+    def _back_propagate(self, found: Columns) -> None:
+        """Columns to the layers, and their moments: pending until the step."""
+        self._pending = None
+        calls, columns = found.calls, found.values
+        apart = all(call.input.shape[:1] == columns.shape[1:2] for call in calls)
+        scale = columns.square().sum()
+        self._structure(calls, found.before)
         others = list(self.diagonals)
         if others or not apart:
             # So that columns of different rows are independent and centred, where these meet: in the squared sum, and
             # in layers whose rows are not the output's (its rows may be positions of a sequence).
             signs = torch.randint(0, 2, columns.shape[:2], generator=self.generator, device=self.device)
             columns = columns * signs.mul_(2).sub_(1).view(*signs.shape, *[1] * (columns.ndim - 2))
-        cotangents, slopes = back_propagate(output, columns, calls, others)
+        cotangents, slopes = back_propagate(found.output, columns, calls, others)
         with torch.no_grad():
-            weight = self._update(calls, cotangents)
-            for p, slope in zip(others, slopes, strict=True):
-                if slope is not None:
-                    self.diagonals[p].lerp_(slope.to(self.dtype).square().sum(0), weight)
+            squares = {
+                p: slope.to(self.dtype).square().sum(0)
+                for p, slope in zip(others, slopes, strict=True)
+                if slope is not None
+            }
+            self._pending = self._moments(calls, cotangents, squares, found.samples, scale)
 
     @torch.no_grad()
-    def _structure(self, calls: Sequence[Call], output: Tensor) -> None:
-        """At the first batch: which blocks there are, and which of them are in the band."""
-        if self.factors is not None:
+    def _structure(self, calls: Sequence[Call], before: frozenset[int]) -> None:
+        """Until the first update: which blocks there are, and which of them are in the band."""
+        if not self.recorder.linking:
             return
-        called = {call.block for call in calls}
+        called = {call.block for call in calls} | self.recorder.links.keys()
+        self.others = dict(self._planned)
         for number, block in enumerate(self.blocks):
             if number not in called:
                 self.others.update(dict.fromkeys(block.parameters, "its layer was not called at the first step"))
-        self.build(sorted(called), block_distances(calls, output.grad_fn, len(self.blocks)))
+        self.build(sorted(called), self.gathering.distances(calls, before))
 
     def build(self, called: Sequence[int], distances: NDArray[np.float64]) -> None:
         """Blank averages of the blocks that were called, and their inverse."""
@@ -327,8 +336,15 @@ class KroneckerBand:
         self._views = [views.get(p) for p in self.parameters]
         self._steps = [steps.get(p) for p in self.parameters]
 
-    def _update(self, calls: Sequence[Call], cotangents: Sequence[Tensor | None]) -> float:
-        """Average in one batch; returns the weight."""
+    def _moments(
+        self,
+        calls: Sequence[Call],
+        cotangents: Sequence[Tensor | None],
+        slopes: dict[Tensor, Tensor],
+        samples: int,
+        scale: Tensor | None,
+    ) -> _Pending:
+        """Of one batch."""
         assert self.factors is not None
         found: dict[int, list[Rows]] = {}
         times = Counter(call.block for call in calls)
@@ -339,30 +355,73 @@ class KroneckerBand:
                 row = self.blocks[call.block].rows(call.module, call.input, j, self.sharing, self.dtype, gram)
                 found.setdefault(call.block, []).append(row)
         rows = [_merge(found[i]) if i in found else None for i in self.called]
-        self.rows = [0 if row is None else row.cotangents.shape[2] * row.cotangents.shape[3] for row in rows]
-        self.excluded = self.factors.update(rows, self.decay, self.samples, self.cross)
-        if self.probe is not None:
-            self.probe.update(rows, 1.0, self.samples)
-            self.last = rows
-        return max(1 - self.decay, 1 / self.factors.updates)
+        counts = [0 if row is None else row.cotangents.shape[2] * row.cotangents.shape[3] for row in rows]
+        moments = self.factors.moments(rows, samples, self.cross)
+        probe = None if self.probe is None else self.probe.moments(rows, samples)
+        return _Pending(moments, probe, [] if probe is None else rows, counts, slopes, samples, scale)
+
+    @torch.no_grad()
+    def commit(self, gradients: Sequence[Tensor | None] = ()) -> None:
+        """Average in what the last backward pass gathered: the step with its gradients is taken.
+
+        Args:
+            gradients: Of ``parameters``, in that order.
+
+        Raises:
+            ClosureError: ``"empirical"``, and the factor on the loss is not known.
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse.
+            NotConvexError: the loss is not convex in the output.
+        """
+        self._raise()
+        if self.recorder.active and self.curvature == "empirical":
+            self._collect(gradients)
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        assert self.factors is not None
+        parts = [t.sum(dtype=self.dtype) for t in [*pending.slopes.values(), *gradients] if t is not None]
+        parts += [] if pending.scale is None else [pending.scale.to(self.dtype)]
+        sound = torch.stack([*pending.moments.totals, *parts]).sum().isfinite()
+        if self.recorder.linking:
+            # The only synchronisation with the device.
+            if not sound:
+                self._unsound_start = True
+                self.left_out += 1
+                _log.warning("the first batch's curvature or gradient is not finite, so no step is taken yet")
+                self.gathering.start()
+                return
+            if pending.scale is not None:
+                self.scale = float(pending.scale) or 1.0  # a loss without curvature here has no scale
+            self.recorder.linking = False
+        weight = self.factors.average(pending.moments, self.decay, sound)
+        for p, square in pending.slopes.items():
+            mine = self.diagonals[p]
+            mine.lerp_(torch.where(sound, square, mine), weight)
+        if self.probe is not None and pending.probe is not None:
+            self.probe.average(pending.probe, 1.0, sound)
+            self.last = pending.last
+        self.rows, self.samples, self.excluded = pending.rows, pending.samples, pending.moments.excluded
+        self.gathering.stop()
 
     @torch.no_grad()
     def direction(self, gradients: Sequence[Tensor | None]) -> Direction:
-        """Precondition a gradient; then get ready to gather in the next forward pass, if that is due.
+        """Precondition a gradient; then get ready to gather in the next backward pass, if that is due.
 
         Args:
             gradients: Of ``parameters``, in that order; None counts as zero.
 
         Raises:
             ClosureError: nothing was gathered yet.
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse.
         """
-        if self.curvature == "empirical" and self.recorder.calls:
-            self._collect(gradients)
+        self.commit(gradients)
         if self.factors is None or self.inverse is None or not self.factors.updates:
-            raise ClosureError(
-                "no curvature was gathered: call the network with gradients enabled before each step, and declare the "
-                f"loss, loss={' | '.join(map(repr, LOSSES))}, or pass a closure."
-            )
+            if not self._unsound_start:
+                raise cause(self.gathering)
+            self._unsound_start = False
+            steps = [torch.zeros_like(p, dtype=self.dtype) for p in self.parameters]
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            return Direction(steps, steps, zero, zero > 0, zero > 0)
         if self.steps == 0:
             warn_of_diagonals(self)
         if not self.inverse.ready or due(self.steps, self.inverse_every):
@@ -386,10 +445,14 @@ class KroneckerBand:
                 decrement = decrement + (slope * d).sum()
             steps.append(d)
             flats.append(d)
+        sound = decrement.isfinite()
+        self.left_out += ~sound
+        for part in flats:
+            part.masked_fill_(~sound, 0.0)
         self.steps += 1
-        if due(self.steps, self.factor_every):
-            self.recorder.start()
-        return Direction(steps, flats, decrement, failed)
+        if self.recorder.active or due(self.steps, self.factor_every):
+            self.start()
+        return Direction(steps, flats, torch.where(sound, decrement, 0.0), failed, sound)
 
     def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The part of a gradient that blocks have, as a vector, valid until the next call."""
@@ -431,14 +494,29 @@ class KroneckerBand:
         return sample_curvature(blocks, self.last, parts, self.samples)
 
     def _collect(self, gradients: Sequence[Tensor | None]) -> None:
-        """Update from the cotangents that the ordinary backward pass left; a mean loss has 1/B in them."""
-        calls = self.recorder.stop()
-        scale = 1.0 if self.reduction == "sum" else float(self.samples)
-        cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0) * scale**0.5 for c in calls]
-        weight = self._update(calls, cotangents)
-        for p, g in zip(self.parameters, gradients, strict=True):
-            if p in self.diagonals and g is not None:
-                self.diagonals[p].lerp_(g.to(self.dtype).square() * scale, weight)
+        """From the cotangents that the ordinary backward pass left; a mean loss has 1/B in them, times its slope."""
+        found = self.gathering.backward
+        if found is None or (self.blocks and not found.calls):
+            return
+        if found.slope is None and self.gathering.choice.further:
+            raise ClosureError(
+                'the gradients of several backward passes were accumulated, and curvature="empirical" does not know '
+                f"the factor that each loss had. Call backward() once before each step, or {SEE_LOSS}."
+            )
+        calls = sorted(found.calls, key=lambda call: call.note.order)
+        inputs = [c.input for c in calls if c.input.ndim]
+        samples = found.samples or (len(inputs[0]) if inputs else 1)
+        self._structure(calls, found.before)
+        scale = 1.0 if self.reduction == "sum" else float(samples)
+        factor = scale**0.5 if found.slope is None else scale**0.5 / found.slope.to(self.dtype)
+        cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0).to(self.dtype) * factor for c in calls]
+        whole = scale if self.reduction == "sum" else scale * (1 + len(self.gathering.choice.further))
+        slopes = {
+            p: g.to(self.dtype).square() * whole
+            for p, g in zip(self.parameters, gradients, strict=False)
+            if p in self.diagonals and g is not None
+        }
+        self._pending = self._moments(calls, cotangents, slopes, samples, None)
 
     def memory(self) -> int:
         """Bytes of factors, inverses and diagonals by the formula above; 0 before the first batch."""
@@ -447,8 +525,12 @@ class KroneckerBand:
         return numbers_kept(self.factors, list(self.diagonals)) * self.dtype.itemsize
 
     def report(self) -> dict[str, str]:
-        """How each parameter is treated, by its name in the network."""
-        return treatment(self)
+        """How each parameter is treated, by its name in the network; and under ``"left out"`` what was not finite."""
+        found = treatment(self)
+        updates, steps = 0 if self.factors is None else int(self.factors.skipped), int(self.left_out)
+        if updates or steps:
+            found["left out"] = f"{updates} updates of the averages and {steps} steps, which were not finite"
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors and plain numbers."""
@@ -470,10 +552,6 @@ class KroneckerBand:
 def due(step: int, every: int) -> bool:
     """Whether to refresh at this step (the first is 0): every so many steps, and at powers of two before the first."""
     return step % every == 0 or (step < every and step & (step - 1) == 0)
-
-
-def _batch(output: Tensor) -> int:
-    return output.shape[0] if output.ndim else 1
 
 
 def _merge(rows: Sequence[Rows]) -> Rows:

@@ -60,6 +60,26 @@ class Pairs:
     outputs: Tensor
 
 
+@dataclass(eq=False)
+class Moments:
+    """What one batch adds to the averages.
+
+    Attributes:
+        tensors: In the order of :attr:`KroneckerFactors.tensors`.
+        called: Of each stack, 0 for entries of blocks that were not called and 1 for others, ``(m,)``, or just 1.
+        excluded: Blocks without cross factors because their rows are not those of the samples.
+    """
+
+    tensors: list[Tensor]
+    called: list[float | Tensor]
+    excluded: list[int]
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """The sums of all, which are finite only if all are."""
+        return [t.sum() for t in self.tensors]
+
+
 class KroneckerFactors:
     """The averages ``A_v, G_v`` of all blocks and ``A_vw, G_vw`` of the pairs whose taper does not vanish.
 
@@ -76,6 +96,10 @@ class KroneckerFactors:
         taper: t, ``(n, n)``, from :func:`hessopt.taper.clique_taper`.
         dtype: Of the factors.
         device: Of the factors.
+
+    Attributes:
+        updates: Batches that were given to :meth:`average`.
+        skipped: How many of these were not taken, on the device.
     """
 
     def __init__(self, blocks: Sequence[Block], taper: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -94,6 +118,7 @@ class KroneckerFactors:
         ]
         self.pairs = self._plan(taper)
         self.updates = 0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def _zeros(self, count: int, size: int, diagonal: bool) -> Tensor:
         shape = (count, size) if diagonal else (count, size, size)
@@ -139,6 +164,7 @@ class KroneckerFactors:
                 pairs.inputs[i].copy_(source.inputs[j])
                 pairs.outputs[i].copy_(source.outputs[j])
         self.updates = other.updates
+        self.skipped.copy_(other.skipped)
 
     def blank(self) -> tuple[Tensor, Matrices]:
         """A zero vector, and its views as matrices."""
@@ -159,48 +185,69 @@ class KroneckerFactors:
             found.update(zip(block.parameters, block.views(part), strict=True))
         return found
 
-    def update(self, rows: Sequence[Rows | None], decay: float, samples: int, cross: bool = True) -> list[int]:
-        """Average in the rows of one batch, with weight ``max(1 - decay, 1/t)`` at update t.
+    def moments(self, rows: Sequence[Rows | None], samples: int, cross: bool = True) -> Moments:
+        """The same matrices of the rows of one batch alone.
 
-        ``A ← Σ x xᵀ / (number of rows)``, ``G ← Σ ĵ ĵᵀ``: the mean over samples of the curvature is in ĵ's scale.
+        ``A = Σ x xᵀ / (number of rows)``, ``G = Σ ĵ ĵᵀ``: the mean over samples of the curvature is in ĵ's scale.
 
         Args:
-            rows: Of each block; None for one that was not called, whose factors stay as they are.
-            decay: Weight of the past.
+            rows: Of each block; None for one that was not called.
             samples: B.
-            cross: Whether to gather cross factors; they decay otherwise.
-
-        Returns:
-            Blocks without cross factors because their rows are not those of B samples.
+            cross: Whether to gather cross factors.
         """
-        self.updates += 1
-        weight = max(1 - decay, 1 / self.updates)
-        for row, block, (number, start) in zip(rows, self.blocks, self.place, strict=True):
-            if row is not None:
-                stack, part = self.stacks[number], slice(start, start + block.shape[0])
-                _average(block, row, stack.inputs[part], stack.outputs[part], weight)
-        excluded = [v for v, row in enumerate(rows) if row is None or _positions(row, samples) is None]
-        if self.pairs:
-            # A pair whose block was not called: its diagonal did not decay, but then neither may its cross factors
-            # grow; decaying them keeps the whole positive semidefinite.
-            self._update_pairs(rows if cross else [None] * len(rows), weight, samples)
-        return excluded
+        found = Moments([torch.zeros_like(t) for t in self.tensors], [1.0] * len(self.stacks), [])
+        for number in range(len(self.stacks)):
+            own = [i for i, place in enumerate(self.place) if place[0] == number]
+            if any(rows[i] is None for i in own):
+                called = [float(rows[i] is not None) for i in own for _ in range(self.blocks[i].shape[0])]
+                found.called[number] = torch.tensor(called, dtype=self.dtype, device=self.device)
+            inputs, outputs = found.tensors[2 * number : 2 * number + 2]
+            for i in own:
+                row, start = rows[i], self.place[i][1]
+                part = slice(start, start + self.blocks[i].shape[0])
+                if row is not None:
+                    _moments(self.blocks[i], row, inputs[part], outputs[part])
+        found.excluded = [v for v, row in enumerate(rows) if row is None or _positions(row, samples) is None]
+        if self.pairs and cross:
+            self._pair_moments(rows, samples, found.tensors[2 * len(self.stacks) :])
+        return found
 
-    def _update_pairs(self, rows: Sequence[Rows | None], weight: float, samples: int) -> None:
+    def _pair_moments(self, rows: Sequence[Rows | None], samples: int, found: Sequence[Tensor]) -> None:
         whole = {v: x for v, row in enumerate(rows) if row is not None and (x := _positions(row, samples)) is not None}
-        for pairs in self.pairs:
+        for pairs, inputs, outputs in zip(self.pairs, found[::2], found[1::2], strict=True):
             for i, (v, w) in enumerate(pairs.blocks):
-                a, g = pairs.inputs[i], pairs.outputs[i]
                 if v not in whole or w not in whole:
-                    a.mul_(1 - weight)
-                    g.mul_(1 - weight)
                     continue
                 x, y = whole[v], whole[w]
                 if x.inputs.shape[2] != y.inputs.shape[2]:
                     x, y = _means(x), _means(y)
                 left, right = x.inputs.flatten(0, 2), y.inputs.flatten(0, 2)
-                a.addmm_(left.mT, right, beta=1 - weight, alpha=weight / len(left))
-                g.addmm_(x.cotangents.flatten(0, 3).mT, y.cotangents.flatten(0, 3), beta=1 - weight, alpha=weight)
+                inputs[i].addmm_(left.mT, right, beta=0, alpha=1 / len(left))
+                outputs[i].addmm_(x.cotangents.flatten(0, 3).mT, y.cotangents.flatten(0, 3), beta=0)
+
+    def average(self, moments: Moments, decay: float, sound: Tensor) -> Tensor:
+        """Average in those of one batch, with weight ``max(1 - decay, 1/t)`` at update t, unless it is not sound.
+
+        A block that was not called keeps its factors; cross factors that were not gathered decay towards zero.
+
+        Args:
+            moments: Of the batch.
+            decay: Weight of the past.
+            sound: Whether to, without dimensions, on the device.
+
+        Returns:
+            The weight, without dimensions, on the device.
+        """
+        self.updates += 1
+        weight = (self.updates - self.skipped).to(self.dtype).reciprocal().clamp_min(1 - decay)
+        self.skipped += ~sound
+        for i, (mine, found) in enumerate(zip(self.tensors, moments.tensors, strict=True)):
+            called = moments.called[i // 2] if i < 2 * len(self.stacks) else 1.0
+            share = weight * called
+            if isinstance(called, Tensor):
+                share = share.view(-1, *[1] * (mine.ndim - 1))
+            mine.lerp_(torch.where(sound, found, mine), share)
+        return weight
 
     def product(self, x: Matrices) -> Matrices:
         """``(t ∘ M) x``, undamped: ``(M X)_v = Σ_w t_vw G_vw X_w A_wv``."""
@@ -224,33 +271,30 @@ def _right(x: Tensor, factor: Tensor, diagonal: bool) -> Tensor:
     return x * factor.unsqueeze(1) if diagonal else x @ factor
 
 
-def _average(block: Block, rows: Rows, a: Tensor, g: Tensor, weight: float) -> None:
-    """``a`` and ``g``, ``(groups, …)``, move towards the rows' averages."""
+def _moments(block: Block, rows: Rows, a: Tensor, g: Tensor) -> None:
+    """Write the rows' second moments into ``a`` and ``g``, ``(groups, …)``, which are zero."""
     j = rows.cotangents.flatten(1, 3)
     if block.kind == "embedding":
         # Roles are swapped: the weight is (tokens, features), so its left factor is the tokens' frequency.
         index = rows.inputs.flatten()
         skip = getattr(block.modules[0], "padding_idx", None)
         seen = torch.ones_like(index, dtype=g.dtype) if skip is None else (index != skip).to(g.dtype)
-        g.mul_(1 - weight)[0].index_put_((index,), seen * (weight / len(index)), accumulate=True)
-        if block.diagonal[1]:
-            a.mul_(1 - weight).add_(j.square().sum(1), alpha=weight)
-        else:
-            a.baddbmm_(j.mT, j, beta=1 - weight, alpha=weight)
+        g[0].index_put_((index,), seen / len(index), accumulate=True)
+        _gram(a, j, block.diagonal[1], 1.0)
         return
     share = 1 / (rows.inputs.shape[1] * rows.inputs.shape[2])
     if rows.gram is not None:
-        a.mul_(1 - weight).add_(rows.gram, alpha=weight * share)
+        torch.mul(rows.gram, share, out=a)
     else:
-        _add_gram(a, rows.inputs.flatten(1, 2), block.diagonal[1], weight, share)
-    _add_gram(g, j, block.diagonal[0], weight, 1.0)
+        _gram(a, rows.inputs.flatten(1, 2), block.diagonal[1], share)
+    _gram(g, j, block.diagonal[0], 1.0)
 
 
-def _add_gram(factor: Tensor, x: Tensor, diagonal: bool, weight: float, scale: float) -> None:
+def _gram(factor: Tensor, x: Tensor, diagonal: bool, scale: float) -> None:
     if diagonal:
-        factor.mul_(1 - weight).add_(x.square().sum(1), alpha=weight * scale)
+        torch.mul(x.square().sum(1), scale, out=factor)
     else:
-        factor.baddbmm_(x.mT, x, beta=1 - weight, alpha=weight * scale)
+        factor.baddbmm_(x.mT, x, beta=0, alpha=scale)
 
 
 def _positions(rows: Rows, samples: int) -> Rows | None:

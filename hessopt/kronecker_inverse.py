@@ -165,12 +165,13 @@ class KroneckerInverse:
         r, p = b, b
         rho = r @ r
         tiny = torch.finfo(b.dtype).tiny
+        nothing = tiny / torch.finfo(b.dtype).eps  # a residual this small is none, and its curvature may underflow
         sound = torch.ones((), dtype=torch.bool, device=b.device)
         for i in range(self.iterations):
             q = self._coupled(p)
             curvature = p @ q
-            sound = sound & ((curvature > 0) | (rho == 0))
-            alpha = rho / curvature.clamp_min(tiny)
+            sound = sound & ((curvature > 0) | (rho <= nothing))
+            alpha = torch.where(curvature > 0, rho / curvature.clamp_min(tiny), 0.0)
             x = torch.addcmul(x, alpha, p)
             if i + 1 < self.iterations:
                 r = torch.addcmul(r, alpha, q, value=-1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from hessopt.errors import ModelError
 from hessopt.loss_curvature import (
@@ -60,19 +61,13 @@ class Seeds:
         """Of the loss, if it was declared by name."""
         return None if isinstance(self.loss, nn.Module) else self.loss
 
-    def of_output(self, output: Any) -> Tensor:
+    def of_output(self, output: Tensor) -> Tensor:
         """Columns ``(K, *output.shape)`` of the loss that was declared by name.
 
         Raises:
-            ModelError: the output is no tensor, or has no such dimension of classes.
+            ModelError: the output has no such dimension of classes.
         """
         assert self.name is not None
-        if not isinstance(output, Tensor):
-            raise ModelError(
-                f"the network returns {type(output).__name__}, and the loss's curvature is of one tensor. Declare the "
-                "loss module that you call, MiniBatch(loss=criterion), or leave out loss= and pass a closure that "
-                "returns `(loss, output)`, or wrap the network in a module that returns the tensor."
-            )
         z, place = output.detach(), self.class_dim
         if place is not None:
             if not -z.ndim <= place < z.ndim or place % z.ndim == 0:
@@ -81,29 +76,31 @@ class Seeds:
         columns = self._of(named_curvature(self.name, self.reduction, z))
         return columns if place is None else columns.movedim(2, place % z.ndim + 1)
 
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[Tensor, Tensor] | None:
-        """Of a call of the declared module: what to back-propagate from, and columns; None if nothing depends on it.
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor | None]:
+        """Of a call of the declared module, in order; and the first that has a tape, or None."""
+        assert isinstance(self.loss, nn.Module)
+        given = inspect.signature(self.loss.forward).bind(*args, **kwargs).args
+        return given, next((a for a in given if isinstance(a, Tensor) and a.requires_grad), None)
+
+    def of_call(self, given: tuple[Any, ...], output: Tensor, value: GradientEdge) -> tuple[Tensor, Tensor]:
+        """Of a call of the declared module: what to back-propagate from, and columns.
+
+        Args:
+            given: Arguments.
+            output: The first of these that has a tape.
+            value: Where what it returned is on the tape, which is retained.
 
         Raises:
             ModelError: it has no closed form, and its value or the number of outputs does not allow the general one.
             NotConvexError: it is not convex in its input.
         """
         assert isinstance(self.loss, nn.Module)
-        given = inspect.signature(self.loss.forward).bind(*args, **kwargs).args
-        output = next((a for a in given if isinstance(a, Tensor) and a.requires_grad), None)
-        if output is None:
-            return None
         form = criterion_curvature(self.loss, *given) if output is given[0] and len(given) > 1 else None
         if form is not None:
             return form.output, self._of(form)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ModelError(
-                f"the declared {type(self.loss).__name__} does not return the loss, a tensor with one number. Leave "
-                "out loss= and pass a closure that returns `(loss, output)`."
-            )
-        return output, self.of_loss(value.reshape(()), output)
+        return output, self.of_loss(value, output)
 
-    def of_loss(self, loss: Tensor, output: Tensor) -> Tensor:
+    def of_loss(self, loss: Tensor | GradientEdge, output: Tensor) -> Tensor:
         """Of any loss that is a sum over samples, on the tape of its output, which is retained.
 
         Raises:
@@ -120,12 +117,12 @@ class Seeds:
 
 
 def hessian_columns(
-    loss: Tensor, output: Tensor, columns: Columns, generator: torch.Generator, sign: int = 1
+    loss: Tensor | GradientEdge, output: Tensor, columns: Columns, generator: torch.Generator, sign: int = 1
 ) -> Tensor:
     """Columns of any loss that is a sum over samples: roots of its output Hessians, or these times random signs.
 
     Args:
-        loss: ℓ, on the tape of ``output``, which is retained.
+        loss: ℓ, or its place, on the tape of ``output``, which is retained.
         output: z, ``(B, …)``.
         columns: K, or ``"exact"``.
         generator: Source of the signs.

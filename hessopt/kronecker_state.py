@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 def state_of(band: KroneckerBand) -> dict[str, Any]:
     """Everything that the next steps depend on, as tensors and plain numbers."""
     state: dict[str, Any] = {
-        "steps": band.steps, "damping": band.damping, "scale": band.scale, "generator": band.generator.get_state(),
-        "active": band.recorder.active,
+        "steps": band.steps, "damping": band.damping, "scale": band.scale, "generator": band.gathering.random_state,
+        "active": band.recorder.active, "left_out": band.left_out.clone(),
     }  # fmt: skip
     if band.factors is not None and band.inverse is not None and band.distances is not None:
         state.update(
             called=list(band.called),
             distances=torch.from_numpy(band.distances),
             updates=band.factors.updates,
+            skipped=band.factors.skipped.clone(),
             ready=band.inverse.ready,
             excluded=list(band.excluded),
             rows=list(band.rows),
@@ -34,6 +35,7 @@ def state_of(band: KroneckerBand) -> dict[str, Any]:
         if band.probe is not None:
             state["probe"] = {
                 "updates": band.probe.updates,
+                "skipped": band.probe.skipped.clone(),
                 "tensors": [t.clone() for t in band.probe.tensors],
                 "last": [None if row is None else [row.inputs, row.cotangents] for row in band.last],
                 "samples": band.samples,
@@ -62,10 +64,10 @@ def load_state(band: KroneckerBand, state: dict[str, Any], candidates: Sequence[
         band.generator.set_state(saved)
     else:
         band.generator.manual_seed(band.seed)  # of another kind of device: no state of this one's
-    band.recorder.stop()
-    if state["active"]:
-        band.recorder.start()
+    band.start(bool(state["active"]))
+    band.left_out.fill_(state.get("left_out", 0))  # there is none in states of older versions
     band.probe, band.last = None, []
+    band.recorder.linking = not state.get("updates")
     if "tensors" not in state:
         band.factors, band.inverse = None, None
         return
@@ -79,11 +81,13 @@ def load_state(band: KroneckerBand, state: dict[str, Any], candidates: Sequence[
     assert band.factors is not None
     assert band.inverse is not None
     band.factors.updates, band.inverse.ready = int(state["updates"]), bool(state["ready"])
+    band.factors.skipped.fill_(state.get("skipped", 0))  # there are none in states of older versions
     band.excluded, band.rows = list(state["excluded"]), list(state["rows"])
     own, tensors = [*band.factors.tensors, *band.inverse.tensors, *band.diagonals.values()], state["tensors"]
     if "probe" in state:
         band.probe = band.blank_factors(*candidates)
         band.probe.updates, band.samples = int(state["probe"]["updates"]), int(state["probe"]["samples"])
+        band.probe.skipped.fill_(state["probe"].get("skipped", 0))
         last = state["probe"]["last"]
         band.last = [None if row is None else Rows(*(t.to(band.device) for t in row)) for row in last]
         own, tensors = [*own, *band.probe.tensors], [*tensors, *state["probe"]["tensors"]]

@@ -12,6 +12,7 @@ from diagnostics.cliques import Bandwidth
 from hessopt.backward_calls import gradients_of
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError
+from hessopt.finite import gradient_norm
 from hessopt.kronecker_band import Direction, KroneckerBand
 from hessopt.kronecker_bandwidth import KroneckerBandwidth
 from hessopt.kronecker_recorder import check_strided
@@ -100,11 +101,14 @@ class KroneckerStep:
         sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
             self.band.begin()
-            runner = ClosureRunner(closure, _all(groups), self.model, tape=self.band.waits)
+            # The curvature of a declared loss is gathered in the closure's own backward.
+            tape = self.band.waits and self.options.loss is None
+            runner = ClosureRunner(closure, _all(groups), self.model, tape=tape)
             evaluation = runner.evaluate()
             gradients = self._gradients(evaluation)
             check_strided(gradients)
-            if self.band.waits:
+            self._check_finite(gradients)
+            if self.band.waits and (tape or not evaluation.backward_called or isinstance(self.options.loss, nn.Module)):
                 with torch.enable_grad():
                     self.band.gather(evaluation.loss, evaluation.output)
             loss = evaluation.loss.detach()
@@ -118,6 +122,14 @@ class KroneckerStep:
             self.restart(groups)  # the parameters that were added are trained from the next step on
         return loss
 
+    def _check_finite(self, gradients: list[Tensor | None]) -> None:
+        """With a closure, whose loss was looked at already."""
+        try:
+            gradient_norm(gradients, self.band.parameters, self.model)
+        except ClosureError:
+            self.band.begin()
+            raise
+
     def _gradients(self, evaluation: Evaluation) -> list[Tensor | None]:
         if evaluation.backward_called:
             return [p.grad for p in self.band.parameters]
@@ -130,15 +142,17 @@ class KroneckerStep:
         self, groups: Groups, gradients: list[Tensor | None], runner: ClosureRunner | None, loss: Tensor | None
     ) -> None:
         parameters = self.band.parameters
+        self.band.commit(gradients)
         if self.choice is not None:
             self.choice.watch(self.band, gradients)
-        steps = self._scaled(self.band.direction(gradients), gradients)
+        direction = self.band.direction(gradients)
+        steps = self._scaled(direction, gradients)
         every = self.options.adapt_every
         adapt = every is not None and runner is not None and self.band.steps % every == 0
         before = [p.clone() for p in parameters] if adapt else []
         moving = {p: s for p, s, g in zip(parameters, steps, gradients, strict=True) if g is not None}
         for group in groups:
-            self._move_group(group, [p for p in group["params"] if p in moving], moving)
+            self._move_group(group, [p for p in group["params"] if p in moving], moving, direction.sound)
         if adapt:
             assert runner is not None
             assert loss is not None
@@ -158,21 +172,23 @@ class KroneckerStep:
             steps = [s * (g / n.clamp_min(tiny)) for s, g, n in zip(steps, slopes, norms, strict=True)]
         return steps
 
-    def _move_group(self, group: dict[str, Any], own: list[Tensor], steps: dict[Tensor, Tensor]) -> None:
+    def _move_group(self, group: dict[str, Any], own: list[Tensor], steps: dict[Tensor, Tensor], sound: Tensor) -> None:
+        """Move by finite steps. If they are zero as they were not finite, nothing moves and the momentum stays."""
         if not own:
             return
         part: list[Tensor] | tuple[Tensor, ...] = [steps[p] for p in own]
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         if decay:
-            torch._foreach_mul_(own, 1 - lr * decay)
+            # Products with 0 or 1, exact in every precision, as nobody has looked at the device's answer.
+            torch._foreach_add_(own, _foreach_kept(own, sound), alpha=-lr * decay)
         if group["momentum"]:
             for p, s in zip(own, part, strict=True):
                 if p not in self.momentum:
                     self.momentum[p] = torch.zeros_like(p, dtype=s.dtype)
             buffers = [self.momentum[p] for p in own]
-            torch._foreach_mul_(buffers, float(group["momentum"]))
+            torch._foreach_mul_(buffers, torch.where(sound, float(group["momentum"]), 1.0).to(buffers[0].dtype))
             torch._foreach_add_(buffers, part)
-            part = buffers
+            part = _foreach_kept(buffers, sound)
         torch._foreach_add_(own, part, alpha=-lr)
 
     def _adapt(
@@ -214,3 +230,11 @@ class KroneckerStep:
 
 def _all(groups: Groups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
+
+
+def _foreach_kept(tensors: Sequence[Tensor], kept: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or zeros; of one dtype each, in one pass where they share it."""
+    if len({t.dtype for t in tensors}) == 1:
+        found: tuple[Tensor, ...] = torch._foreach_mul(list(tensors), kept.to(tensors[0].dtype))
+        return found
+    return tuple(t * kept for t in tensors)

@@ -44,8 +44,12 @@ class LossCurvature:
             sampled: Scores of targets drawn from the model's distribution (Monte-Carlo Fisher); else ``S ε`` with a
                 root S of the curvature and random signs ε.
             generator: Source of the draws.
+
+        An output that is not finite has none: the columns are NaN, and nothing is drawn from what is no distribution.
         """
         z, share = _values(self.output), self.factor
+        sound = z.isfinite().all()
+        z = torch.where(sound, z, 0.0)
         if columns == "exact":
             width = z[0].numel()
             units = torch.eye(width, dtype=z.dtype, device=z.device).view(width, 1, *z.shape[1:])
@@ -54,7 +58,8 @@ class LossCurvature:
             found, share = self.likelihood.scores(z, columns, generator), share / columns
         else:
             found, share = self.likelihood.root(z, random_signs((columns, *z.shape), z, generator)), share / columns
-        return found * (share.sqrt() if isinstance(share, Tensor) else math.sqrt(share))
+        root = share.sqrt() if isinstance(share, Tensor) else math.sqrt(share)
+        return (found * root).masked_fill_(~sound, math.nan)
 
 
 def class_dimension(z: Tensor) -> int:

@@ -25,8 +25,10 @@ class MiniBatch:
             label smoothing and ignored targets, and what it is called with need not be what the network returns
             (:func:`hessopt.loss_curvature.criterion_curvature` lists the closed forms; of any other module the output
             Hessian is used, if it is a sum over samples with at most 256 outputs each). Its value is taken for the
-            loss: a factor on it afterwards changes the gradient and not the curvature. Of several calls between two
-            steps the first one counts. None: any loss, with a closure. Default: None.
+            loss: a factor on it afterwards changes the gradient and not the curvature. What counts is a call that
+            ``backward()`` follows, the first of several (:class:`hessopt.kronecker_passes.Choice`).
+            ``curvature="empirical"`` needs no declaration, but has to see the loss as a module where it is scaled or
+            divided. None: any loss, with a closure. Default: None.
         reduction: Of a loss declared by name: ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum divided by the batch size).
         class_dim: Of the classes in the output of a declared ``"cross_entropy"``, for instance -1 for the ``(B, T, V)``
             of a language model. None: as in :func:`torch.nn.functional.cross_entropy`, the second of more than two.

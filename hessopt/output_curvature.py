@@ -142,7 +142,7 @@ def check_hessian_memory(output: Tensor, limit: int) -> None:
         )
 
 
-def check_separable(loss: Tensor, output: Tensor) -> None:
+def check_separable(loss: Tensor | GradientEdge, output: Tensor) -> None:
     """Check that ``∂ℓ/∂z_b`` depends on ``z_b`` alone, by :func:`diagnostics.coupling.mixes_samples`.
 
     Raises:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from hessopt import BandedNewton, LeastSquares
 from hessopt.closure import Evaluation
 from hessopt.exact_curvature import ExactCurvature, Structure
+from hessopt.kronecker_band import KroneckerBand
 from hessopt.layer_factors import layer_factors
 from hessopt.layers import Layer
 from hessopt.output_curvature import curvature_roots, output_hessians
@@ -84,6 +85,15 @@ class Dag(nn.Module):
         for w in range(count + 1):
             lengths = torch.minimum(lengths, lengths[:, w, None] + lengths[None, w])
         return lengths[:count, :count]
+
+
+def gather(band: KroneckerBand, loss: Tensor) -> None:
+    """Back-propagate, and take what is gathered, as a step does."""
+    loss.sum().backward(retain_graph=True)
+    gradients = [p.grad for p in band.parameters]
+    for p in band.parameters:
+        p.grad = None
+    band.commit(gradients)
 
 
 def chain(depth: int = 4, width: int = 3, outputs: int = 2, **options: object) -> Dag:

@@ -18,7 +18,7 @@ from hessopt.kronecker_band import KroneckerBand, due
 from hessopt.kronecker_inverse import triangular_inverse
 from hessopt.kronecker_seeds import hessian_columns
 from hessopt.loss_curvature import named_curvature
-from tests.hessopt.reference import Dag, batch, chain, dags, dense, skip
+from tests.hessopt.reference import Dag, batch, chain, dags, dense, gather, skip
 
 EXACT = {"curvature": "ggn", "columns": "exact", "loss": "mse", "reduction": "sum"}
 BANDWIDTHS = st.sampled_from([0, 1, 2, "full"])
@@ -89,7 +89,7 @@ def damped(band: KroneckerBand) -> Tensor:
 
 def engine(net: nn.Module, x: Tensor, bandwidth: object, **options: object) -> KroneckerBand:
     band = KroneckerBand(net, net.parameters(), bandwidth, **{**EXACT, **options})  # type: ignore[arg-type]
-    net(x)
+    gather(band, net(x))
     return band
 
 
@@ -299,7 +299,7 @@ def test_running_averages_and_windows_stay_positive_semidefinite() -> None:
     gradients = [torch.ones_like(p) for p in band.parameters]
     first = as_dense(band)
     band.direction(gradients)
-    net(batch(seed=5)[0])
+    gather(band, net(batch(seed=5)[0]))
     second = as_dense(band)
     whole = engine(net, batch(seed=5)[0], "full", decay=0.5)
     a, b = band.factors.stacks[0], whole.factors.stacks[0]  # type: ignore[union-attr]
@@ -310,7 +310,7 @@ def test_running_averages_and_windows_stay_positive_semidefinite() -> None:
     band.cross = False
     kept = [pairs.inputs.clone() for pairs in band.factors.pairs]
     band.direction(gradients)
-    net(batch(seed=6)[0])
+    gather(band, net(batch(seed=6)[0]))
     for pairs, before in zip(band.factors.pairs, kept, strict=True):
         assert torch.allclose(pairs.inputs, before / 2, rtol=1e-12)
     third = as_dense(band)
@@ -388,6 +388,7 @@ def test_undeclared_loss() -> None:
     given_loss = KroneckerBand(net, net.parameters(), 1, curvature="ggn", columns="exact")
     z = net(x)
     given_loss.gather(functional.cross_entropy(z, labels), z)
+    given_loss.commit()
     assert torch.allclose(as_dense(given_loss), as_dense(declared), rtol=1e-9, atol=1e-13)
     z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     loss = functional.cross_entropy(z, torch.tensor([0, 2]), weight=torch.tensor([1.0, 2.0, 3.0]).double())
@@ -419,7 +420,7 @@ def test_dimension_of_the_classes(columns: Any, curvature: Any) -> None:
     options = {"curvature": curvature, "columns": columns, "loss": "cross_entropy"}
     last = KroneckerBand(body, body.parameters(), 1, class_dim=-1, **options)
     second = KroneckerBand(twin, twin.parameters(), 1, **options)
-    body(tokens), twin(tokens)
+    gather(last, body(tokens)), gather(second, twin(tokens))
     assert last.factors is not None
     assert second.factors is not None
     assert last.scale == pytest.approx(second.scale, rel=1e-12)
@@ -432,7 +433,7 @@ def test_dimension_that_is_not_of_the_classes(place: int) -> None:
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
     band = KroneckerBand(net, net.parameters(), 0, loss="cross_entropy", class_dim=place)
     with pytest.raises(ModelError, match=rf"class_dim={place} is no dimension of the classes"):
-        net(torch.zeros(2, 3, dtype=torch.long))
+        gather(band, net(torch.zeros(2, 3, dtype=torch.long)))
     band.detach()
 
 
@@ -444,9 +445,11 @@ def test_random_state_is_untouched_and_columns_reproducible(columns: int, device
     expected = torch.rand(3), torch.rand(3, device=device)
     torch.manual_seed(3)
     bands = [KroneckerBand(net, net.parameters(), 1, loss="cross_entropy", columns=columns, seed=s) for s in (0, 0, 1)]
-    net(x)
+    net(x).sum().backward()
     assert torch.equal(torch.rand(3), expected[0])
     assert torch.equal(torch.rand(3, device=device), expected[1])
+    for band in bands:
+        band.commit()
     found = [band.factors.tensors[1] for band in bands if band.factors is not None]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -589,8 +592,9 @@ def test_bad_use() -> None:
 
     pair = Pair()
     band = KroneckerBand(pair, pair.parameters(), loss="mse")
+    pair(torch.randn(3, 2))[0].sum().backward()
     with pytest.raises(ModelError, match="the network returns tuple"):
-        pair(torch.randn(3, 2))
+        band.direction([p.grad for p in band.parameters])
     band.detach()
     band = KroneckerBand(pair, pair.parameters(), curvature="empirical")
     pair(torch.randn(3, 2))[0].sum().backward()

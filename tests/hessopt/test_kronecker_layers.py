@@ -14,6 +14,7 @@ from torch.nn import functional
 from hessopt import BandedNewton, MiniBatch
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_layers import plan_blocks
+from tests.hessopt.reference import gather
 
 RTOL = 1e-10
 
@@ -22,7 +23,9 @@ def gathered(net: nn.Module, x: Tensor, **options: object) -> tuple[KroneckerBan
     """An engine that has seen one batch, with exact Gauss-Newton columns of ``½ Σ z²``, and the output."""
     settings = {"curvature": "ggn", "columns": "exact", "loss": "mse", "reduction": "sum", **options}
     band = KroneckerBand(net, net.parameters(), **settings)  # type: ignore[arg-type]
-    return band, net(x)
+    z = net(x)
+    gather(band, z)
+    return band, z
 
 
 def factors(band: KroneckerBand, block: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.patches import patch_gram, patches_of
+from tests.hessopt.reference import gather
 
 SHAPES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "same": (nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 6, 5)),
@@ -92,7 +93,7 @@ def test_factors_with_and_without_unfolding(dtype: torch.dtype) -> None:
     found = []
     for bandwidth in (0, 1):
         band = KroneckerBand(net, net.parameters(), bandwidth, **options)
-        net(x)
+        gather(band, net(x))
         assert band.factors is not None
         found.append([stack.inputs.clone() for stack in band.factors.stacks])
         band.detach()
