@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import diagnostics
 from diagnostics.monitor import METRICS, Measurement, Metric, Monitor
 from tests.networks import Chain
+from tests.peak import Peak
 
 
 class _Noisy(nn.Module):
@@ -84,6 +86,68 @@ def test_measures_what_the_exact_methods_give(device: torch.device) -> None:
     assert found.values["sharpness_to_limit"] == pytest.approx(found.values["sharpness"] * 0.5 / 2)
 
 
+class _Quadratic(nn.Module):
+    """The Hessian is diagonal: 172, −27, and zeros, of which a random vector is nearly all."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w
+        z: Tensor = (86 * w[:1].square() - 13.5 * w[1:2].square()).sum() + 0 * w.sum() + x
+        return z
+
+
+@pytest.mark.parametrize("n", [1000, 200_000])
+@pytest.mark.parametrize("metrics", [("sharpness", "negative"), ("negative",), ("sharpness",)])
+def test_a_negative_eigenvalue_beside_a_large_positive_one_is_measured(n: int, metrics: tuple[Metric, ...]) -> None:
+    x = torch.zeros(1, 1)
+    monitor = Monitor(_Quadratic(n), lambda z, _: z.sum(), every=1, metrics=metrics)
+    for _ in range(2):  # the second starts from the eigenvectors of the first
+        found = monitor.step((x, x))
+        assert found is not None
+        expected = {"sharpness": 172.0, "negative": 27.0}
+        assert found.values == {name: pytest.approx(expected[name], rel=1e-2) for name in metrics}
+        assert not found.notes
+
+
+def test_what_has_not_converged_is_a_lower_bound_and_noted() -> None:
+    torch.manual_seed(0)
+    model, batch = Chain(4, 9, 9, 3).double(), _data()
+    graph = diagnostics.capture(model, batch[0], lambda z: F.cross_entropy(z, batch[1]))
+    eigenvalues = torch.linalg.eigvalsh(diagnostics.parameter_hessian(graph))
+    for most in (2, 4, 8, 100):
+        monitor = Monitor(model, F.cross_entropy, metrics=("sharpness", "negative"), max_products=most)
+        found = monitor.measure(batch)
+        assert found.values["sharpness"] <= eigenvalues[-1].item() * (1 + 1e-12)
+        assert found.values["negative"] <= -eigenvalues[0].item() * (1 + 1e-12)
+        if most == 2:
+            assert "sharpness and negative not converged after 2 products: lower bounds" in found.notes
+        if not found.notes:
+            assert found.values["sharpness"] == pytest.approx(eigenvalues[-1].item(), rel=1e-2)
+            assert found.values["negative"] == pytest.approx(-eigenvalues[0].item(), rel=1e-2)
+    assert not found.notes
+
+
+def test_memory_is_limited() -> None:
+    torch.manual_seed(0)
+    model, batch = Chain(4, 40, 40, 3).double(), _data()
+    vector = 8 * sum(p.numel() for p in model.parameters())
+    monitor = Monitor(model, F.cross_entropy, memory_limit=20 * vector, max_products=200)
+    with Peak() as peak:
+        found = monitor.measure(batch)
+    assert peak.bytes <= 34 * vector
+    assert found.values["sharpness"] == pytest.approx(
+        Monitor(model, F.cross_entropy, metrics=["sharpness"]).measure(batch).values["sharpness"], rel=1e-2
+    )
+    few = Monitor(model, F.cross_entropy, metrics=["resonance"], memory_limit=24_000).measure(batch)
+    assert "probes, to fit into the memory" in few.notes[0]
+    for metric in ("resonance", "sharpness"):
+        with pytest.raises(diagnostics.MemoryBudgetError):
+            Monitor(model, F.cross_entropy, metrics=[metric], memory_limit=1000).measure(batch)  # type: ignore[list-item]
+
+
 def test_measures_every_so_many_steps_and_only_what_was_asked_for() -> None:
     torch.manual_seed(0)
     monitor = Monitor(Chain(4, 5, 3).double(), F.cross_entropy, every=3, metrics=["gn_gap"], keep_tables=False)
@@ -93,7 +157,7 @@ def test_measures_every_so_many_steps_and_only_what_was_asked_for() -> None:
     assert all(set(m.values) == {"gn_gap"} and m.table is None for m in monitor.history)
 
 
-def test_overhead_puts_measurements_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overhead_puts_measurements_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     clock = [0.0]
     monkeypatch.setattr("diagnostics.monitor.time.perf_counter", lambda: clock[0])
     torch.manual_seed(0)
@@ -113,6 +177,39 @@ def test_overhead_puts_measurements_off(monkeypatch: pytest.MonkeyPatch) -> None
         clock[0] += 0.5
     assert 4 <= len(monitor.history) <= 6  # of about 56 seconds, a tenth
     assert monitor._spent <= 0.1 * clock[0] + 1
+    assert caplog.text.count("the measurement is put off") == 1
+    first = monitor.history[0]
+    assert first.due == first.step == 0
+    assert not first.notes
+    for before, found in itertools.pairwise(monitor.history):
+        assert found.due == before.step + 1 < found.step
+        assert f"due at step {found.due}, put off for {found.step - found.due} steps" in found.notes[0]
+        assert found.to_dict()["due"] == found.due
+    assert monitor.waiting == 100 - 1 - monitor.history[-1].step
+    assert monitor.measure(_data()).due == 100  # one that was asked for is not the one that waits
+
+
+def test_short_runs_are_measured_when_due_and_long_ones_take_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("diagnostics.monitor.time.perf_counter", lambda: clock[0])
+    torch.manual_seed(0)
+    monitor = Monitor(Chain(4, 5, 3).double(), F.cross_entropy, every=5, metrics=["sharpness"])
+    eigenvalues = monitor._eigenvalues
+
+    def slow(*arguments: Any) -> dict[str, float]:
+        clock[0] += 6.0
+        return eigenvalues(*arguments)
+
+    monkeypatch.setattr(monitor, "_eigenvalues", slow)
+    for _ in range(600):
+        monitor.step(_data())
+        clock[0] += 1.0
+    assert [m.step for m in monitor.history[:5]] == [0, 5, 10, 15, 20]  # 30 seconds
+    assert len(monitor.history) > 6
+    assert monitor.history[5].due == 25
+    for m in monitor.history[5:]:
+        assert m.due < m.step
+    assert sum(m.seconds for m in monitor.history) <= max(30.0, 0.1 * clock[0])
 
 
 def test_abrupt_changes_and_instability_are_flagged(caplog: pytest.LogCaptureFixture) -> None:
@@ -188,6 +285,8 @@ def test_writes_to_files_tensorboard_and_functions(tmp_path: Path) -> None:
         ({"metrics": ["sharpnes"]}, "metrics must be some of"),
         ({"metrics": []}, "metrics must be some of"),
         ({"overhead": 2.0}, r"in \(0, 1\]"),
+        ({"overhead": "none"}, r"in \(0, 1\]"),
+        ({"memory_limit": 0}, "a number of bytes"),
         ({"writers": ["no/such/folder/file.jsonl"]}, "there is no folder"),
     ],
 )
