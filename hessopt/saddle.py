@@ -40,7 +40,9 @@ class SaddleEscape(OptimizerWrapper):
 
     1. **When.** A check is due at the first step, where the gradient has become small, and where the loss stands still
        (:class:`hessopt.stationarity.Stationarity`); it costs one more run of the closure and at most ``max_products``
-       Hessian-vector products. Other steps are those of the wrapped optimizer, at its cost.
+       Hessian-vector products. Beyond 1000 gradients' worth, checks that would take more than half as much as the steps
+       are put off (``stationarity.put_off`` counts the steps, the first is logged). Other steps are those of the
+       wrapped optimizer, at its cost.
     2. **Direction.** The k smallest eigenpairs by Lanczos iterations that start from those of the last check. For one
        direction, d = −sign(gᵀv)·v. For several, it is the saddle-free Newton step in the space of the eigenvectors,
        with ``|λ|`` in place of λ (Dauphin et al. 2014), but at least t₀ along each. τ is relative to ‖H‖₂, because in
@@ -68,7 +70,8 @@ class SaddleEscape(OptimizerWrapper):
         max_products: Hessian-vector products of a check. Default: 40.
         max_trials: Trial evaluations of a check. Default: 40.
         reset_state: Empty the wrapped optimizer's state after an escape. Default: True.
-        stationarity: When to check.
+        stationarity: When to check, and what checks may cost beside steps.
+        memory_limit: Bytes for the Lanczos basis of a check, which restarts when it is full. Default: 4 GiB.
 
     Attributes:
         base: The wrapped optimizer.
@@ -102,7 +105,7 @@ class SaddleEscape(OptimizerWrapper):
 
     _OWN = (
         "directions", "threshold", "max_products", "max_trials", "reset_state", "stationarity", "last_check", "escapes",
-        "_vectors",
+        "memory_limit", "_vectors",
     )  # fmt: skip
     _KEY = "saddle_escape"
     _DENSE = False
@@ -118,6 +121,7 @@ class SaddleEscape(OptimizerWrapper):
         max_trials: int = 40,
         reset_state: bool = True,
         stationarity: Stationarity | None = None,
+        memory_limit: int = 4 * 2**30,
     ) -> None:
         self._begin(base, model)
         for name, value in (("directions", directions), ("max_trials", max_trials)):
@@ -127,7 +131,10 @@ class SaddleEscape(OptimizerWrapper):
             raise ValueError(f"max_products must be more than directions ({directions}), got {max_products}.")
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is a share of the largest eigenvalue, in [0, 1), got {threshold}.")
+        if not memory_limit > 0:
+            raise ValueError(f"memory_limit is a number of bytes, got {memory_limit}.")
         self.directions = directions
+        self.memory_limit = memory_limit
         self.threshold = threshold
         self.max_products = max_products
         self.max_trials = max_trials
@@ -150,6 +157,7 @@ class SaddleEscape(OptimizerWrapper):
         Raises:
             ClosureError: the closure is missing or does not give a finite, differentiable loss with a finite gradient.
             ModelError: several processes train together (:func:`hessopt.separate_networks`).
+            MemoryBudgetError: not even the least basis fits into ``memory_limit``.
 
         In these cases, and where the step is interrupted, parameters and state are as they were; but what the wrapped
         optimizer leaves behind if its own step is interrupted is its own business. At steps with a check a copy of the
@@ -162,13 +170,21 @@ class SaddleEscape(OptimizerWrapper):
                 "Pass a function that returns the loss, with or without calling backward()."
             )
         if not self.stationarity.due:
+            if self.stationarity.wanted and self.stationarity.put_off == 0:
+                _logger.warning(
+                    "curvature checks have cost as much as %d gradients in %d steps: the next one is put off until it "
+                    "brings them to at most %g of the steps (Stationarity's overhead)",
+                    self.stationarity.spent,
+                    self.stationarity.steps,
+                    self.stationarity.overhead,
+                )
             return self._base_step(closure)
         names = ("last_check", "escapes", "_vectors")
         guard = AllOrNothing(self._moved(), state=self.state, owner=self, names=names)
         guard.undo.append(partial(self.stationarity.load_state_dict, self.stationarity.state_dict()))
         with guard:
             check = self.last_check = self._check(closure)
-            self.stationarity.checked(check.escaped)
+            self.stationarity.checked(check.escaped, 2 + 2 * check.products + check.evaluations)
             _logger.info("curvature check: %s", check.reason)
             if check.escaped:
                 self.escapes += 1
@@ -300,7 +316,16 @@ class SaddleEscape(OptimizerWrapper):
         )
         most = max(self.max_products, 2 * k)
         enough = max(self.threshold / 10, 1e-7)  # of ‖H‖: less is no negative curvature
-        pairs = extreme_eigenpairs(op, k, "both", rtol=enough, floor=enough, max_products=most, start=start)
+        pairs = extreme_eigenpairs(
+            op,
+            k,
+            "both",
+            rtol=enough,
+            floor=enough,
+            max_products=most,
+            start=start,
+            memory_limit=self.memory_limit,
+        )
         self._vectors = pairs.vectors[:, :k]
         return pairs
 

@@ -161,6 +161,46 @@ def _classify(optimizer: torch.optim.Optimizer, net: nn.Module, x: Tensor, y: Te
     return closure
 
 
+def test_checks_that_cost_too_much_beside_the_steps_are_put_off(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()  # convex, on a plateau from the start
+    x, y = torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
+    rule = Stationarity(patience=1, max_wait=1, plateau=1.0, overhead=0.5, free=60)
+    optimizer = SaddleEscape(torch.optim.SGD(net.parameters(), lr=1e-9), model=net, stationarity=rule)
+    closure, checks = _closure(optimizer, net, x, y), 0
+    with caplog.at_level("WARNING", logger="hessopt.saddle"):
+        for step in range(120):
+            before = optimizer.last_check
+            optimizer.step(closure)
+            checks += optimizer.last_check is not before
+            assert rule.spent <= max(60, 0.5 * step)
+    assert checks > 2
+    assert rule.put_off > 60
+    assert caplog.text.count("the next one is put off") == 1
+    again = SaddleEscape(torch.optim.SGD(net.parameters(), lr=1e-9), model=net)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.stationarity.spent == rule.spent
+    assert again.stationarity.put_off == rule.put_off
+
+
+def test_a_check_keeps_to_its_memory() -> None:
+    net = _linear(2, width=12)
+    x, y = torch.eye(12, dtype=F64), torch.diag(torch.linspace(2, 0.5, 12, dtype=F64))
+    vector = 8 * sum(p.numel() for p in net.parameters())
+    optimizer = SaddleEscape(torch.optim.SGD(net.parameters(), lr=0.1), model=net, memory_limit=8 * vector)
+    optimizer.step(_closure(optimizer, net, x, y))
+    assert optimizer.last_check is not None
+    assert optimizer.last_check.escaped
+    before = [p.clone() for p in net.parameters()]
+    small = SaddleEscape(torch.optim.SGD(net.parameters(), lr=0.1), model=net, memory_limit=4 * vector)
+    with pytest.raises(diagnostics.MemoryBudgetError, match="more than the limit"):
+        small.step(_closure(small, net, x, y))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert small.last_check is None
+    with pytest.raises(ValueError, match="a number of bytes"):
+        SaddleEscape(torch.optim.SGD(net.parameters(), lr=0.1), memory_limit=0)
+
+
 def test_is_the_base_bit_for_bit_where_nothing_is_due() -> None:
     ends = []
     for wrap in (False, True):

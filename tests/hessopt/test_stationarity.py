@@ -60,6 +60,36 @@ def test_state_is_taken_up() -> None:
     assert one == other
 
 
+def _costly(rule: Stationarity, steps: int, cost: int) -> list[int]:
+    """Steps with a check, all of which lead to an escape, so that nothing but their cost keeps them apart."""
+    checked = []
+    for i in range(steps):
+        if rule.due:
+            checked.append(i)
+            rule.checked(escaped=True, cost=cost)
+        rule.observe(1.0, 1.0)
+    return checked
+
+
+def test_checks_are_put_off_until_they_are_a_share_of_the_steps() -> None:
+    free = _costly(Stationarity(patience=1, overhead=None), 3000, 100)
+    assert len(free) > 800
+    rule = Stationarity(patience=1, overhead=0.5, free=1000)
+    limited = _costly(rule, 3000, 100)
+    assert limited[:10] == free[:10]  # 1000 gradients
+    for number, step in enumerate(limited, 1):
+        assert 100 * number <= max(1000, 0.5 * step)
+    assert 1500 - 100 <= rule.spent == 100 * len(limited) <= 1500  # a half of 3000 steps
+    assert rule.put_off > 2900 - 30
+    assert rule.put_off + len(limited) <= 3000
+
+
+@pytest.mark.parametrize("bad", [{"overhead": 0.0}, {"free": -1}])
+def test_limits_are_checked(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="overhead must be more than 0"):
+        Stationarity(**bad)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bad", [{"patience": 0}, {"max_wait": 5}, {"plateau": -1}, {"gradient_ratio": 2}])
 def test_arguments_are_checked(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"need 1 <= patience|shares in \[0, 1\]"):
