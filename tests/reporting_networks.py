@@ -29,3 +29,10 @@ def labelled(inputs: int, classes: int, batch: int = 16) -> tuple[Tensor, Tensor
 def small_report(**options: object) -> diagnostics.Report:
     model = chain([6, 7, 5, 3])
     return diagnostics.diagnose(model, labelled(6, 3), F.cross_entropy, **options)  # type: ignore[arg-type]
+
+
+def bottleneck_verdict(name: str = "1") -> dict[str, object]:
+    """A verdict as reports hold it."""
+    text = f"bottleneck at {name}: D ≤ 2 with any node"
+    head = {"rule": "bottleneck", "wording": "bottleneck", "level": "note"}
+    return head | {"nodes": [name], "text": text, "figures": {"width": 2}, "significant": True}

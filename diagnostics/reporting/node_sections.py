@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diagnostics.graph import Graph
 from diagnostics.injections import Injections
 from diagnostics.metrics import EPSILON, coupling, metrics
 from diagnostics.pair_estimates import Sampling
+from diagnostics.replay import along_the_tape
 from diagnostics.reporting.workbench import Workbench
 from diagnostics.routing import route
 from diagnostics.sources import curvature_sources
@@ -26,6 +28,7 @@ _METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor
 def network(bench: Workbench) -> dict[str, Any]:
     """The captured graph: nodes with shapes, parents and parameters, and what of the model no node uses."""
     graph = bench.graph
+    signals = _signals(graph)
     used = {name for node in graph for name in node.parameters} | set(graph.loss_parameters)
     trained = [name for name, p in graph.parameters.items() if p.requires_grad]
     nodes = [
@@ -41,6 +44,8 @@ def network(bench: Workbench) -> dict[str, Any]:
             "chosen": node.name in graph.chosen,
             "output": node.name in graph.outputs,
             "bends": not cannot_bend(node, [graph[p].value for p in node.parents]),
+            "gradient": signals[node.name].norm().item() if node.name in signals else None,
+            "dead_units": _dead_units(node.value, signals[node.name]) if node.name in signals else None,
         }
         for node in graph
     ]
@@ -54,6 +59,36 @@ def network(bench: Workbench) -> dict[str, Any]:
         "edges": [[parent, node.name] for node in graph for parent in node.parents],
         "unused_parameters": [name for name in trained if name not in used],
     }
+
+
+def _signals(graph: Graph) -> dict[str, Tensor]:
+    """The loss's gradient at each node from which a path leads to the loss, by one backward pass in pieces."""
+    signals: dict[str, Tensor] = {}
+
+    def back(end: Tensor, names: Sequence[str], signal: Tensor) -> None:
+        if not names:
+            return
+        values = [graph[name].value for name in names]
+        slopes = torch.autograd.grad(end, values, signal, retain_graph=True, allow_unused=True)
+        for name, slope in zip(names, slopes, strict=True):
+            if slope is not None:
+                signals[name] = signals[name] + slope if name in signals else slope
+
+    with along_the_tape(graph.loss.device):
+        back(graph.loss, graph.loss_parents, torch.ones_like(graph.loss))
+        for node in reversed(graph.nodes):
+            if node.name in signals:
+                back(node.segment, node.parents, signals[node.name])
+    return signals
+
+
+def _dead_units(value: Tensor, signal: Tensor) -> float | None:
+    """The share of units with the same value, or no gradient, at all samples and places; of vectors and images."""
+    if value.ndim not in (2, 4, 5):  # (B, d), (B, c, h, w): of sequences it is not known which dimension is which
+        return None
+    rows, slopes = (t.detach().movedim(1, 0).flatten(1) for t in (value, signal))
+    constant = (rows == rows[:, :1]).all(1)
+    return (constant | (slopes == 0).all(1)).double().mean().item()
 
 
 def pair_metrics(bench: Workbench) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from diagnostics.metrics import coupling, gn_gap, stable_rank
 from diagnostics.pair_estimates import Sampling
 from diagnostics.parameter_groups import ParameterGroups
 from diagnostics.parameter_metrics import estimate_parameter_metrics
+from diagnostics.reporting.descent import gain_along
 from diagnostics.reporting.node_sections import tabulated
 from diagnostics.reporting.workbench import Workbench
 from diagnostics.spectral_density import SpectralDensity, basis_bytes, spectral_density
-from diagnostics.symmetric_eigen import eigvalsh
+from diagnostics.symmetric_eigen import eigh, eigvalsh
 from diagnostics.tables import MetricTable
 
 _OF_A_PRODUCT = 10
@@ -29,15 +30,15 @@ def spectrum(bench: Workbench) -> dict[str, Any]:
     op = bench.operator
     loss, gradient = op.loss_and_gradient()
     section: dict[str, Any] = {"parameters": op.shape[0], "loss": loss.item(), "gradient_norm": gradient.norm().item()}
-    if bench.dense:
-        parts = dict(zip(("H", "GN", "T"), bench.matrices, strict=True))
-        found = {name: _all_eigenvalues(matrix) for name, matrix in parts.items()}
-    else:
-        found = {name: _estimated(bench, name) for name in ("H", "GN", "T")}
+    parts = {n: _all_eigenvalues(bench, n) if bench.dense else _estimated(bench, n) for n in ("H", "GN", "T")}
+    found, lowest = {name: figures for name, (figures, _) in parts.items()}, parts["H"][1]
     largest, smallest = found["H"]["largest"], found["H"]["smallest"]
     sharpness = max(largest, 0.0)
     hvp = op @ gradient
     squared = gradient.square().sum()
+    escape: tuple[float | None, float | None] = (None, None)
+    if smallest < 0 and lowest is not None:
+        escape = gain_along(op, lowest, (gradient @ lowest).item())
     return section | {
         "exact": bench.dense,
         "products": None if bench.dense else sum(part["products"] for part in found.values()),
@@ -46,11 +47,15 @@ def spectrum(bench: Workbench) -> dict[str, Any]:
         "stable_lr": 2 / sharpness if sharpness > 0 else None,
         "negative_ratio": max(-smallest, 0.0) / sharpness if sharpness > 0 else None,
         "curvature_along_gradient": ((gradient * hvp).sum() / squared).item() if squared > 0 else None,
+        "escape_length": escape[0],
+        "escape_gain": escape[1],
     }
 
 
-def _all_eigenvalues(matrix: Tensor) -> dict[str, Any]:
-    values = eigvalsh(matrix)
+def _all_eigenvalues(bench: Workbench, name: str) -> tuple[dict[str, Any], Tensor | None]:
+    """The figures of one part, and of H the eigenvector of λ_min too."""
+    matrix = dict(zip(("H", "GN", "T"), bench.matrices, strict=True))[name]
+    values, vectors = eigh(matrix) if name == "H" else (eigvalsh(matrix), None)
     n = len(values)
     density = SpectralDensity(values.unsqueeze(0), torch.full_like(values, 1 / n).unsqueeze(0), n, n, n, True)
     return _of_density(density) | {
@@ -60,10 +65,10 @@ def _all_eigenvalues(matrix: Tensor) -> dict[str, Any]:
         "smallest_residual": 0.0,
         "converged": True,
         "products": n,
-    }
+    }, None if vectors is None else vectors[:, 0]
 
 
-def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
+def _estimated(bench: Workbench, name: str) -> tuple[dict[str, Any], Tensor | None]:
     op, light = bench.part(name), bench.light or "spectrum" in bench.cut
     generator = bench.generator(f"spectrum of {name}")
     end = "largest" if name == "GN" else "both"
@@ -87,7 +92,7 @@ def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
         "products": pairs.products,
     }
     if light and name != "H":
-        return dict.fromkeys(_of_density(None)) | ends
+        return dict.fromkeys(_of_density(None)) | ends, None
     probes, steps = (2, 8) if light else (15, 30)
     keeps = basis_bytes(op, steps) <= limit
     if not keeps:
@@ -101,7 +106,8 @@ def _estimated(bench: Workbench, name: str) -> dict[str, Any]:
         memory_limit=limit,
         generator=generator,
     )
-    return _of_density(density) | ends | {"products": pairs.products + density.products}
+    lowest = pairs.vectors[:, smallest] if end == "both" else None
+    return _of_density(density) | ends | {"products": pairs.products + density.products}, lowest
 
 
 def _of_density(density: SpectralDensity | None) -> dict[str, Any]:

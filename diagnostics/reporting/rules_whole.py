@@ -1,14 +1,15 @@
-"""Rules about the whole network: what couples samples, is not used or is flat; spectrum; block-diagonal methods."""
+"""Rules about the whole network: what couples samples, is not used or is flat; saddles; block-diagonal methods."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from diagnostics.reporting.figures import Figures, named, percent, reach
 from diagnostics.reporting.values import number
 from diagnostics.verdicts import Finding, Rule
 
-NEGATIVE, MOST_DISCARDED, LEAST_DISCARDED, FLAT = 0.1, 0.5, 0.05, 1e-6
+STEPS, MATTERS, MOST_DISCARDED, LEAST_DISCARDED, FLAT = 100, 0.01, 0.5, 0.05, 1e-6
 
 
 def coupled(figures: Figures) -> Iterator[Finding]:
@@ -31,47 +32,36 @@ def piecewise_linear(figures: Figures) -> Iterator[Finding]:
     """A tensor part that is zero everywhere."""
     tensor, gn = figures.metric("tensor_norm"), figures.metric("gn_norm")
     largest = gn.max().item()
-    if largest > 0 and bool((tensor <= FLAT * largest).all()):
-        bends = any(node["bends"] for node in figures.sections["network"]["nodes"])
+    if len(figures.nodes) > 1 and largest > 0 and bool((tensor <= FLAT * largest).all()):
+        nodes = figures.sections["network"]["nodes"]
+        bends = any(node["bends"] for node in nodes if node.get("gradient", math.nan) is not None)
         yield "no_signal" if bends else "flat", (), {"ratio": (tensor.max() / largest).item()}, True
 
 
-def stability(figures: Figures) -> Iterator[Finding]:
-    """sρ < 1."""
-    gains = figures.sections["bounds"]["gains"]
-    if gains is not None and number(gains["margin"]) > 0 and number(gains["rho"]) > 0:
-        values = {"ratio": 1 - number(gains["margin"]), "rho": number(gains["rho"]), "children": gains["children"]}
-        yield "stable", (), values, True
-
-
-def negative_curvature(figures: Figures) -> Iterator[Finding]:
-    """A negative eigenvalue that is not small against the largest."""
+def saddle(figures: Figures) -> Iterator[Finding]:
+    """A move along negative curvature that gains more than a hundred gradient steps would."""
     spectrum = figures.sections["spectrum"]
+    gain, loss = number(spectrum.get("escape_gain")), number(spectrum["loss"])
     largest, smallest = number(spectrum["H"]["largest"]), number(spectrum["H"]["smallest"])
-    if not smallest < -NEGATIVE * abs(largest):
+    norm = max(abs(largest), abs(smallest))  # of Ritz values, which lie inside the spectrum: a step's gain is no larger
+    if not (norm > 0 and gain >= MATTERS * abs(loss)):
         return
-    # Ritz values lie inside the spectrum: the true λ_min is no larger, λ_max at most a residual larger
-    sure = smallest < -NEGATIVE * (abs(largest) + number(spectrum["H"]["largest_residual"]))
-    ratio = abs(smallest) / abs(largest) if largest else float("inf")
-    values = {"smallest": smallest, "largest": largest, "ratio": ratio, "shown": percent(ratio)}
-    section = figures.sections.get("sources", {})
-    shares = [number(value) for value in section.get("negative_share") or []]
-    top = max(range(len(shares)), key=lambda i: shares[i]) if shares and number(section["negative_mass"]) > 0 else None
-    if top is None:
-        yield "negative", (), values, sure
-    else:
-        node = section["sources"][top]
-        yield "made_by", (node,), values | {"node": node, "share": shares[top]}, sure
+    step = number(spectrum["gradient_norm"]) ** 2 / (2 * norm)
+    if gain > STEPS * step:
+        values = {"gain": gain, "loss": loss, "steps": gain / step if step > 0 else math.inf, "smallest": smallest}
+        values |= {"length": number(spectrum["escape_length"]), "step": step}
+        shown = f"{values['steps']:.2g} gradient steps" if step > 0 else "any gradient step"
+        yield "saddle", (), values | {"shown": shown}, True
 
 
 def block_diagonal(figures: Figures) -> Iterator[Finding]:
-    """What a block-diagonal approximation discards of the parameters' Hessian."""
+    """What a block-diagonal approximation discards of the parameters' Gauss-Newton matrix."""
     section = figures.sections["parameters"]
     if len(section["nodes"]) < 2 or not section["discarded"]:
         return
     row = section["discarded"][0]
-    share, margin = number(row["total"]), reach(section["probes"]) * number(row["total_error"])
-    values = {"share": share, "margin": margin, "shown": percent(share), "gn": number(row["gn"])}
+    share, margin = number(row["gn"]), reach(section["probes"]) * number(row["gn_error"])
+    values = {"share": share, "margin": margin, "shown": percent(share), "total": number(row["total"])}
     if share > MOST_DISCARDED:
         yield "loses", (), values, share - margin > MOST_DISCARDED
     elif share < LEAST_DISCARDED:
@@ -104,29 +94,28 @@ WHOLE_RULES = (
         ("network",),
     ),
     Rule(
-        "negative-curvature",
+        "saddle",
         "advice",
-        "λ_min of the parameters' Hessian is below −0.1 |λ_max|.",
-        {"limit": NEGATIVE},
-        "Dauphin et al. 2014; m⁻ in docs/sources.md; docs/saddle.md",
+        "A move along the eigenvector of λ_min lowers the loss by at least one per cent and by more than 100 gradient "
+        "steps would, each counted as |g|²/(2‖H‖).",
+        {"most_steps": STEPS, "least_share": MATTERS},
+        "Dauphin et al. 2014; docs/saddle.md",
         {
-            "negative": "the loss curves down: λ_min = {smallest:.3g}, {shown} of λ_max = {largest:.3g}; near a "
-            "stationary point hessopt.SaddleEscape leaves along it",
-            "made_by": "the loss curves down: λ_min = {smallest:.3g}, {shown} of λ_max = {largest:.3g}, and "
-            "{node} makes most of the negative curvature between nodes; near a stationary point hessopt.SaddleEscape "
-            "leaves along it",
+            "saddle": "near a saddle: along negative curvature (λ_min = {smallest:.3g}) the loss falls by {gain:.3g} "
+            "from {loss:.3g}, as much as by {shown}; hessopt.SaddleEscape leaves along it"
         },
-        negative_curvature,
+        saddle,
         ("spectrum",),
     ),
     Rule(
         "piecewise-linear",
         "note",
-        "The tensor part of every pair is zero: at most 1e-6 of the largest |GN|.",
+        "The tensor part of every pair of two nodes or more is zero: at most 1e-6 of the largest |GN|.",
         {"limit": FLAT},
         "Thm 33; docs/recursion.md, Non-smooth points",
         {
-            "flat": "piecewise linear between its nodes: the tensor part is zero and H = GN for activations",
+            "flat": "piecewise linear between its nodes: the tensor part is zero and H = GN for activations, so "
+            "curvature='ggn' leaves out nothing but what products of weights make",
             "no_signal": "nodes bend, but the tensor part is zero: hardly any gradient arrives from the loss, or they "
             "bend where nothing passes",
         },
@@ -136,25 +125,17 @@ WHOLE_RULES = (
     Rule(
         "block-diagonal",
         "advice",
-        "The share of |H|² of the parameters outside the diagonal blocks, grouped by node, is above 0.5 or below 0.05.",
+        "The share of |GN|² of the parameters outside the diagonal blocks, grouped by node, is above 0.5 or below "
+        "0.05.",
         {"most": MOST_DISCARDED, "least": LEAST_DISCARDED},
         "Cor. 29; docs/bounds.md, Interaction radius and band errors",
         {
-            "loses": "a block-diagonal approximation discards {shown} of the parameters' ‖H‖²: curvature between "
-            "layers matters",
-            "suffices": "a block-diagonal approximation discards only {shown} of the parameters' ‖H‖²",
+            "loses": "a block-diagonal approximation of the parameters' GN discards {shown} of ‖GN‖²: prefer a method "
+            "that sees curvature between layers",
+            "suffices": "a block-diagonal approximation of the parameters' GN discards only {shown} of ‖GN‖²: one "
+            "block a layer is enough",
         },
         block_diagonal,
         ("parameters",),
-    ),
-    Rule(
-        "geometric-stability",
-        "note",
-        "sρ < 1: the largest number of children times the largest norm of a local Jacobian.",
-        {"limit": 1.0},
-        "Cor. 73; docs/bounds.md, Decay",
-        {"stable": "sρ = {ratio:.2g} < 1: what a node does to later ones decays geometrically, at any depth"},
-        stability,
-        ("bounds",),
     ),
 )

@@ -111,6 +111,8 @@ _NODE = {
     "chosen": bool,
     "output": bool,
     "bends": bool,
+    "gradient": Optional(NUMBER),
+    "dead_units": Optional(NUMBER),
 }
 SECTIONS: dict[str, Any] = {
     "network": {
@@ -154,6 +156,7 @@ SECTIONS: dict[str, Any] = {
         "products": Maybe(int),
         **dict.fromkeys(("H", "GN", "T"), _PART),
         **dict.fromkeys(("sharpness", "stable_lr", "negative_ratio", "curvature_along_gradient"), NUMBER),
+        **dict.fromkeys(("escape_length", "escape_gain"), Optional(NUMBER)),
     },
     "parameters": {
         **_TABLE,

@@ -12,7 +12,7 @@ import pytest
 import torch.nn.functional as F
 
 import diagnostics
-from tests.reporting_networks import chain, labelled, small_report
+from tests.reporting_networks import bottleneck_verdict, chain, labelled, small_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("plotly")
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def comparison() -> diagnostics.Comparison:
-    exact = small_report(name="exact")
+    exact = diagnostics.Report(small_report(name="exact").data | {"verdicts": [bottleneck_verdict()]})
     other = diagnostics.diagnose(chain([6, 7, 5, 3], gain=1.7), labelled(6, 3), F.cross_entropy, exact=False, probes=5)
     return diagnostics.compare([exact, other], names=["first", "second"])
 

@@ -19,7 +19,7 @@ import diagnostics
 from diagnostics.compare import load
 from diagnostics.errors import DiagnosticsError
 from diagnostics.reporting.values import encode, number
-from tests.reporting_networks import labelled, small_report
+from tests.reporting_networks import bottleneck_verdict, labelled, small_report
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
     ],
 )
 def test_loading_names_the_wrong_key(report: diagnostics.Report, path: str, value: Any, message: str) -> None:
-    data = report.to_dict()
+    data = report.to_dict() | {"verdicts": [bottleneck_verdict()]}
     _set(data, path, value)
     with pytest.raises(DiagnosticsError, match=message):
         diagnostics.Report(data)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import diagnostics
 from diagnostics.cli import main
 from diagnostics.errors import DiagnosticsError
-from tests.reporting_networks import chain, labelled, small_report
+from tests.reporting_networks import bottleneck_verdict, chain, labelled, small_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("plotly")
@@ -202,7 +202,7 @@ def test_hostile_names_stay_text(exact: diagnostics.Report, tmp_path: Path) -> N
     data = json.loads(json.dumps(exact.data).replace('"0"', json.dumps(HOSTILE)))
     data["name"] = data["model"]["class"] = HOSTILE
     data["skipped"] = {HOSTILE: HOSTILE}
-    data["verdicts"][0]["text"] = data["verdicts"][0]["rule"] = HOSTILE
+    data["verdicts"] = [bottleneck_verdict(HOSTILE) | {"text": HOSTILE, "rule": HOSTILE}]
     report = diagnostics.Report(data)
     for saved in (report, diagnostics.compare([report, report], names=[HOSTILE, HOSTILE])):
         text = _page(saved, tmp_path)
@@ -310,6 +310,7 @@ def test_page_says_what_is_missing(exact: diagnostics.Report, tmp_path: Path) ->
 
 
 def test_tables_have_every_pair(estimated: diagnostics.Report, tmp_path: Path) -> None:
+    estimated = diagnostics.Report(estimated.data | {"verdicts": [bottleneck_verdict()]})
     text = _page(estimated, tmp_path)
     c, error = (estimated.sections["metrics"][k] for k in ("coupling", "errors"))
     row = (
