@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,21 @@ from hessopt.loss_curvature import LOSSES
 from hessopt.mini_batch import MiniBatch
 
 Groups = Sequence[dict[str, Any]]
+
+
+@dataclass
+class _Changes:
+    """What a step is going to write.
+
+    Attributes:
+        momentum: Of all parameters that have one.
+        parameters: Those that move.
+        change: What is added to them, in their dtype.
+    """
+
+    momentum: dict[Tensor, Tensor]
+    parameters: list[Tensor] = field(default_factory=list)
+    change: list[Tensor] = field(default_factory=list)
 
 
 class KroneckerStep:
@@ -151,8 +167,10 @@ class KroneckerStep:
         adapt = every is not None and runner is not None and self.band.steps % every == 0
         before = [p.clone() for p in parameters] if adapt else []
         moving = {p: s for p, s, g in zip(parameters, steps, gradients, strict=True) if g is not None}
+        new = _Changes(dict(self.momentum))
         for group in groups:
-            self._move_group(group, [p for p in group["params"] if p in moving], moving, direction.sound)
+            self._add_changes(group, moving, direction.sound, new)
+        self._write(new)
         if adapt:
             assert runner is not None
             assert loss is not None
@@ -172,24 +190,43 @@ class KroneckerStep:
             steps = [s * (g / n.clamp_min(tiny)) for s, g, n in zip(steps, slopes, norms, strict=True)]
         return steps
 
-    def _move_group(self, group: dict[str, Any], own: list[Tensor], steps: dict[Tensor, Tensor], sound: Tensor) -> None:
-        """Move by finite steps. If they are zero as they were not finite, nothing moves and the momentum stays."""
+    def _add_changes(self, group: dict[str, Any], steps: dict[Tensor, Tensor], sound: Tensor, new: _Changes) -> None:
+        """Work out what a group's parameters and momentum become. Nothing does, where steps were not finite."""
+        own = [p for p in group["params"] if p in steps]
         if not own:
             return
-        part: list[Tensor] | tuple[Tensor, ...] = [steps[p] for p in own]
+        part: Sequence[Tensor] = [steps[p] for p in own]
         lr, decay = float(group["lr"]), float(group["weight_decay"])
-        if decay:
-            # Products with 0 or 1, exact in every precision, as nobody has looked at the device's answer.
-            torch._foreach_add_(own, _foreach_kept(own, sound), alpha=-lr * decay)
         if group["momentum"]:
-            for p, s in zip(own, part, strict=True):
-                if p not in self.momentum:
-                    self.momentum[p] = torch.zeros_like(p, dtype=s.dtype)
-            buffers = [self.momentum[p] for p in own]
-            torch._foreach_mul_(buffers, torch.where(sound, float(group["momentum"]), 1.0).to(buffers[0].dtype))
-            torch._foreach_add_(buffers, part)
-            part = _foreach_kept(buffers, sound)
-        torch._foreach_add_(own, part, alpha=-lr)
+            buffers = [
+                self.momentum[p] if p in self.momentum else torch.zeros_like(s) for p, s in zip(own, part, strict=True)
+            ]
+            kept = _foreach_scaled(buffers, sound, float(group["momentum"]), 1.0)
+            torch._foreach_add_(kept, list(part))
+            new.momentum.update(zip(own, kept, strict=True))
+            part = kept
+        change = _foreach_scaled(part, sound, -lr, 0.0)
+        if decay:  # in the precision of the steps
+            exact = [p.to(c.dtype) for p, c in zip(own, change, strict=True)]
+            torch._foreach_add_(change, _foreach_scaled(exact, sound, -lr * decay, 0.0))
+        new.parameters += own
+        new.change += [c.to(p.dtype) for p, c in zip(own, change, strict=True)]
+
+    def _write(self, new: _Changes) -> None:
+        """Change momentum and parameters: an interrupt finds both changed, or neither, without a copy of anything.
+
+        Parameters are written by one call, the last one; by their version one sees whether that has been.
+        """
+        if not new.parameters:
+            return
+        before, version = self.momentum, new.parameters[0]._version
+        try:
+            self.momentum = new.momentum
+            torch._foreach_add_(new.parameters, new.change)
+        except BaseException:
+            if new.parameters[0]._version == version:
+                self.momentum = before
+            raise
 
     def _adapt(
         self,
@@ -232,9 +269,12 @@ def _all(groups: Groups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
-def _foreach_kept(tensors: Sequence[Tensor], kept: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, or zeros; of one dtype each, in one pass where they share it."""
-    if len({t.dtype for t in tensors}) == 1:
-        found: tuple[Tensor, ...] = torch._foreach_mul(list(tensors), kept.to(tensors[0].dtype))
-        return found
-    return tuple(t * kept for t in tensors)
+def _foreach_scaled(tensors: Sequence[Tensor], sound: Tensor, factor: float, otherwise: float) -> list[Tensor]:
+    """New tensors, times one of two factors, by a decision on the device; in one pass where they share their dtype."""
+    chosen = {
+        dtype: torch.where(sound, sound.new_full((), factor, dtype=dtype), sound.new_full((), otherwise, dtype=dtype))
+        for dtype in {t.dtype for t in tensors}
+    }
+    if len(chosen) == 1:
+        return list(torch._foreach_mul(list(tensors), chosen[tensors[0].dtype]))
+    return [t * chosen[t.dtype] for t in tensors]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import hessopt
-from hessopt import BandedNewton, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
+from hessopt import BandedNewton, MiniBatch, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
 
 PACKAGE = os.path.dirname(hessopt.__file__)
 
@@ -66,6 +66,10 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "exact": lambda net: BandedNewton(net, bandwidth=1, momentum=0.5, weight_decay=0.01),
     "exact, without a trial": lambda net: BandedNewton(net, bandwidth=1, adapt_damping=False, damping=1.0),
     "exact, line search": lambda net: BandedNewton(net, bandwidth=1, line_search=True),
+    "kronecker": lambda net: BandedNewton(net, bandwidth=1, factors="kronecker", weight_decay=0.01),
+    "kronecker, declared": lambda net: BandedNewton(
+        net, bandwidth=0, factors="kronecker", mini_batch=MiniBatch(loss="mse", momentum=0.9)
+    ),
     "newton-cg": lambda net: NewtonCG(net, preconditioner="diagonal", warm_start=True),
     "levenberg-marquardt": lambda net: NewtonCG(net, method="levenberg-marquardt", weight_decay=0.01),
     "spectral": lambda net: SpectralNewton(net, weight_decay=0.01),
@@ -86,7 +90,9 @@ def everything(net: nn.Module, optimizer: Optimizer) -> list[Tensor]:
             value = state[name]
             if isinstance(value, Tensor | float | int):
                 found.append(torch.as_tensor(value, dtype=torch.float64).clone())
-    return found
+    kronecker = getattr(optimizer, "_kronecker", None)
+    momentum = {} if kronecker is None else kronecker.momentum
+    return found + [momentum[p].clone() for p in net.parameters() if p in momentum]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -174,5 +180,6 @@ def interrupt(kind: str, *, backward: bool, samples: int) -> None:
         if not backward and kind not in WRAPPERS:
             assert all(p.grad is g for p, g in zip(net.parameters(), gradients, strict=True)), where
         taken.append(same(now, after))
-        again = taken[-1]  # else the same optimizer goes on, as if nothing had been
+        # Else the same optimizer goes on, as if nothing had been; but running averages may have seen the batch.
+        again = taken[-1] or "kronecker" in kind
     assert not all(taken)

@@ -623,3 +623,23 @@ def test_stays_where_the_loss_is_nearly_zero(curvature: str) -> None:
         if i >= 1100:
             worst = max(worst, loss.item())
     assert worst < 1e-6
+
+
+def test_rates_and_momentum_are_not_rounded_to_float32() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    lr, decay, mu = 0.3, 0.07, 0.9
+    optimizer = BandedNewton(
+        net, lr, 0, factors="kronecker", weight_decay=decay, mini_batch=MiniBatch(loss="mse", momentum=mu)
+    )
+    nn.functional.mse_loss(net(x), y).backward()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    momentum = [optimizer._kronecker.momentum[p].clone() for p in net.parameters()]
+    for p, b, m in zip(net.parameters(), before, momentum, strict=True):
+        assert torch.allclose(p, (1 - lr * decay) * b - lr * m, rtol=1e-14, atol=1e-15)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    for p, m in zip(net.parameters(), momentum, strict=True):
+        assert torch.allclose(optimizer._kronecker.momentum[p], mu * m, rtol=1e-14, atol=0)
