@@ -59,7 +59,7 @@ def predict_cost(graph: Graph, local: LocalDerivatives | None = None) -> BlockCo
 
     Per sample, with d the sizes, ``N_u`` the entries of all nodes before u, k the size of the output:
 
-    - J: ``Σ_{edges p→u} d_u d_p N_p``;
+    - J: ``Σ_{edges p→u} d_u d_p N_p``, unless the tensor part is zero;
     - elimination of u with front F: ``Σ_{p∈Pa(u)} Σ_{s∈F} d_p d_u d_s``, and ``Σ_{q≤p} d_p d_u d_q`` for its pivot;
     - tensor part: ``Σ_v Σ_{s∈F_v} d_v d_s N_s``;
     - Gauss-Newton part: ``Σ_edges k d_u d_p + k² N + Σ_v d_v k (N_v + d_v)``.
@@ -78,12 +78,14 @@ def predict_cost(graph: Graph, local: LocalDerivatives | None = None) -> BlockCo
     jacobians = sum(sizes[u] * sizes[p] * layout.before(p) for u, p in steps)
 
     elimination = tensor = 0
+    bent = False
     front: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
     for node in reversed(graph.nodes):
         u = node.name
         row = front.pop(u)
         for s in row - {u}:
             front[s].discard(u)
+        bent |= bool(row)
         tensor += sum(sizes[u] * sizes[s] * layout.before(s) for s in row)
         others = row - {u}
         for p in parents[u]:
@@ -100,6 +102,8 @@ def predict_cost(graph: Graph, local: LocalDerivatives | None = None) -> BlockCo
             curved = list(local.curvatures.get(u, {}))
         for p, q in curved:
             _join(front, p, [q])
+
+    jacobians = jacobians if bent else 0  # nothing to carry forward
 
     output = sum(sizes[z] for z in graph.loss_parents)
     seen = _reaching(graph, parents)

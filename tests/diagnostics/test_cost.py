@@ -85,6 +85,15 @@ def test_the_count_of_random_dags_is_what_torch_multiplies(monkeypatch: pytest.M
     assert predicted.total <= predict_cost(graph).total
 
 
+def test_a_network_that_does_not_bend_needs_no_total_jacobians(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    graph = diagnostics.capture(model, torch.randn(2, 3, dtype=torch.float64), _wavy)
+    predicted = predict_cost(graph, local_derivatives(graph))
+    assert predicted.total == _count(graph, monkeypatch)
+    assert predicted.jacobians == 0
+
+
 def test_a_chain_takes_n_squared_d_cubed() -> None:
     def products(n: int, d: int) -> int:
         torch.manual_seed(0)
