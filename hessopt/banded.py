@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from diagnostics.cliques import Bandwidth, check_bandwidth
 from hessopt.all_or_nothing import AllOrNothing
@@ -31,9 +32,10 @@ from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import layers_of
 from hessopt.mini_batch import CURVATURES, MiniBatch
 from hessopt.processes import refuse_processes
+from hessopt.saved_state import SavedState, asks_for_state, name_of
 
 
-class BandedNewton(Optimizer):
+class BandedNewton(SavedState):
     r"""Gauss-Newton method whose curvature couples layers that are at most ``bandwidth`` apart.
 
     Block-diagonal methods drop the curvature between layers; cutting it to a band instead can destroy positive
@@ -174,6 +176,7 @@ class BandedNewton(Optimizer):
         True
     """
 
+    _TENSORS = ("momentum_buffer",)
     _OWN = (
         "model",
         "bandwidth",
@@ -356,6 +359,8 @@ class BandedNewton(Optimizer):
         In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
         were. For that exact factors keep a copy of them during the step.
         """
+        if asks_for_state(self, closure):
+            return None
         refuse_processes("BandedNewton")
         if self._kronecker is not None:
             if self.__dict__.pop("found_inf", None) is not None:
@@ -388,7 +393,6 @@ class BandedNewton(Optimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "_averages"})
         for group in self.param_groups:
             group.setdefault("maximize", False)  # states of older versions
-            group.setdefault("momentum", 0.0)
         self._prepare()
         if "_kronecker" not in self.__dict__:  # a copy, not load_state_dict
             self._kronecker = None
@@ -396,27 +400,32 @@ class BandedNewton(Optimizer):
             if self._kronecker is not None:
                 self._kronecker.load_state_dict(averages, self.param_groups)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As in :mod:`torch.optim`; with ``factors="kronecker"`` also ``"kronecker"``, the averages and momentum."""
-        state = super().state_dict()
+    def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
+        shared: dict[str, Any] = {"kronecker": None}
+        if self._kronecker is None:
+            shared = {"step": 0, "damping": math.nan, "growth": math.nan, "bandwidth": 0}
+        return {**(shared if number == 0 else {}), **({"momentum_buffer": zeros()} if group["momentum"] else {})}
+
+    def _completed(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self._kronecker is None:
+            return super()._completed(state)
+        saved = self._kronecker.state_dict(self.param_groups)
+        entries: dict[Any, Any] = {number: {"momentum_buffer": buffer} for number, buffer in saved["momentum"].items()}
+        entries.setdefault(0, {})["kronecker"] = saved["band"]
+        return super()._completed({**state, "state": {**state["state"], **entries}})
+
+    def _reduced(self, state: dict[str, Any]) -> dict[str, Any]:
+        state = super()._reduced(state)
         if self._kronecker is not None:
-            state["kronecker"] = self._kronecker.state_dict(self.param_groups)
+            keys = [key for group in state["param_groups"] for key in group["params"]]
+            own = [state["state"].pop(key, {}) for key in keys]
+            if "kronecker" not in own[0]:
+                raise ValueError(
+                    f"the state of {name_of(self, 0)} lacks 'kronecker', the averages. Nothing was loaded."
+                )
+            momentum = {i: entry["momentum_buffer"] for i, entry in enumerate(own) if "momentum_buffer" in entry}
+            self._kronecker.load_state_dict({"band": own[0]["kronecker"], "momentum": momentum}, self.param_groups)
         return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in :mod:`torch.optim`.
-
-        Raises:
-            ValueError: the state is of other factors, another network or another bandwidth.
-        """
-        if ("kronecker" in state_dict) != (self._kronecker is not None):
-            saved = "of" if "kronecker" in state_dict else "not of"
-            raise ValueError(
-                f'the state is {saved} factors="kronecker", and the optimizer has factors="{self.factors}".'
-            )
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "kronecker"})
-        if self._kronecker is not None:
-            self._kronecker.load_state_dict(state_dict["kronecker"], self.param_groups)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.optim import Optimizer
 
 from hessopt.all_or_nothing import AllOrNothing
 from hessopt.closure import Closure, ClosureRunner, Evaluation
@@ -24,6 +23,7 @@ from hessopt.newton_trial import Setting, search_line, search_radius
 from hessopt.objective import Objective
 from hessopt.preconditioners import RunningDiagonal
 from hessopt.processes import refuse_processes, refuse_spread
+from hessopt.saved_state import SavedState, asks_for_state
 from hessopt.step_curvature import TRIAL_COST, StepCurvature, output_of
 from hessopt.truncated_cg import Exit, Path, truncated_cg
 from hessopt.trust_region import TrustRegion
@@ -38,7 +38,7 @@ LEAST_FORCING = 1e-12
 """Relative residual below which conjugate gradients only move rounding errors."""
 
 
-class NewtonCG(Optimizer):
+class NewtonCG(SavedState):
     r"""Truncated Newton method: a model of the loss is minimized by conjugate gradients, inside a trust region.
 
     .. math::
@@ -146,6 +146,7 @@ class NewtonCG(Optimizer):
         "_region",
         "_damping",
     )
+    _TENSORS = ("model_ggn", "model_hessian", "direction", "diagonal")
 
     def __init__(
         self,
@@ -224,6 +225,8 @@ class NewtonCG(Optimizer):
         In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
         were; a copy of them is kept during the step.
         """
+        if asks_for_state(self, closure):
+            return torch.tensor(math.nan)
         refuse_processes("NewtonCG")
         if closure is None:
             raise ClosureError(
@@ -310,6 +313,16 @@ class NewtonCG(Optimizer):
         )
         _log.debug("step %d: %s", state["step"], self.last_step)
         return loss
+
+    def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
+        kept = (
+            *(("model_ggn", "model_hessian") if self.curvature == "auto" else ()),
+            *(("direction",) if self.warm_start else ()),
+            *(("diagonal",) if self.preconditioner == "diagonal" else ()),
+        )
+        shared: dict[str, Any] = dict.fromkeys(("radius", "damping", "growth", "gradient_norm", "forcing"), math.nan)
+        shared.update(step=0, choice=CurvatureChoice().state_dict())
+        return {**(shared if number == 0 else {}), **{name: zeros() for name in kept}}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}

@@ -15,6 +15,7 @@ from hessopt.closure import Closure, Evaluation
 from hessopt.errors import ClosureError
 from hessopt.loss_hessian import LossHessian, random_basis
 from hessopt.processes import refuse_processes
+from hessopt.saved_state import asks_for_state, check_shape
 from hessopt.step_curvature import StepCurvature
 from hessopt.wrapper import OptimizerWrapper
 
@@ -156,6 +157,9 @@ class NullBoost(OptimizerWrapper):
         In these cases parameters and the wrapped optimizer's state are as they were. Without a closure ``.grad`` is not
         looked at, as in :mod:`torch.optim`.
         """
+        if asks_for_state(self, closure):
+            self.base.step()
+            return None
         due = self.beta != 1 and self.every is not None and self._steps % self.every == 0
         own: list[tuple[Tensor, Tensor | None]] = []
 
@@ -251,6 +255,15 @@ class NullBoost(OptimizerWrapper):
 
     def _own_state(self) -> dict[str, Any]:
         return {"basis": self._basis, "members": list(self._members), "steps": self._steps, "drawn": self._drawn}
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        listed = self._parameters()
+        wrong = [i for i in own["members"] if not 0 <= i < len(listed)]
+        if own["basis"] is not None and not wrong:
+            size = sum(listed[i].numel() for i in own["members"])
+            check_shape("the basis of the subspace", own["basis"], (size, own["basis"].shape[-1]))
+        elif wrong:
+            raise ValueError(f"the state's subspace is of parameter {wrong[0]}, which there is not. Nothing is loaded.")
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._basis, self._members = own["basis"], list(own["members"])

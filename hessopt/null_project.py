@@ -155,6 +155,10 @@ class NullProject(OptimizerWrapper):
     def _own_state(self) -> dict[str, Any]:
         return {"memory": None if self._memory is None else self._memory.state_dict()}
 
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        if own["memory"] is not None:
+            self._remembered(memory_from_state(own["memory"]))
+
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._memory = None if own["memory"] is None else memory_from_state(own["memory"])
 

@@ -22,6 +22,7 @@ from hessopt.errors import ClosureError
 from hessopt.escape import CurvatureCheck, Ray, escape_direction, first_length, search_rays
 from hessopt.loss_hessian import LossHessian
 from hessopt.processes import refuse_processes
+from hessopt.saved_state import asks_for_state
 from hessopt.stationarity import Stationarity
 from hessopt.step_curvature import StepCurvature
 from hessopt.wrapper import OptimizerWrapper
@@ -163,6 +164,9 @@ class SaddleEscape(OptimizerWrapper):
         optimizer leaves behind if its own step is interrupted is its own business. At steps with a check a copy of the
         parameters is kept.
         """
+        if asks_for_state(self, closure):
+            self.base.step()
+            return torch.tensor(math.nan)
         refuse_processes("SaddleEscape", "curvature and trial losses")
         if closure is None:
             raise ClosureError(
@@ -248,6 +252,17 @@ class SaddleEscape(OptimizerWrapper):
 
     def _own_state(self) -> dict[str, Any]:
         return {"escapes": self.escapes, "vectors": self._vectors, "stationarity": self.stationarity.state_dict()}
+
+    def _blank_own_state(self) -> dict[str, Any]:
+        moved = self._moved()
+        size = sum(p.numel() for p in moved)
+        columns = min(self.directions, max(size // 2, 1))
+        return {"vectors": torch.zeros(size, columns, dtype=moved[0].dtype, device=moved[0].device)} if moved else {}
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        found, wanted = sorted(own["stationarity"]), sorted(self.stationarity.state_dict())
+        if found != wanted:
+            raise ValueError(f"the state's 'stationarity' has {found} instead of {wanted}. Nothing was loaded.")
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self.escapes, self._vectors = own["escapes"], own["vectors"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from diagnostics import ranks
 from hessopt.all_or_nothing import AllOrNothing
@@ -20,12 +19,13 @@ from hessopt.finite import gradient_norm, refuse_meta
 from hessopt.newton_cg import Params
 from hessopt.online_exponent import Probe, measure_on_tape, smoothed
 from hessopt.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
+from hessopt.saved_state import SavedState, asks_for_state, members
 from hessopt.spectral_groups import Exponents, Selection, exponent_of, is_matrix, left_to_adamw
 from hessopt.spectral_map import Form, NewtonSchulz, spectral_map
 from hessopt.spectral_step import SpectralStep, apply_adamw_step, apply_matrix_step, check_group, momentum_direction
 
 
-class SpectralNewton(Optimizer):
+class SpectralNewton(SavedState):
     r"""Each weight matrix moves along its gradient's singular vectors, by ``T(σ; α)`` along each.
 
     .. math::
@@ -113,6 +113,7 @@ class SpectralNewton(Optimizer):
         True
     """
 
+    _MARKED = False
     _OWN = ("model", "newton_schulz", "update_every", "directions", "alpha_decay", "last_step", "_probe", "_adamw")
 
     def __init__(
@@ -224,6 +225,10 @@ class SpectralNewton(Optimizer):
         In these cases, and where the step is interrupted or runs out of memory, parameters and state are as they were:
         copies of both are kept while they are written.
         """
+        if asks_for_state(self, closure):
+            for number, (group, p) in enumerate(members(self)):
+                self.state[p].update(self._blank(number, group, p, lambda p=p: torch.zeros_like(p)))  # type: ignore[misc]
+            return None
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         due = self._due(trained)
         if due:
@@ -249,6 +254,14 @@ class SpectralNewton(Optimizer):
         loss = None if evaluation is None else evaluation.loss.detach()
         self.last_step = SpectralStep(math.nan if loss is None else float(loss), norm, len(due), fallbacks)
         return loss
+
+    def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
+        step = torch.tensor(0.0)
+        if self._left_to_adamw(group, p):
+            return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+        online = exponent_of(group["alpha"], p) == "online"
+        exponent = {"alpha": math.nan, "alpha_good": False, "alpha_r2": math.nan} if online else {}
+        return {"step": step, "momentum_buffer": zeros(), **exponent}
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in self._OWN if name != "_adamw"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ModelError
 from hessopt.finite import gradient_norm, refuse_meta
 from hessopt.processes import refuse_own_gradients, refuse_spread
+from hessopt.saved_state import check_entry, check_groups, members, name_of, with_hooks
 
 
 class OptimizerWrapper(Optimizer):
@@ -78,18 +80,81 @@ class OptimizerWrapper(Optimizer):
             self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and this one's own under a key of its own."""
-        return {**super().state_dict(), self._KEY: self._own_state()}
+        """The wrapped optimizer's; this one's own is in the entry of the first parameter, under a key of its own."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        return with_hooks(self, lambda: self._with_own(self.base.state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave; one of the wrapped optimizer alone will do as well."""
-        own = state_dict.get(self._KEY)
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != self._KEY})
-        if own is not None:
-            self._load_own_state(own)
+        """Take up what :meth:`state_dict` gave.
+
+        One of the wrapped optimizer alone goes into ``base.load_state_dict``.
+
+        Raises:
+            ValueError: the state is of another optimizer or another network, or incomplete; nothing has changed then.
+        """
+        state = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        entries, own = self._without_own(state)
+        own = copy.deepcopy(own)
+        self._check_own_state(own)
+        self.base.load_state_dict({**state, "state": entries})
+        self._load_own_state(own)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _with_own(self, state: dict[str, Any]) -> dict[str, Any]:
+        entries = dict(state["state"])
+        for number, (_, p) in enumerate(members(self)):
+            theirs = entries.get(number, {})
+            mark: dict[str, Any] = {"shape": list(p.shape), "base": sorted(theirs)}
+            if number == 0:
+                found = {name: value for name, value in self._own_state().items() if value is not None}
+                mark |= {**self._blank_own_state(), **found, "kept": sorted(found)}
+            entries[number] = {**theirs, self._KEY: mark}
+        return {**state, "state": entries}
+
+    def _without_own(self, state: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+        """The wrapped optimizer's entries, and this one's own; checked."""
+        owner, entries, own = type(self).__name__, dict(state["state"]) if "state" in state else {}, {}
+        for number, (key, _, p) in enumerate(check_groups(self, state)):
+            if number and key not in entries and not p.requires_grad:
+                continue
+            name = name_of(self, number)
+            if not isinstance(entries.get(key), dict) or self._KEY not in entries[key]:
+                raise ValueError(
+                    f"the state of {name} lacks {self._KEY!r}, what {owner} itself keeps: it is incomplete, or another "
+                    "optimizer's; one of the wrapped optimizer alone goes into `base.load_state_dict`. Nothing was "
+                    "loaded."
+                )
+            theirs = {entry: value for entry, value in entries[key].items() if entry != self._KEY}
+            mark = entries[key][self._KEY]
+            first = ("kept", *self._own_state()) if number == 0 else ()
+            allowed, kept = dict.fromkeys(("shape", "base", *first)), mark.get("kept", ())
+            check_entry(owner, f"{self._KEY!r} of {name}", mark, allowed, ("shape", "base", *first[:1], *kept))
+            if list(mark["shape"]) != list(p.shape):
+                raise ValueError(
+                    f"the state is of a network whose {name} has shape {tuple(mark['shape'])} instead of "
+                    f"{tuple(p.shape)}. Nothing was loaded."
+                )
+            check_entry(type(self.base).__name__, name, theirs, dict.fromkeys(mark["base"]), mark["base"])
+            if number == 0:
+                own = {entry: mark[entry] if entry in mark["kept"] else None for entry in self._own_state()}
+            entries[key] = theirs
+        return {key: entry for key, entry in entries.items() if entry != {}}, own
 
     def _own_state(self) -> dict[str, Any]:
+        """What is kept, None where there is none yet."""
         raise NotImplementedError
+
+    def _blank_own_state(self) -> dict[str, Any]:
+        """What stands for entries that are None, where their shapes are known beforehand."""
+        return {}
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        """Raise a ValueError unless :meth:`_load_own_state` will do."""
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         raise NotImplementedError
