@@ -98,6 +98,12 @@ def is_distributed(tensor: Tensor | None) -> bool:
     return _is_dtensor(type(tensor))  # type: ignore[arg-type]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a distributed tensor, in the same memory, without a tape; another tensor detached."""
+    detached = tensor.detach()
+    return detached.to_local() if is_distributed(detached) else detached  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=256)
 def _is_dtensor(cls: type) -> bool:
     return any(b.__name__ == "DTensor" and b.__module__.startswith("torch.distributed") for b in cls.__mro__)

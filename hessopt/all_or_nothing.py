@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnostics.ranks import local
+
 State = Any  # torch.optim.Optimizer's: a dict of dicts
 
 
@@ -56,7 +58,7 @@ class AllOrNothing:
     @torch.no_grad()
     def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Copy more tensors, before they are changed in place; returns the copies."""
-        originals = [t.detach() for t in tensors]
+        originals = [local(t) for t in tensors]  # many operations do not know distributed tensors
         copies = [torch.empty_like(t) for t in originals]
         if originals:
             torch._foreach_copy_(copies, originals)
