@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
+from diagnostics.symmetric_eigen import eigh
 from hessopt.closure import Evaluation
 from hessopt.interaction_graph import layer_distances, layer_edges
 from hessopt.layers import Layer
@@ -49,7 +50,7 @@ def hessian_factors(
             f'of {memory_limit / 2**30:.3g} GiB. Use curvature="ggn", hessopt.NewtonCG, or raise memory_limit.'
         )
     hessian = LossHessian(StepCurvature(loss, parameters, verify=verify)).to_dense(memory_limit=memory_limit).to(dtype)
-    eigenvalues, eigenvectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    eigenvalues, eigenvectors = eigh((hessian + hessian.mT) / 2)
     rows = eigenvalues.abs().sqrt().unsqueeze(1) * eigenvectors.mT
     sizes = [sum(p.numel() for p in layer.parameters) for layer in layers]
     return [

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from diagnostics.symmetric_eigen import eigh, eigvalsh
+
 Form: TypeAlias = Literal["scale_free", "published"]
 Method: TypeAlias = Literal["auto", "svd", "eigh", "cholesky"]
 
@@ -172,7 +174,7 @@ def _by_svd(unit: Tensor, scale: Tensor, alpha: float | Tensor, delta: float, re
 
 
 def _by_eigh(unit: Tensor, scale: Tensor, alpha: float | Tensor, delta: float, relative: bool) -> Tensor:
-    values, vectors = torch.linalg.eigh(unit @ unit.mT)
+    values, vectors = eigh(unit @ unit.mT)
     sigma = scale.squeeze(-1) * values.clamp_min(0).sqrt()
     a = _columns(alpha)
     weights = _weight(sigma, a, _damping(sigma[..., -1:], a, delta, relative))
@@ -184,7 +186,7 @@ def _by_cholesky(unit: Tensor, scale: Tensor, delta: float, relative: bool) -> T
     gram = scale.square() * (unit @ unit.mT)
     damping: Tensor | float = delta
     if relative:
-        largest = torch.linalg.eigvalsh(gram)[..., -1:].unsqueeze(-1)
+        largest = eigvalsh(gram)[..., -1:].unsqueeze(-1)
         damping = delta * torch.where(largest > 0, largest, 1)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # The inverse and one product: triangular solves with n right-hand sides take several times as long.
@@ -201,7 +203,7 @@ def _by_newton_schulz(
     p = (p + p.mT) / 2
     damping: Tensor | float = delta
     if relative:
-        largest = torch.linalg.eigvalsh(p)[..., -1:].unsqueeze(-1)
+        largest = eigvalsh(p)[..., -1:].unsqueeze(-1)
         damping = delta * torch.where(largest > 0, largest, 1)
     eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
     step: Tensor = scale * (torch.linalg.inv(p + damping * eye) @ unit)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import scipy.linalg
 import torch
@@ -69,3 +72,10 @@ def test_zero_and_empty_matrices_have_their_eigenvalues() -> None:
     values, vectors = eigh(torch.zeros(0, 0))
     assert values.shape == (0,)
     assert vectors.shape == (0, 0)
+
+
+def test_no_module_of_either_package_goes_around_it() -> None:
+    root = Path(__file__).parents[2]
+    sources = [path for package in ("diagnostics", "hessopt") for path in (root / package).rglob("*.py")]
+    around = [str(p) for p in sources if re.search(r"(linalg|torch)\.(eigh|eigvalsh)\(", p.read_text(encoding="utf-8"))]
+    assert [Path(p).name for p in around] == ["symmetric_eigen.py"]
