@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -118,23 +119,29 @@ def test_second_order_optims_return_consistent_types(subject: Subject, device: t
 
 @check(returned=["float", "None", "detached", "numpy"])
 def test_closure_returns_no_tape(subject: Subject, device: torch.device, returned: str) -> None:
-    """Torch's LBFGS takes a number or a detached tensor; ours say what is wrong, and change nothing."""
+    """As torch's LBFGS takes it: the loss is what backward() was called on. Without that call there is none."""
+    kinds = {"float": Tensor.item, "None": lambda _: None, "detached": Tensor.detach, "numpy": _numpy}
     says = {"float": "the number", "None": "returned None", "detached": "no autograd tape", "numpy": "type ndarray"}
     for kwargs, sign in each(subject, device):
-        task = Task(device, sign=sign)
-        before = copy.deepcopy(task.parameters())
-        optimizer = subject.build(task.parameters(), task.net, **kwargs)
+        first = Task(device, sign=sign)
+        tasks = [first, first.clone(), first.clone()]
+        optimizers = [subject.build(task.parameters(), task.net, **kwargs) for task in tasks]
 
-        def closure(task: Task = task, optimizer: Optimizer = optimizer) -> Any:
-            optimizer.zero_grad()
-            loss = task.loss()
-            loss.backward()
-            kinds = {"float": Tensor.item, "None": lambda _: None, "detached": Tensor.detach, "numpy": _numpy}
-            return kinds[returned](loss)
+        def closure(number: int, tasks: list[Task] = tasks, optimizers: list[Optimizer] = optimizers) -> Any:
+            optimizers[number].zero_grad()
+            loss = tasks[number].loss()
+            if number < 2:
+                loss.backward()
+            return loss if number == 0 else kinds[returned](loss)
 
+        before = copy.deepcopy(tasks[2].parameters())
+        values = [float(optimizers[number].step(partial(closure, number))) for number in (0, 1)]
+        assert values[0] == values[1]
+        assert_equal(tasks[0].parameters(), tasks[1].parameters())
+        assert any(not torch.equal(p, q) for p, q in zip(before, tasks[1].parameters(), strict=True))
         with pytest.raises(ClosureError, match=f"the closure.*{says[returned]}"):
-            optimizer.step(closure)
-        assert_equal(before, task.parameters())
+            optimizers[2].step(partial(closure, 2))
+        assert_equal(before, tasks[2].parameters())
 
 
 def _numpy(loss: Tensor) -> Any:
