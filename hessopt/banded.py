@@ -28,7 +28,7 @@ from hessopt.factor_choice import Factors
 from hessopt.finite import refuse_meta
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_causes import SEE_LOSS
-from hessopt.kronecker_step import KroneckerStep
+from hessopt.kronecker_step import AveragedStep, KroneckerStep
 from hessopt.layers import layers_of
 from hessopt.mini_batch import CURVATURES, MiniBatch
 from hessopt.processes import refuse_processes
@@ -155,7 +155,8 @@ class BandedNewton(SavedState):
     from the network when the optimizer is garbage, and copies of the network alone have none.
 
     Attributes:
-        last_step: A :class:`DampedStep`, or None before the first step and with ``factors="kronecker"``.
+        last_step: A :class:`DampedStep`, or None before the first step; with ``factors="kronecker"`` an
+            :class:`hessopt.kronecker_step.AveragedStep`, or None for a step without a closure.
 
     Raises:
         ValueError: an argument is out of range or of the other kind of factors, or a parameter is not the network's.
@@ -246,7 +247,7 @@ class BandedNewton(SavedState):
         self.line_search = line_search
         self.max_rejections = max_rejections
         self.memory_limit = memory_limit
-        self.last_step: DampedStep | None = None
+        self.last_step: DampedStep | AveragedStep | None = None
         self._bandwidth_every = (200 if averages else 10) if bandwidth_every is None else bandwidth_every
         self._choice = BandwidthChoice(bandwidth_rule, self._bandwidth_every, epsilon, cost)
         self._relative_damping = line_search and damping is None
@@ -370,7 +371,9 @@ class BandedNewton(SavedState):
                     f"{SEE_LOSS}. Or train in bfloat16, without a scaler."
                 )
             with AllOrNothing():
-                return self._kronecker.step(self.param_groups, closure)
+                value = self._kronecker.step(self.param_groups, closure)
+            self.last_step = self._kronecker.last
+            return value
         if closure is None:
             raise ClosureError(
                 "BandedNewton.step() needs a closure: the loss's curvature and the trial of the step cannot be had "

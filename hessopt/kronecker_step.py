@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class _Changes:
     change: list[Tensor] = field(default_factory=list)
 
 
+class AveragedStep(NamedTuple):
+    """One step with a closure.
+
+    Attributes:
+        gradient_norm: ‖g‖ of all parameters together.
+    """
+
+    gradient_norm: float
+
+
 class KroneckerStep:
     r"""Mini-batch Newton steps with tapered Kronecker curvature P.
 
@@ -62,6 +72,7 @@ class KroneckerStep:
 
     Attributes:
         band: The engine.
+        last: The last step, if it had a closure.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class KroneckerStep:
         self.curvature, self.damping = curvature, damping
         self.choice = KroneckerBandwidth(bandwidth_every) if bandwidth == "auto" else None
         self.momentum: dict[Tensor, Tensor] = {}
+        self.last: AveragedStep | None = None
         self.band = self._engine(groups)
 
     def _engine(self, groups: Groups) -> KroneckerBand:
@@ -112,7 +124,7 @@ class KroneckerStep:
             )
         if closure is not None and added:
             self.restart(groups)
-        runner, loss = None, None
+        runner, loss, record = None, None, None
         gradients = [p.grad for p in self.band.parameters]
         sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
@@ -123,7 +135,7 @@ class KroneckerStep:
             evaluation = runner.evaluate()
             gradients = self._gradients(evaluation)
             check_strided(gradients)
-            self._check_finite(gradients)
+            record = AveragedStep(self._norm(gradients))
             if self.band.waits and (tape or not evaluation.backward_called or isinstance(self.options.loss, nn.Module)):
                 with torch.enable_grad():
                     self.band.gather(evaluation.loss, evaluation.output)
@@ -134,14 +146,15 @@ class KroneckerStep:
         if sign < 0:
             gradients = [None if g is None else -g for g in gradients]
         self._move(groups, gradients, runner, loss)
+        self.last = record
         if added and closure is None:
             self.restart(groups)  # the parameters that were added are trained from the next step on
         return loss
 
-    def _check_finite(self, gradients: list[Tensor | None]) -> None:
-        """With a closure, whose loss was looked at already."""
+    def _norm(self, gradients: list[Tensor | None]) -> float:
+        """Of a finite gradient; with a closure, whose loss was looked at already."""
         try:
-            gradient_norm(gradients, self.band.parameters, self.model)
+            return gradient_norm(gradients, self.band.parameters, self.model)
         except ClosureError:
             self.band.begin()
             raise

@@ -76,7 +76,7 @@ def test_learns_with_the_defaults(bandwidth: Any, curvature: Any, device: torch.
     )
     losses = steps(optimizer, net, x, y, 210)
     assert torch.stack(losses[-8:]).mean() < 0.5 * torch.stack(losses[:4]).mean()
-    assert optimizer.last_step is None
+    assert optimizer.last_step is None  # nobody waits for its norms
 
 
 def test_defaults_of_the_two_modes() -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
+import hessopt
 from hessopt.closure import LeastSquares
 from hessopt.errors import ClosureError
 from hessopt.saddle import SaddleEscape
@@ -230,25 +232,58 @@ def test_a_check_without_an_escape_leaves_no_trace() -> None:
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["backward", "loss", "pair", "least squares"])
-def test_closures_of_all_kinds_give_the_same_steps(kind: str) -> None:
-    net, x, y = _linear(2), torch.eye(4, dtype=F64), torch.eye(4, dtype=F64)
-    optimizer = SaddleEscape(BASES["sgd"](net.parameters()), model=net)
+def test_closures_of_all_kinds_give_the_same_steps() -> None:
+    runs = {}
+    for kind in ("backward", "loss", "pair", "least squares"):
+        net, x, y = _linear(2), torch.eye(4, dtype=F64), torch.eye(4, dtype=F64)
+        optimizer = SaddleEscape(BASES["sgd"](net.parameters()), model=net)
 
-    def closure() -> Any:
-        z = net(x)
-        loss = (z - y).square().sum() / 2
-        if kind == "backward":
-            optimizer.zero_grad()
-            loss.backward()
-        return {"pair": (loss, z), "least squares": LeastSquares(z - y)}.get(kind, loss)
+        def closure(
+            kind: str = kind, net: nn.Module = net, x: Tensor = x, y: Tensor = y, optimizer: Any = optimizer
+        ) -> Any:
+            z = net(x)
+            loss = (z - y).square().sum() / 2
+            if kind == "backward":
+                optimizer.zero_grad()
+                loss.backward()
+            return {"pair": (loss, z), "least squares": LeastSquares(z - y)}.get(kind, loss)
 
-    losses = [float(optimizer.step(closure)) for _ in range(30)]
-    if not hasattr(test_closures_of_all_kinds_give_the_same_steps, "first"):
-        test_closures_of_all_kinds_give_the_same_steps.first = losses  # type: ignore[attr-defined]
-    expected = test_closures_of_all_kinds_give_the_same_steps.first  # type: ignore[attr-defined]
-    assert losses == pytest.approx(expected, rel=1e-12)
-    assert optimizer.escapes >= 1
+        runs[kind] = [float(optimizer.step(closure)) for _ in range(30)]
+        assert optimizer.escapes >= 1
+    for losses in runs.values():
+        assert losses == pytest.approx(runs["loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("base", ["banded", "kronecker", "newton-cg", "spectral"])
+def test_around_optimizers_of_this_package(base: str) -> None:
+    """The steps are the base's own, and what it saw of loss and gradient is what the checks go by."""
+    make = {
+        "banded": hessopt.BandedNewton,
+        "kronecker": partial(
+            hessopt.BandedNewton, factors="kronecker", mini_batch=hessopt.MiniBatch(loss="cross_entropy")
+        ),
+        "newton-cg": hessopt.NewtonCG,
+        "spectral": partial(hessopt.SpectralNewton, lr=0.01),
+    }[base]
+    ends = []
+    for wrap in (False, True):
+        net, x, y = _digits()
+        optimizer: Any = make(net)
+        if wrap:
+            optimizer = SaddleEscape(optimizer, model=net, stationarity=Stationarity(plateau=0.0, gradient_ratio=0.0))
+            optimizer.stationarity.checked(escaped=False)
+            seen: list[tuple[float, float]] = []
+            optimizer.stationarity.observe = lambda *figures, seen=seen: seen.append(figures)
+        twin = copy.deepcopy(net)  # has other batch statistics afterwards
+        torch.manual_seed(1)  # of the dropout
+        slopes = torch.autograd.grad(F.cross_entropy(twin(x), y), list(twin.parameters()))
+        torch.manual_seed(1)
+        losses = [float(optimizer.step(_classify(optimizer, net, x, y))) for _ in range(3)]
+        ends.append((losses, copy.deepcopy(net.state_dict())))
+        norm = float(torch.cat([g.flatten() for g in slopes]).norm())
+    assert seen[0] == pytest.approx((losses[0], norm), rel=1e-4)
+    assert len(seen) == 3
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_state_of_the_base_is_emptied_after_an_escape_only_if_wanted() -> None:
