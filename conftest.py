@@ -29,15 +29,15 @@ def _leave_document(namespace: dict[str, Any]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand single tests to the workers, but documents whole: their blocks share a namespace."""
+    """Hand single tests to the workers, but whole what shares a namespace (documents) or a group of processes."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class DocumentsWhole(LoadScopeScheduling):
+    class SomeFilesWhole(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return path if path.endswith(".md") else nodeid
+            return path if path.endswith(".md") or path.startswith("tests/distributed/") else nodeid
 
-    return DocumentsWhole(config, log)
+    return SomeFilesWhole(config, log)
 
 
 pytest_collect_file = Sybil(
