@@ -28,7 +28,7 @@ from hessopt.factor_choice import Factors
 from hessopt.finite import refuse_meta
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_causes import SEE_LOSS
-from hessopt.kronecker_step import AveragedStep, KroneckerStep
+from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import layers_of
 from hessopt.mini_batch import CURVATURES, MiniBatch
 from hessopt.processes import refuse_processes
@@ -155,8 +155,7 @@ class BandedNewton(SavedState):
     from the network when the optimizer is garbage, and copies of the network alone have none.
 
     Attributes:
-        last_step: A :class:`DampedStep`, or None before the first step; with ``factors="kronecker"`` an
-            :class:`hessopt.kronecker_step.AveragedStep`, or None for a step without a closure.
+        last_step: A :class:`DampedStep`, or None before the first step and with ``factors="kronecker"``.
 
     Raises:
         ValueError: an argument is out of range or of the other kind of factors, or a parameter is not the network's.
@@ -247,7 +246,7 @@ class BandedNewton(SavedState):
         self.line_search = line_search
         self.max_rejections = max_rejections
         self.memory_limit = memory_limit
-        self.last_step: DampedStep | AveragedStep | None = None
+        self.last_step: DampedStep | None = None
         self._bandwidth_every = (200 if averages else 10) if bandwidth_every is None else bandwidth_every
         self._choice = BandwidthChoice(bandwidth_rule, self._bandwidth_every, epsilon, cost)
         self._relative_damping = line_search and damping is None
@@ -371,9 +370,7 @@ class BandedNewton(SavedState):
                     f"{SEE_LOSS}. Or train in bfloat16, without a scaler."
                 )
             with AllOrNothing():
-                value = self._kronecker.step(self.param_groups, closure)
-            self.last_step = self._kronecker.last
-            return value
+                return self._kronecker.step(self.param_groups, closure)
         if closure is None:
             raise ClosureError(
                 "BandedNewton.step() needs a closure: the loss's curvature and the trial of the step cannot be had "
@@ -384,6 +381,13 @@ class BandedNewton(SavedState):
         with AllOrNothing(self._parameters(), state=self.state, owner=self, names=("last_step",)):
             loss, self.last_step = self._exact.step(self.param_groups, self.state, closure)
         return loss
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """‖g‖ of all parameters together before the last step; None where it was not looked at: without a closure."""
+        if self._kronecker is not None:
+            return self._kronecker.gradient_norm
+        return None if self.last_step is None else self.last_step.gradient_norm
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,6 @@ class _Changes:
     change: list[Tensor] = field(default_factory=list)
 
 
-class AveragedStep(NamedTuple):
-    """One step with a closure.
-
-    Attributes:
-        gradient_norm: ‖g‖ of all parameters together.
-    """
-
-    gradient_norm: float
-
-
 class KroneckerStep:
     r"""Mini-batch Newton steps with tapered Kronecker curvature P.
 
@@ -72,7 +62,7 @@ class KroneckerStep:
 
     Attributes:
         band: The engine.
-        last: The last step, if it had a closure.
+        gradient_norm: ‖g‖ of all parameters together, before the last step, if it had a closure.
     """
 
     def __init__(
@@ -89,7 +79,7 @@ class KroneckerStep:
         self.curvature, self.damping = curvature, damping
         self.choice = KroneckerBandwidth(bandwidth_every) if bandwidth == "auto" else None
         self.momentum: dict[Tensor, Tensor] = {}
-        self.last: AveragedStep | None = None
+        self.gradient_norm: float | None = None
         self.band = self._engine(groups)
 
     def _engine(self, groups: Groups) -> KroneckerBand:
@@ -124,7 +114,7 @@ class KroneckerStep:
             )
         if closure is not None and added:
             self.restart(groups)
-        runner, loss, record = None, None, None
+        runner, loss, norm = None, None, None
         gradients = [p.grad for p in self.band.parameters]
         sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
@@ -135,7 +125,7 @@ class KroneckerStep:
             evaluation = runner.evaluate()
             gradients = self._gradients(evaluation)
             check_strided(gradients)
-            record = AveragedStep(self._norm(gradients))
+            norm = self._norm(gradients)
             if self.band.waits and (tape or not evaluation.backward_called or isinstance(self.options.loss, nn.Module)):
                 with torch.enable_grad():
                     self.band.gather(evaluation.loss, evaluation.output)
@@ -146,7 +136,7 @@ class KroneckerStep:
         if sign < 0:
             gradients = [None if g is None else -g for g in gradients]
         self._move(groups, gradients, runner, loss)
-        self.last = record
+        self.gradient_norm = norm
         if added and closure is None:
             self.restart(groups)  # the parameters that were added are trained from the next step on
         return loss

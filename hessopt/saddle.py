@@ -211,7 +211,9 @@ class SaddleEscape(OptimizerWrapper):
         with self._guard(changed=False):
             loss: Any = self.base.step(passed)
         if own:
-            self.stationarity.observe(float(loss), self.base.last_step.gradient_norm)  # type: ignore[attr-defined]
+            base: Any = self.base
+            seen_by = base if base.last_step is None else base.last_step  # steps with running averages leave no record
+            self.stationarity.observe(float(loss), seen_by.gradient_norm)
         else:
             self.stationarity.observe(*seen[0])
         result: Tensor = loss
