@@ -24,14 +24,14 @@ help: ## list the targets
 demo: $(VENV)/.stamp-examples ## run the quickstart; writes quickstart.png
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/.stamp-test ## run the fast tests and every code block of README.md and docs/
-	$(PYTEST)
+test: $(VENV)/.stamp-test ## run the fast tests and every code block of README.md and docs/; TESTS=folder for a part
+	$(PYTEST) $(TESTS)
 
 test-kernels: export ATEN_CPU_CAPABILITY = default
 test-kernels: export MKL_CBWR = COMPATIBLE
 test-kernels: export OMP_NUM_THREADS = 1
 test-kernels: $(VENV)/.stamp-test ## the fast tests again on PyTorch's oldest CPU kernels: what another processor may round
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 
 test-slow: $(VENV)/.stamp-test ## run the tests marked slow
 	$(PYTEST) -m "slow and not gpu"
