@@ -81,26 +81,31 @@ def _composite_attention() -> Iterator[None]:
 _COMPOSITE_ATTENTION = _SharedByThreads(_composite_attention)
 
 
-@contextmanager
-def without_saved_tensor_hooks() -> Iterator[None]:
-    """Refuse non-reentrant checkpointing, and whatever else replaces the tensors that the tape saves.
-
-    A checkpoint runs its part of the model again at every pass over the tape, on the model's own buffers and without
-    the cuts: batch statistics would move, and spectral normalisation would take another step each time.
-    """
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
-            yield
-    except RuntimeError as error:
-        if _NO_HOOKS in str(error) and not isinstance(error, CaptureError):
-            raise CaptureError(_NO_HOOKS) from error
-        raise
-
-
 _NO_HOOKS = (
     "the model uses torch.utils.checkpoint or other saved-tensor hooks, so its tape would run parts of the model "
     "again. Turn them off for the capture (model.gradient_checkpointing_disable() in transformers)."
 )
+
+
+@contextmanager
+def without_saved_tensor_hooks(message: str = _NO_HOOKS, error: type[Exception] = CaptureError) -> Iterator[None]:
+    """Refuse non-reentrant checkpointing, and whatever else replaces the tensors that the tape saves.
+
+    A checkpoint runs its part of the model again at every pass over the tape, on the model's own buffers and without
+    what watched the first run: batch statistics would move, and spectral normalisation would take another step each
+    time.
+
+    Args:
+        message: Says what is refused, and the way out.
+        error: Raised with it.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+            yield
+    except RuntimeError as raised:
+        if message in str(raised) and not isinstance(raised, error):
+            raise error(message) from raised
+        raise
 
 
 class CompositeKernels(TorchFunctionMode):

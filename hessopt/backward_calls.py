@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diagnostics.tape import Function
+from diagnostics.backends import without_saved_tensor_hooks
+from diagnostics.tape import passes_through
 from hessopt.errors import ClosureError
 
 
@@ -126,23 +127,13 @@ _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 _DISPATCHES_BACKWARD = _dispatches_backward()
 
 
-@contextmanager
-def without_recomputation() -> Iterator[None]:
-    """Refuse non-reentrant checkpointing, and whatever else replaces the tensors that the tape saves.
-
-    A checkpoint runs its part of the network again at every pass over the tape: without what watches the first run,
-    with other kernels, and on the network's own buffers.
+def without_recomputation() -> AbstractContextManager[None]:
+    """Refuse what replaces the tensors that a closure's tape saves, as checkpointing does.
 
     Raises:
         ClosureError: the closure uses it.
     """
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES):
-            yield
-    except RuntimeError as error:
-        if _RECOMPUTES in str(error) and not isinstance(error, ClosureError):
-            raise ClosureError(_RECOMPUTES) from error
-        raise
+    return without_saved_tensor_hooks(_RECOMPUTES, ClosureError)
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool) -> list[Tensor | None]:
@@ -162,20 +153,12 @@ def refuse_reentrant(*tapes: Tensor) -> None:
 
     It walks the tape, so it is for those cases where a derivative has come out as none at all.
     """
-    seen: set[Function] = set()
-    stack = [t.grad_fn for t in tapes]
-    while stack:
-        function = stack.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        if function.name() == "CheckpointFunctionBackward":
-            raise ClosureError(
-                "the closure uses reentrant checkpointing (torch.utils.checkpoint with use_reentrant=True), behind "
-                "which derivatives with respect to parameters do not reach. Turn it off for this optimizer "
-                "(model.gradient_checkpointing_disable() in transformers)."
-            )
-        stack += [parent for parent, _ in function.next_functions]
+    if any(passes_through(tape, "CheckpointFunctionBackward") for tape in tapes):
+        raise ClosureError(
+            "the closure uses reentrant checkpointing (torch.utils.checkpoint with use_reentrant=True), behind which "
+            "derivatives with respect to parameters do not reach. Turn it off for this optimizer "
+            "(model.gradient_checkpointing_disable() in transformers)."
+        )
 
 
 _RECOMPUTES = (

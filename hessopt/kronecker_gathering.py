@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from diagnostics.tape import Function
+from diagnostics.tape import Function, ancestry
 from hessopt.errors import ClosureError, HessoptError, ModelError
 from hessopt.kronecker_causes import Seen
 from hessopt.kronecker_layers import Block
@@ -342,16 +342,9 @@ def _returned_loss(output: Any, rows: Tensor | None) -> Tensor | None:
         loss = None
     if rows is None or not isinstance(loss, Tensor) or loss.ndim or loss.grad_fn is None:
         return None
-    seen: set[Function] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        function = stack.pop()
-        if function is rows.grad_fn:
-            return loss
-        if function not in seen:
-            seen.add(function)
-            stack += [parent for parent, _ in function.next_functions if parent is not None]
-    return None
+    function = rows.grad_fn
+    assert function is not None  # the caller's leaves have one
+    return loss if loss.grad_fn is function or ancestry(loss, {function})[1] else None
 
 
 def _no_autocast(device: str) -> Any:
