@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from diagnostics.drift import drift_exponent
     from diagnostics.errors import (
         CaptureError,
-        DiagnosisInterrupted,
         DiagnosticsError,
         MemoryBudgetError,
         SectionFailedWarning,
@@ -61,6 +60,7 @@ if TYPE_CHECKING:
     from diagnostics.placement import recommend_skips
     from diagnostics.recursion import hessian_blocks
     from diagnostics.report import Report
+    from diagnostics.reporting.interrupted import DiagnosisInterrupted
     from diagnostics.routing import RoutedCurvature, route
     from diagnostics.sharpness import SharpnessTracker
     from diagnostics.sources import curvature_sources
@@ -156,7 +156,7 @@ _HOME = {
     "discarded_share": "diagnostics.discarded",
     "drift_exponent": "diagnostics.drift",
     "CaptureError": "diagnostics.errors",
-    "DiagnosisInterrupted": "diagnostics.errors",
+    "DiagnosisInterrupted": "diagnostics.reporting.interrupted",
     "DiagnosticsError": "diagnostics.errors",
     "MemoryBudgetError": "diagnostics.errors",
     "SectionFailedWarning": "diagnostics.errors",

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diagnostics.graph import Graph
+from diagnostics.graph import Graph, Part
 from diagnostics.injections import Injections
 from diagnostics.linear_operator import LinearOperator
-from diagnostics.parametric import Part
+from diagnostics.products import NodeProducts
 
 
 class BlockOperator(LinearOperator):
-    """The batch-mean block H[v,w], ``(d_v, d_w)``, or a part of it; made by ``graph.block_operator(v, w)``.
+    """The batch-mean block H[v,w], ``(d_v, d_w)``, or a part of it, as a linear operator, without forming it.
+
+    ``BlockOperator(graph, v, w) @ x`` is ``hessian_blocks(graph).mean().total[v, w] @ x``: one injection x at w, shared
+    by all samples, and the response at v, summed over them (averaged, for a summed loss). A product passes through the
+    part of the network behind w and v twice, however large the block is. Symmetric where v is w.
 
     Products take the columns of a matrix together, in as many at a time as ``memory_limit`` allows. The adjoint is the
     block of (w, v).
 
-    Attributes:
-        graph: The captured network.
-        v: Node of the rows.
-        w: Node of the columns.
+    Args:
+        graph: A captured network.
+        v: Name of the node of the rows.
+        w: Name of the node of the columns.
         part: ``"total"``, ``"gn"`` or ``"tensor"``.
         memory_limit: Bytes that the tangents of the columns multiplied at one time may take, by plan.
+
+    Raises:
+        KeyError: there is no such node.
+        DiagnosticsError: a node has no second derivative, named in the message.
+        StaleGraphError: a parameter changed since the capture; also when the operator is used.
     """
 
     def __init__(self, graph: Graph, v: str, w: str, part: Part = "total", *, memory_limit: int = 2**30) -> None:
@@ -42,7 +51,7 @@ class BlockOperator(LinearOperator):
         return self._multiply(self.w, self.v, vectors)
 
     def _multiply(self, v: str, w: str, vectors: Tensor) -> Tensor:
-        products = self.graph.products
+        products = NodeProducts.of(self.graph)
         result = vectors.new_empty(self._injections.size(v), vectors.shape[1])
         chunk = products.columns_in(self.memory_limit)
         for start in range(0, vectors.shape[1], chunk):

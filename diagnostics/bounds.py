@@ -15,7 +15,7 @@ from diagnostics.errors import DiagnosticsError
 from diagnostics.gains import Gains, sum_over_paths
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.local import LOSS, LocalDerivatives
+from diagnostics.local import LOSS
 from diagnostics.recursion import hessian_blocks
 from diagnostics.tables import format_table
 
@@ -77,7 +77,6 @@ def resonance_bounds(
     part: Part = "total",
     per_sample: bool = False,
     include_output: bool = False,
-    local: LocalDerivatives | None = None,
 ) -> ResonanceBounds:
     """Upper bounds on R(v,w) = ‖H[v,w]‖_F by what is known of the network (cf. Thm 25, 34, 71).
 
@@ -97,9 +96,8 @@ def resonance_bounds(
         part: Which part of the Hessian.
         per_sample: False: batch means first, as the paper does. True: each sample's block of the given loss.
         include_output: Range over the model's output too, where it was not among the chosen nodes.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
     """
-    gains = Gains(graph, local)
+    gains = Gains(graph)
     kappa = gains.curvature_norms(part)
     figures = gains.figures()
     rho = figures.rho
@@ -170,9 +168,7 @@ class DecayBounds:
     __repr__ = __str__
 
 
-def decay_bounds(
-    graph: Graph, blocks: HessianBlocks | None = None, local: LocalDerivatives | None = None
-) -> DecayBounds:
+def decay_bounds(graph: Graph, blocks: HessianBlocks | None = None) -> DecayBounds:
     """R(v,w) ≤ R(v,v) ‖J[v←w]‖₂ wherever every path from w to the loss passes v (cf. Thm 25, Cor. 26).
 
     Then the loss is a function Λ of ``e_v + f_v(e_w)`` alone, hence ``H[v,w] = H[v,v] J[v←w]`` exactly, tensor part
@@ -184,12 +180,11 @@ def decay_bounds(
     Args:
         graph: A captured network.
         blocks: Its blocks of single samples, if known already, of all nodes of the graph.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
     """
     if blocks is not None and isinstance(blocks.gn, MeanBlocks):
         raise DiagnosticsError("decay is bounded per sample: pass the blocks of single samples, not their means.")
     total = (hessian_blocks(graph) if blocks is None else blocks).total
-    gains = Gains(graph, local)
+    gains = Gains(graph)
     figures = gains.figures()
     shortest, longest = gains.lengths()
     pairs = _post_dominated(graph)
@@ -213,7 +208,6 @@ def error_bounds(
     *,
     part: Part = "total",
     per_sample: bool = False,
-    local: LocalDerivatives | None = None,
 ) -> Tensor:
     """How far blocks can be off when every local derivative is off by a relative error δ (cf. Thm 43).
 
@@ -231,14 +225,13 @@ def error_bounds(
         delta: δ ≥ 0.
         part: Which part of the Hessian.
         per_sample: False: of batch means. True: of each sample's block.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
 
     Returns:
         The bounds of all pairs of nodes of the graph in topological order, ``(n, n)`` or ``(S, n, n)``.
     """
     if not delta >= 0:
         raise ValueError(f"delta is a relative error of at least 0, got {delta}.")
-    gains = Gains(graph, local)
+    gains = Gains(graph)
     kappa, exact = gains.curvature_norms(part), sum_over_paths(gains.steps)
     perturbed = sum_over_paths((1 + delta) * gains.steps)
     growth = delta * perturbed @ gains.steps @ exact  # P_δ − P without cancellation: the resolvent identity

@@ -13,8 +13,7 @@ from diagnostics.errors import DiagnosticsError
 from diagnostics.factored import TotalJacobians
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.local import LocalDerivatives
-from diagnostics.paths import local_derivatives
+from diagnostics.local import LocalDerivatives, local_derivatives
 from diagnostics.recursion import hessian_blocks
 from diagnostics.tape import batched_vjp
 
@@ -42,7 +41,6 @@ def bridge_bound(
     v: str,
     w: str,
     blocks: HessianBlocks | None = None,
-    local: LocalDerivatives | None = None,
 ) -> BridgeBound:
     """Bound the Hessian between the weights of two linear layers by the block of their outputs (cf. Cor. 17).
 
@@ -60,7 +58,6 @@ def bridge_bound(
         v: Name of a node.
         w: Name of a node, possibly the same; the order does not matter.
         blocks: Blocks of single samples of the graph, if known already.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
 
     Raises:
         DiagnosticsError: a node is no such layer, or samples are coupled.
@@ -73,7 +70,7 @@ def bridge_bound(
     if layout.position[graph[v].name] < layout.position[graph[w].name]:
         v, w = w, v
     x_v, x_w = _input(graph, v), _input(graph, w)
-    local = local_derivatives(graph) if local is None else local
+    local = local_derivatives(graph)
     block = (hessian_blocks(graph, [(v, w)]) if blocks is None else blocks).total[v, w]
     norm_v, norm_w = x_v.detach().norm(dim=1), x_w.detach().norm(dim=1)
     activation = (norm_v * norm_w * torch.linalg.matrix_norm(block)).sum().item()

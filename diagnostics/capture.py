@@ -20,15 +20,14 @@ from diagnostics.backends import (
     without_saved_tensor_hooks,
 )
 from diagnostics.errors import CaptureError
-from diagnostics.graph import Graph, Node
+from diagnostics.graph import Graph, Node, WholeTape
 from diagnostics.layer_rule import FEW_NODES, layers, layers_inside
 from diagnostics.lean_kernels import LeanKernels
 from diagnostics.refusals import check_inputs, check_loss_fn, check_model, check_tensor
-from diagnostics.replay import run_model
 from diagnostics.selection import OUTPUT, Selection, select_modules
+from diagnostics.substitution import run_model
 from diagnostics.tape import Function, ancestry, passes_through, rounding
 from diagnostics.trees import flatten, map_tensors, tensors
-from diagnostics.whole_tape import WholeTape
 
 
 def capture(

@@ -14,7 +14,8 @@ from diagnostics.errors import DiagnosticsError
 from diagnostics.null_cone import NullCone
 from diagnostics.operators import HessianOperator
 from diagnostics.probes import generator_for
-from diagnostics.replay import along_the_tape, run_model
+from diagnostics.replay import along_the_tape
+from diagnostics.substitution import run_model
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def one_line(error: BaseException) -> str:
 
 def _report(options: argparse.Namespace) -> int:
     from diagnostics.cli_loading import run_report, settings_of
-    from diagnostics.errors import DiagnosisInterrupted
+    from diagnostics.reporting.interrupted import DiagnosisInterrupted
 
     chosen = settings_of(options)
     out, resume = chosen.get("out"), chosen.get("resume")

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from diagnostics.compare import Comparison, compare
 from diagnostics.diagnose import diagnose, wanted_sections
-from diagnostics.errors import DiagnosisInterrupted, DiagnosticsError, SectionFailedWarning
+from diagnostics.errors import DiagnosticsError, SectionFailedWarning
 from diagnostics.report import Report
 from diagnostics.reporting.arguments import check_numbers
 from diagnostics.reporting.budget import Budget
 from diagnostics.reporting.formats import COMPARISON_FORMATS, REPORT_FORMATS, check_out, check_place
+from diagnostics.reporting.interrupted import DiagnosisInterrupted
 from diagnostics.trees import map_tensors
 
 _TEXT, _TEXTS = "a string", "a list of strings"

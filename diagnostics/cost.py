@@ -10,7 +10,7 @@ import torch
 
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.local import LocalDerivatives
+from diagnostics.local import local_derivatives
 from diagnostics.recursion import hessian_blocks
 
 
@@ -54,7 +54,7 @@ class MeasuredCost:
         return self.predicted.total / self.seconds
 
 
-def predict_cost(graph: Graph, local: LocalDerivatives | None = None) -> BlockCost:
+def predict_cost(graph: Graph, exact: bool = False) -> BlockCost:
     """Multiplications that all batch-mean blocks take, counted from the elimination itself (cf. Prop. 89).
 
     Per sample, with d the sizes, ``N_u`` the entries of all nodes before u, k the size of the output:
@@ -69,9 +69,10 @@ def predict_cost(graph: Graph, local: LocalDerivatives | None = None) -> BlockCo
 
     Args:
         graph: A captured network.
-        local: Local derivatives of the graph. They say which local curvatures are zero, and the count is exact; None:
-            every node may be curved in all its parents, and the count is an upper bound.
+        exact: Compute the local derivatives, which say which local curvatures are zero, so that the count is exact.
+            False: every node may be curved in all its parents, and the count is an upper bound.
     """
+    local = local_derivatives(graph) if exact else None
     layout, sizes = Layout.of(graph), {node.name: graph.size(node) for node in graph.nodes}
     steps = [(u.name, p) for u in graph.nodes for p in u.parents if local is None or p in local.jacobians[u.name]]
     parents = {u.name: [p for v, p in steps if v == u.name] for u in graph.nodes}
@@ -114,12 +115,12 @@ def predict_cost(graph: Graph, local: LocalDerivatives | None = None) -> BlockCo
     return BlockCost(samples * jacobians, samples * elimination, samples * tensor, samples * gauss_newton)
 
 
-def measure_cost(graph: Graph, local: LocalDerivatives | None = None, repeats: int = 3) -> MeasuredCost:
+def measure_cost(graph: Graph, exact: bool = False, repeats: int = 3) -> MeasuredCost:
     """Count the multiplications of ``hessian_blocks(graph).mean()`` and time it.
 
     Args:
         graph: A captured network.
-        local: As for :func:`predict_cost`; without it the count is an upper bound.
+        exact: As for :func:`predict_cost`.
         repeats: Number of runs; the fastest counts.
     """
     if repeats < 1:
@@ -131,7 +132,7 @@ def measure_cost(graph: Graph, local: LocalDerivatives | None = None, repeats: i
         hessian_blocks(graph).mean()
         _synchronise(graph)
         seconds.append(time.perf_counter() - start)
-    return MeasuredCost(predict_cost(graph, local), min(seconds))
+    return MeasuredCost(predict_cost(graph, exact), min(seconds))
 
 
 def _join(front: dict[str, set[str]], p: str, others: Collection[str]) -> None:

@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diagnostics.tape import batched_vjp
-
-if TYPE_CHECKING:
-    from diagnostics.graph import Graph
-
-
-def couples_samples(graph: Graph) -> bool:
-    """Whether any node or the loss of ``graph`` mixes samples.
-
-    Nodes are tested with respect to their parents, and of the loss the gradient with respect to the output.
-    """
-    if graph.batch_size == 1:
-        return False
-    if not all(graph.is_batched(node) for node in graph.nodes):
-        return True
-    inner = [node for node in graph.nodes if node.parents]
-    if inner and mixes_samples([n.segment for n in inner], [n.value for n in graph.nodes if n.children]):
-        return True
-    sources = [graph[name].value for name in graph.loss_parents]
-    gradients = torch.autograd.grad(graph.loss, sources, create_graph=True, materialize_grads=True)
-    curved = [g for g in gradients if g.requires_grad]
-    return bool(curved) and mixes_samples(curved, sources)
 
 
 def mixes_samples(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:

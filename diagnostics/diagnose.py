@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diagnostics.errors import DiagnosisInterrupted, DiagnosticsError, SectionFailedWarning
+from diagnostics.errors import DiagnosticsError, SectionFailedWarning
 from diagnostics.refusals import at_most_positional, check_loss_fn, check_model
 from diagnostics.report import SCHEMA, Report
 from diagnostics.reporting.arguments import check_numbers
 from diagnostics.reporting.bound_section import bounds
 from diagnostics.reporting.budget import Budget
 from diagnostics.reporting.checkpoints import loaded
+from diagnostics.reporting.interrupted import DiagnosisInterrupted
 from diagnostics.reporting.node_sections import network, pair_metrics, sources
 from diagnostics.reporting.parameter_sections import parameters, spectrum
 from diagnostics.reporting.partial import Partial, identity

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from diagnostics.compare import Comparison
-    from diagnostics.report import Report
-
 
 class DiagnosticsError(RuntimeError):
     """Base class of the errors of this package."""
@@ -27,15 +21,3 @@ class MemoryBudgetError(DiagnosticsError):
 
 class SectionFailedWarning(UserWarning):
     """Sections of a report failed; the report has the others, and the errors as ``report.failures``."""
-
-
-class DiagnosisInterrupted(KeyboardInterrupt):
-    """Ctrl-C during :func:`diagnostics.diagnose`.
-
-    Attributes:
-        report: The sections that were finished, and the verdicts on them; of several checkpoints, those diagnosed.
-    """
-
-    def __init__(self, report: Report | Comparison) -> None:
-        super().__init__("the diagnosis was interrupted; the finished sections are in the attribute `report`")
-        self.report = report

@@ -13,6 +13,7 @@ from diagnostics.output_jacobians import OutputJacobians
 from diagnostics.pair_estimates import Sampling, estimate_pairs
 from diagnostics.pair_products import PairProducts
 from diagnostics.probes import Probe
+from diagnostics.products import NodeProducts
 from diagnostics.tables import MetricTable
 
 
@@ -94,13 +95,13 @@ def estimate_metrics(
     injections = Injections(graph, per_sample)
     sizes = [injections.samples * injections.size(name) for name in names]
     sampling.check_memory(sizes, graph.loss.element_size(), responses_limit, "responses_limit")
-    before = dict(graph.products.count)
+    before = dict(NodeProducts.of(graph).count)
     with torch.no_grad():
         factors = _output_jacobians(graph, injections, names, probes, exact_gn, memory_limit)
         pairs = PairProducts(graph, names, injections, factors, memory_limit)
         exact = None if factors is None else factors.square_norms()
         estimates = estimate_pairs(pairs, sampling, generator, exact)
-    count = {kind: columns - before[kind] for kind, columns in graph.products.count.items()}
+    count = {kind: columns - before[kind] for kind, columns in NodeProducts.of(graph).count.items()}
     return estimates.table(graph.distances[index][:, index], count["total"] + count["tensor"], count["vjp"])
 
 
@@ -124,4 +125,4 @@ def _output_jacobians(
                 "coupled. Use exact_gn=None, or call model.eval() before the capture."
             )
         return None
-    return OutputJacobians(graph.products, injections, names)
+    return OutputJacobians(NodeProducts.of(graph), injections, names)

@@ -11,8 +11,7 @@ from torch import Tensor
 from diagnostics.factored import TotalJacobians
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.local import LOSS, LocalDerivatives
-from diagnostics.paths import local_derivatives
+from diagnostics.local import LOSS, local_derivatives
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +68,7 @@ class LocalGains:
     __repr__ = __str__
 
 
-def local_gains(graph: Graph, local: LocalDerivatives | None = None) -> LocalGains:
+def local_gains(graph: Graph) -> LocalGains:
     """ρ = max ‖D[u,v]‖₂ over edges and samples, ``s = max |Ch(v)|``, and the stability margin 1 − sρ (cf. Cor. 73).
 
     An edge is one of the captured graph: what lies between two nodes is one step, so the figures depend on the choice
@@ -77,9 +76,8 @@ def local_gains(graph: Graph, local: LocalDerivatives | None = None) -> LocalGai
 
     Args:
         graph: A captured network.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
     """
-    return Gains(graph, local).figures()
+    return Gains(graph).figures()
 
 
 class Gains:
@@ -87,16 +85,15 @@ class Gains:
 
     Args:
         graph: A captured network.
-        local: Its local derivatives, if known already.
 
     Attributes:
         names: Names of the n nodes.
         steps: A, ``(S, n, n)``: ``A[u,p] = ‖D[u,p]‖₂`` for p a parent of u, else 0; strictly lower triangular.
     """
 
-    def __init__(self, graph: Graph, local: LocalDerivatives | None = None) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.local = local_derivatives(graph) if local is None else local
+        self.local = local_derivatives(graph)
         self.layout = Layout.of(graph)
         self.names = self.layout.names
         n = len(self.names)

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from diagnostics.coupling import couples_samples
+from diagnostics.coupling import mixes_samples
 from diagnostics.errors import DiagnosticsError, StaleGraphError
 from diagnostics.tape import rounding
-from diagnostics.whole_tape import WholeTape
 
-if TYPE_CHECKING:
-    from diagnostics.block_operator import BlockOperator
-    from diagnostics.parametric import Part
-    from diagnostics.products import CurvatureProducts
-    from diagnostics.routing import CurvatureRouting
+Part: TypeAlias = Literal["total", "gn", "tensor"]
+"""The Hessian, its Gauss-Newton part, or its tensor part."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +54,24 @@ class Node:
         kind = type(self.module).__name__ if self.module is not None else "output of the model"
         parents = ", ".join(self.parents) or "-"
         return f"Node({self.name!r}, {kind}, shape={tuple(self.shape)}, parents: {parents})"
+
+
+@dataclass(frozen=True, eq=False)
+class WholeTape:
+    """The same forward pass as a graph's, recorded without cuts; made by ``graph.whole``.
+
+    Parameters are constants on this tape. The derivative of anything by ``values[v]`` is its derivative by an additive
+    injection at node v, for all that was computed from v.
+
+    Attributes:
+        values: For each node of the graph its activation, ``(B, …)``, on the tape.
+        loss: The loss, a scalar.
+        entries: Entries of all intermediate tensors of the tape: about what a product holds for each probe.
+    """
+
+    values: dict[str, Tensor]
+    loss: Tensor
+    entries: int
 
 
 class Graph:
@@ -105,6 +121,7 @@ class Graph:
         self.note = note
         self._by_name = {node.name: node for node in nodes}
         self._refine = refine
+        self._made: dict[Callable[[Graph], Any], Any] = {}
         self._record_whole = record_whole
         self._versions = {name: (parameter, parameter._version) for name, parameter in parameters.items()}
 
@@ -141,11 +158,21 @@ class Graph:
     def coupled(self) -> bool:
         """Whether samples of the batch influence each other (batch-norm in training mode, a contrastive loss …).
 
-        Tested on the tape by vector-Jacobian products seeded at subsets of the samples (see
-        :func:`diagnostics.coupling.couples_samples`). A node without the batch as its first dimension counts as
+        Nodes are tested on the tape with respect to their parents, and of the loss the gradient with respect to the
+        output (:func:`diagnostics.coupling.mixes_samples`). A node without the batch as its first dimension counts as
         coupled. The blocks of a coupled graph are those of one joint sample.
         """
-        return couples_samples(self)
+        if self.batch_size == 1:
+            return False
+        if not all(self.is_batched(node) for node in self.nodes):
+            return True
+        inner = [node for node in self.nodes if node.parents]
+        if inner and mixes_samples([n.segment for n in inner], [n.value for n in self.nodes if n.children]):
+            return True
+        sources = [self[name].value for name in self.loss_parents]
+        gradients = torch.autograd.grad(self.loss, sources, create_graph=True, materialize_grads=True)
+        curved = [g for g in gradients if g.requires_grad]
+        return bool(curved) and mixes_samples(curved, sources)
 
     def is_batched(self, node: Node) -> bool:
         """Whether the node's first dimension has the batch size."""
@@ -212,43 +239,15 @@ class Graph:
         self._check_same_loss(tape.loss)
         return tape
 
-    @cached_property
-    def products(self) -> CurvatureProducts:
-        """Products of the Hessian, its Gauss-Newton and its tensor part with tangents at nodes."""
-        from diagnostics.products import CurvatureProducts
+    def once(self, make: Callable[[Graph], T]) -> T:
+        """``make(graph)``, made at the first call with this ``make`` and kept with the graph.
 
-        return CurvatureProducts(self)
-
-    @cached_property
-    def routing(self) -> CurvatureRouting:
-        """The slopes of all nodes with tapes of their own, for :func:`diagnostics.route`."""
-        from diagnostics.routing import CurvatureRouting
-
-        return CurvatureRouting(self)
-
-    def block_operator(self, v: str, w: str, part: Part = "total") -> BlockOperator:
-        """The batch-mean block H[v,w] as a linear operator, ``(d_v, d_w)``, without forming it.
-
-        ``graph.block_operator(v, w) @ x`` is ``hessian_blocks(graph).mean().total[v, w] @ x``: one injection x at w,
-        shared by all samples, and the response at v, summed over them (averaged, for a summed loss). A product passes
-        through the part of the network behind w and v twice, however large the block is.
-
-        Args:
-            v: Name of the node of the rows.
-            w: Name of the node of the columns.
-            part: ``"total"``, ``"gn"`` or ``"tensor"``.
-
-        Returns:
-            A :class:`diagnostics.block_operator.BlockOperator`, symmetric where v is w.
-
-        Raises:
-            KeyError: there is no such node.
-            DiagnosticsError: a node has no second derivative, named in the message.
-            StaleGraphError: a parameter changed since the capture; also when the operator is used.
+        For what is recorded of a graph once and used by many: the graph itself knows none of its users.
         """
-        from diagnostics.block_operator import BlockOperator
-
-        return BlockOperator(self, v, w, part)
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: T = self._made[make]
+        return made
 
     def _check_same_loss(self, loss: Tensor) -> None:
         if not loss.equal(self.loss) and not torch.allclose(loss, self.loss, rtol=rounding([loss]) ** 0.75, atol=0):

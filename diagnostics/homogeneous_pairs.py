@@ -25,7 +25,7 @@ from diagnostics.channel_slices import (
 from diagnostics.conserved_quantity import ConservedQuantity, Kind
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph, Node
-from diagnostics.replay import run_model
+from diagnostics.substitution import run_model
 from diagnostics.trees import map_tensors, tensors
 
 _ROUNDINGS = 64  # of the output: factors are powers of two, so that a homogeneous network shows none or few

@@ -15,7 +15,7 @@ from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.homogeneous_pairs import homogeneous_pairs
 from diagnostics.lanczos import extreme_eigenpairs
 from diagnostics.operators import GaussNewtonOperator, HessianOperator
-from diagnostics.replay import run_model
+from diagnostics.substitution import run_model
 from diagnostics.symmetric_eigen import eigh
 from diagnostics.tape import batched_vjp
 from diagnostics.trees import tensors

@@ -168,3 +168,28 @@ class MatrixOperator(LinearOperator):
     def adjoint_matmat(self, vectors: Tensor) -> Tensor:
         """``Aᵀ V``."""
         return self.matrix.mT @ vectors
+
+
+def symmetrise(matrix: Tensor) -> Tensor:
+    """(M + Mᵀ)/2 of matrices ``(…, N, N)`` that are symmetric up to rounding (cf. Remark 15).
+
+    ``blocks[v, w]`` and ``blocks[w, v]`` are the same numbers, so an assembled matrix is unsymmetric in its diagonal
+    blocks only, each a product of factors, and there by rounding. Of all symmetric matrices the average is the nearest
+    to M in Frobenius norm, and no further from the exact Hessian than M is.
+
+    Raises:
+        DiagnosticsError: M is not square, or unsymmetric by more than rounding (√eps of its norm): then it is no
+            Hessian, and averaging would hide that.
+    """
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise DiagnosticsError(
+            f"a matrix of shape {tuple(matrix.shape)} is not square, so it has no eigenvalues: pass a diagonal block, "
+            "or all blocks assembled."
+        )
+    skew = torch.linalg.matrix_norm(matrix - matrix.mT)
+    if (skew > torch.finfo(matrix.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)).any():
+        raise DiagnosticsError(
+            f"the matrix is not symmetric: ‖M − Mᵀ‖_F = {skew.max().item():.3g}. Blocks between two different nodes "
+            "are not; diagonal blocks and assembled blocks are."
+        )
+    return (matrix + matrix.mT) / 2

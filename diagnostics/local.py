@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from diagnostics.affine import AffineLayer
+from diagnostics.backends import plain_autograd, twice_differentiable
 from diagnostics.closed_form import DenseLayer
 from diagnostics.flatness import cannot_bend
 from diagnostics.graph import Graph, Node
@@ -36,6 +37,24 @@ class LocalDerivatives:
     jacobians: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     signals: dict[str, Tensor] = field(default_factory=dict)
     curvatures: dict[str, Curvature] = field(default_factory=dict)
+
+
+def local_derivatives(graph: Graph) -> LocalDerivatives:
+    """Local Jacobians, signals and curvatures of all nodes of ``graph``, computed once and kept with the graph.
+
+    Whatever grad mode the caller is in.
+
+    Raises:
+        StaleGraphError: a parameter changed since the capture.
+        DiagnosticsError: a node has no second derivative, named in the message.
+    """
+    graph.check_fresh()
+    return graph.once(_differentiated)
+
+
+def _differentiated(graph: Graph) -> LocalDerivatives:
+    with plain_autograd(), twice_differentiable():
+        return differentiate(graph)
 
 
 def differentiate(graph: Graph) -> LocalDerivatives:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph
-from diagnostics.local import LocalDerivatives
-from diagnostics.paths import Path, local_derivatives
+from diagnostics.local import local_derivatives
+from diagnostics.paths import Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +30,7 @@ class LyapunovExponents:
     steps: int
 
 
-def lyapunov_norm(
-    graph: Graph, nodes: Sequence[str] | Path | None = None, local: LocalDerivatives | None = None
-) -> LyapunovExponents:
+def lyapunov_norm(graph: Graph, nodes: Sequence[str] | Path | None = None) -> LyapunovExponents:
     """λ₁ = (1/m) log ‖D_m ⋯ D_1‖₂ (Eq. 8), the D being the local Jacobians along a path of m + 1 nodes.
 
     By definition ``‖J_π‖₂ = e^{λ₁ m}`` for this very path: an identity, not a prediction. For parts of the path
@@ -42,12 +40,11 @@ def lyapunov_norm(
         graph: A captured network.
         nodes: The path, each node a parent of the next. None: all nodes but the model's output if they form a chain.
             Captured blocks of a residual network form one, when the sum belongs to the block.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
 
     Raises:
         DiagnosticsError: the nodes are no path of at least one step.
     """
-    jacobians = _along(graph, nodes, local)
+    jacobians = _along(graph, nodes)
     product = jacobians[0]
     logs = product.new_zeros(len(product))
     for jacobian in jacobians[1:]:
@@ -58,9 +55,7 @@ def lyapunov_norm(
     return LyapunovExponents(exponents, exponents.mean().item(), len(jacobians))
 
 
-def lyapunov_qr(
-    graph: Graph, nodes: Sequence[str] | Path | None = None, local: LocalDerivatives | None = None
-) -> LyapunovExponents:
+def lyapunov_qr(graph: Graph, nodes: Sequence[str] | Path | None = None) -> LyapunovExponents:
     """Exponents per direction by Benettin's QR: ``λ_i = (1/m) Σ_k log |R_k[i,i]|``, ``D_k Q_{k−1} = Q_k R_k``, Q₀ = I.
 
     The λ₁ of the paper's tables: batch mean, then the maximum over directions. It is never more than Eq. 8's: the
@@ -71,12 +66,11 @@ def lyapunov_qr(
     Args:
         graph: A captured network.
         nodes: The path, as for :func:`lyapunov_norm`.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
 
     Raises:
         DiagnosticsError: the nodes are no path of at least one step.
     """
-    jacobians = _along(graph, nodes, local)
+    jacobians = _along(graph, nodes)
     first = jacobians[0]
     frame = torch.eye(first.shape[2], dtype=first.dtype, device=first.device).expand(len(first), -1, -1)
     logs = first.new_zeros(len(first), first.shape[2])
@@ -88,8 +82,8 @@ def lyapunov_qr(
     return LyapunovExponents(exponents, exponents.mean(0).amax().item(), len(jacobians))
 
 
-def _along(graph: Graph, nodes: Sequence[str] | Path | None, local: LocalDerivatives | None) -> list[Tensor]:
-    local = local_derivatives(graph) if local is None else local
+def _along(graph: Graph, nodes: Sequence[str] | Path | None) -> list[Tensor]:
+    local = local_derivatives(graph)
     if nodes is None:
         names = tuple(node.name for node in graph.nodes if node.name in graph.chosen)
         inside = set(names)

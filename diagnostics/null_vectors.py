@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.spectrum import symmetrise
+from diagnostics.linear_operator import symmetrise
 from diagnostics.symmetric_eigen import eigh
 
 Pairing: TypeAlias = Literal["spectral", "standard"]

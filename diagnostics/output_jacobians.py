@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from diagnostics.injections import Injections
-from diagnostics.products import CurvatureProducts
+from diagnostics.products import NodeProducts
 
 
 class OutputJacobians:
@@ -24,7 +24,7 @@ class OutputJacobians:
         names: Nodes.
     """
 
-    def __init__(self, products: CurvatureProducts, injections: Injections, names: Sequence[str]) -> None:
+    def __init__(self, products: NodeProducts, injections: Injections, names: Sequence[str]) -> None:
         graph = products.graph
         ends = [graph[name] for name in graph.loss_parents]
         sizes = [graph.size(end) for end in ends]

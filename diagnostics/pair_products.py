@@ -12,6 +12,7 @@ from torch import Tensor
 from diagnostics.graph import Graph
 from diagnostics.injections import Injections
 from diagnostics.output_jacobians import OutputJacobians
+from diagnostics.products import NodeProducts
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class PairProducts:
     ) -> None:
         self.names = tuple(names)
         self.injections = injections
-        self._products = graph.products
+        self._products = NodeProducts.of(graph)
         self._factors = factors
         self._chunk = self._products.columns_in(memory_limit)
         self.samples = injections.samples

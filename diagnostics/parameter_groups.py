@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.graph import Graph
 from diagnostics.linear_operator import LinearOperator
 from diagnostics.operators import CurvatureOperator
 from diagnostics.parameter_space import ParameterSpace
@@ -98,24 +97,6 @@ class ParameterGroups:
         """``|i − j|`` in the order of the groups, ``(n, n)``."""
         order = torch.arange(float(len(self.names)))
         return (order.unsqueeze(1) - order).abs()
-
-    def graph_distance(self, graph: Graph) -> Tensor:
-        """Length of the shortest undirected path between nodes that use parameters of either group, ``(n, n)``.
-
-        Raises:
-            DiagnosticsError: no node of the graph uses any parameter of a group.
-        """
-        users = []
-        for group, names in self.parameters.items():
-            nodes = [i for i, node in enumerate(graph.nodes) if not set(names).isdisjoint(node.parameters)]
-            if not nodes:
-                raise DiagnosticsError(
-                    f"group {group!r} has no place in the graph: none of its nodes is computed from "
-                    f"{', '.join(map(repr, names[:3]))}. Pass the graph of the same model, or a distance."
-                )
-            users.append(nodes)
-        distances = graph.distances
-        return torch.stack([torch.stack([distances[v][:, w].amin() for w in users]) for v in users])
 
     def _matches(self, op: CurvatureOperator, group: str, patterns: str | Iterable[str]) -> list[str]:
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)

@@ -123,7 +123,7 @@ def _distances(groups: ParameterGroups, graph: Graph | None, distance: Tensor | 
     if graph is not None and distance is not None:
         raise ValueError("give either graph or distance: both say how far groups are apart.")
     if graph is not None:
-        return groups.graph_distance(graph)
+        return graph_distance(graph, groups)
     if distance is None:
         return groups.order_distance()
     n = len(groups.names)
@@ -132,3 +132,22 @@ def _distances(groups: ParameterGroups, graph: Graph | None, distance: Tensor | 
             f"distance must be a symmetric ({n}, {n}) tensor for the {n} groups, got shape {tuple(distance.shape)}."
         )
     return distance
+
+
+def graph_distance(graph: Graph, groups: ParameterGroups) -> Tensor:
+    """Length of the shortest undirected path between nodes that use parameters of either group, ``(n, n)``.
+
+    Raises:
+        DiagnosticsError: no node of the graph uses any parameter of a group.
+    """
+    users = []
+    for group, names in groups.parameters.items():
+        nodes = [i for i, node in enumerate(graph.nodes) if not set(names).isdisjoint(node.parameters)]
+        if not nodes:
+            raise DiagnosticsError(
+                f"group {group!r} has no place in the graph: none of its nodes is computed from "
+                f"{', '.join(map(repr, names[:3]))}. Pass the graph of the same model, or a distance."
+            )
+        users.append(nodes)
+    distances = graph.distances
+    return torch.stack([torch.stack([distances[v][:, w].amin() for w in users]) for v in users])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,14 +14,12 @@ from diagnostics.blocks import BlockMatrix
 from diagnostics.dense_pairs import Workspace, add_dense_pair, is_dense
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.factored import TotalJacobians
-from diagnostics.graph import Graph
+from diagnostics.graph import Graph, Part
 from diagnostics.layout import Layout
 from diagnostics.local import differentiate
 from diagnostics.parameter_maps import ParameterMap, TotalJacobian, dense_map, parameter_map
 from diagnostics.patch_pairs import add_patch_pair, is_patched
 from diagnostics.recursion import assemble_blocks
-
-Part: TypeAlias = Literal["total", "gn", "tensor"]
 
 
 class ParameterBlocks(Mapping[tuple[str, str], Tensor]):

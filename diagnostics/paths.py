@@ -12,12 +12,11 @@ import torch
 from einops import einsum, reduce
 from torch import Tensor
 
-from diagnostics.backends import plain_autograd, twice_differentiable
 from diagnostics.blocks import HessianBlocks, MeanBlocks
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.local import LOSS, LocalDerivatives, differentiate
+from diagnostics.local import LOSS, LocalDerivatives, local_derivatives
 from diagnostics.tables import format_table
 
 AnyGraph: TypeAlias = "Graph | nx.DiGraph[str]"
@@ -59,20 +58,6 @@ class Path:
 
     def __str__(self) -> str:
         return " → ".join(self.nodes)
-
-
-def local_derivatives(graph: Graph) -> LocalDerivatives:
-    """Local Jacobians, signals and curvatures of all nodes of ``graph``, whatever grad mode the caller is in.
-
-    What every function of paths and bounds takes as ``local``; pass it to several of them to compute it once.
-
-    Raises:
-        StaleGraphError: a parameter changed since the capture.
-        DiagnosticsError: a node has no second derivative, named in the message.
-    """
-    graph.check_fresh()
-    with plain_autograd(), twice_differentiable():
-        return differentiate(graph)
 
 
 def count_paths(graph: AnyGraph, source: str, target: str) -> int:
@@ -123,7 +108,7 @@ def paths(graph: AnyGraph, source: str, target: str, *, limit: int = 10_000) -> 
     return tuple(sorted((Path(tuple(nodes)) for nodes in found), key=lambda path: (len(path), path.nodes)))
 
 
-def path_jacobian(graph: Graph, path: Path, local: LocalDerivatives | None = None) -> Tensor:
+def path_jacobian(graph: Graph, path: Path) -> Tensor:
     """Product of the local Jacobians along ``path``, ``(S, d_target, d_source)``; the identity for length 0.
 
     ``J_π = D[v_k, v_{k-1}] ⋯ D[v_1, v_0]``. The sum over all paths from w to p is the total Jacobian ``J[p←w]``:
@@ -132,7 +117,7 @@ def path_jacobian(graph: Graph, path: Path, local: LocalDerivatives | None = Non
     Raises:
         DiagnosticsError: a step of the path is no edge of the graph.
     """
-    local = local_derivatives(graph) if local is None else local
+    local = local_derivatives(graph)
     size, like = graph.size(graph[path.target]), graph.loss.detach()
     jacobian = torch.eye(size, dtype=like.dtype, device=like.device).expand(graph.samples, -1, -1)
     for p, u in reversed(path.edges):  # from the target: usually the output, the smaller side
@@ -211,7 +196,6 @@ def path_resonance(
     *,
     per_sample: bool = False,
     limit: int = 10_000,
-    local: LocalDerivatives | None = None,
 ) -> PathResonance:
     """Which pairs of paths make up the Gauss-Newton block of two nodes (cf. Thm 33, 65 and Def. 64–66).
 
@@ -228,7 +212,6 @@ def path_resonance(
         per_sample: False: norms and shares of batch means, as the paper has norms. True: of each sample's own
             contribution to the given loss, without averaging (joint for coupled samples).
         limit: Most pairs of paths.
-        local: Local derivatives of the graph, if known already (:func:`local_derivatives`).
 
     Raises:
         DiagnosticsError: there are more than ``limit`` pairs of paths; the message says how many.
@@ -239,12 +222,12 @@ def path_resonance(
             f"there are {counts[0]:,} x {counts[1]:,} = {counts[0] * counts[1]:,} pairs of paths from {v!r} and {w!r} "
             f"to the loss, more than the limit of {limit:,}. Raise `limit`, or capture fewer nodes."
         )
-    local = local_derivatives(graph) if local is None else local
+    local = local_derivatives(graph)
     layout = Layout.of(graph)
     with torch.no_grad():
         curvature = loss_curvature(graph, layout, local)
-        left, left_factors = _factors(graph, layout, v, limit, local)
-        right, right_factors = _factors(graph, layout, w, limit, local)
+        left, left_factors = _factors(graph, layout, v, limit)
+        right, right_factors = _factors(graph, layout, w, limit)
         scale = None
         if not per_sample:  # a block between all samples of v and all of w is summed over both
             scale = 1.0 if layout.reduction == "mean" else 1 / layout.batch_size
@@ -301,14 +284,12 @@ def _rows_of_outputs(graph: Graph, layout: Layout) -> dict[str, slice]:
     return {z: slice(a, b) for z, (a, b) in zip(graph.loss_parents, pairwise(ends), strict=True)}
 
 
-def _factors(
-    graph: Graph, layout: Layout, v: str, limit: int, local: LocalDerivatives
-) -> tuple[tuple[Path, ...], Tensor]:
+def _factors(graph: Graph, layout: Layout, v: str, limit: int) -> tuple[tuple[Path, ...], Tensor]:
     """Paths from v to the loss and their Jacobians, ``(P, S, k, d_v)``, zero at the outputs where they do not end."""
     rows = _rows_of_outputs(graph, layout)
     size = sum(layout.sizes[z] for z in graph.loss_parents)
     found = tuple(path for z in graph.loss_parents for path in paths(graph, v, z, limit=limit))
     factors = layout.like.new_zeros(len(found), layout.samples, size, layout.sizes[v])
     for factor, path in zip(factors, found, strict=True):
-        factor[:, rows[path.target]] = path_jacobian(graph, path, local)
+        factor[:, rows[path.target]] = path_jacobian(graph, path)
     return found, factors

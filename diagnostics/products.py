@@ -20,8 +20,8 @@ Tangents = Mapping[str, Tensor]
 """By name of a node: directions ``(k, *shape of the node)``, k of them."""
 
 
-class CurvatureProducts:
-    """``H r``, ``G r`` and ``T r`` for tangents r at nodes, exact; made by ``graph.products``.
+class NodeProducts:
+    """``H r``, ``G r`` and ``T r`` for tangents r at nodes, exact; made by :meth:`of`.
 
     Let ``q(s) = J[z←·]ᵀ s`` be the signals at all nodes for a cotangent s of the model's output z, recorded once with
     a tape of its own. It is linear in s, so a derivative of ``r · q_w`` by s is ``J[z←w] r``. By the activations, with
@@ -32,6 +32,11 @@ class CurvatureProducts:
     Attributes:
         count: Columns multiplied so far: ``"total"`` and ``"tensor"`` (two passes each), ``"vjp"`` (one pass).
     """
+
+    @classmethod
+    def of(cls, graph: Graph) -> NodeProducts:
+        """Those of ``graph``, recorded at the first call."""
+        return graph.once(cls)
 
     def __init__(self, graph: Graph) -> None:
         graph.check_fresh()

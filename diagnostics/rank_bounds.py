@@ -14,9 +14,9 @@ from diagnostics.blocks import BlockMatrix, HessianBlocks, MeanBlocks
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph import Graph
 from diagnostics.layout import Layout
-from diagnostics.local import LOSS, LocalDerivatives
+from diagnostics.local import LOSS, LocalDerivatives, local_derivatives
 from diagnostics.metrics import stable_rank
-from diagnostics.paths import local_derivatives, loss_curvature
+from diagnostics.paths import loss_curvature
 from diagnostics.recursion import hessian_blocks
 from diagnostics.tables import format_table
 
@@ -66,7 +66,6 @@ def rank_bounds(
     per_sample: bool = False,
     include_output: bool = False,
     rtol: float | None = None,
-    local: LocalDerivatives | None = None,
 ) -> RankBounds:
     """Bounds on rank H[v,w] by bottlenecks, next to the numerical rank and the stable rank (cf. Prop. 31, Remark 60).
 
@@ -90,7 +89,6 @@ def rank_bounds(
         per_sample: False: of batch means. True: of single samples (the largest measured ranks).
         include_output: Range over the model's output too, where it was not among the chosen nodes.
         rtol: Relative threshold of the numerical rank; None: torch's, max(d_v, d_w) · eps.
-        local: Local derivatives of the graph, if known already (:func:`diagnostics.paths.local_derivatives`).
     """
     if part not in ("gn", "total"):
         raise ValueError(f'part must be "gn" or "total", got {part!r}: the tensor part has no bottleneck.')
@@ -106,7 +104,7 @@ def rank_bounds(
     network.add_edges_from((z, LOSS) for z in graph.loss_parents)
     own = dict(layout.sizes) if per_sample else {n: d // layout.batch[n] for n, d in layout.sizes.items()}
     if part == "gn":
-        local = local_derivatives(graph) if local is None else local
+        local = local_derivatives(graph)
         loss_rank = _rank_of_loss(graph, layout, local, per_sample)
         cut = {v: min(_least_cut(network, v, [LOSS], widths, own[v]), loss_rank) for v in names}
         bounds = {(v, w): min(cut[v], cut[w]) for v in names for w in names}

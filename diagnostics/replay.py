@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,9 +19,9 @@ from diagnostics.backends import (
     without_saved_tensor_hooks,
 )
 from diagnostics.data import Batch
-from diagnostics.errors import CaptureError, DiagnosticsError, StaleGraphError
+from diagnostics.errors import CaptureError, StaleGraphError
 from diagnostics.refusals import check_loss_fn, check_model, check_tensor
-from diagnostics.substitution import substituted
+from diagnostics.substitution import run_model
 from diagnostics.tape import passes_through
 from diagnostics.trees import tensors
 
@@ -187,27 +187,6 @@ def _refuse_checkpoints(ends: Iterable[Tensor]) -> None:
             "the model uses reentrant checkpointing (torch.utils.checkpoint), which hides its parameters from second "
             "derivatives. Turn checkpointing off (model.gradient_checkpointing_disable() in transformers)."
         )
-
-
-def run_model(model: nn.Module, inputs: Any, replaced: dict[str, Tensor]) -> Any:
-    """The output of the model, with its buffers (and parameters) replaced for this call by those in ``replaced``.
-
-    Restoring buffers afterwards instead would invalidate the tape that saved them. On return, ``replaced`` holds what
-    the call has left in their places.
-    """
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    try:
-        with substituted(model, replaced):
-            return model(*args, **kwargs)
-    except RuntimeError as error:
-        wrong = [t.dtype for t in tensors(inputs) if not t.is_floating_point()]
-        if wrong and not isinstance(error, DiagnosticsError) and "dtype" in str(error):
-            raise CaptureError(
-                f"the model does not accept inputs of dtype {wrong[0]} ({error}). Convert them first, for example "
-                "inputs.float() / 255 for images."
-            ) from error
-        raise
 
 
 @contextmanager

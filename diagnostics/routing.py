@@ -73,7 +73,7 @@ def route(graph: Graph, tangents: Directions, by_source: bool = False) -> Routed
     """
     graph.check_fresh()
     k = _check(graph, tangents)
-    return graph.routing.run(tangents, k, by_source)
+    return graph.once(CurvatureRouting).run(tangents, k, by_source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class _Bend:
 
 
 class CurvatureRouting:
-    """What the sweeps need of a graph, recorded once; made by ``graph.routing``."""
+    """What the sweeps need of a graph, recorded once."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph

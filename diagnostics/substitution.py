@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from diagnostics.backends import EXCLUSIVE
+from diagnostics.errors import CaptureError, DiagnosticsError
+from diagnostics.trees import tensors as tensors_in
 
 
 @contextmanager
@@ -57,3 +60,24 @@ def substituted(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
                     tensors[name] = left
             for held, key, own in places:
                 held[key] = own
+
+
+def run_model(model: nn.Module, inputs: Any, replaced: dict[str, Tensor]) -> Any:
+    """The output of the model, with its buffers (and parameters) replaced for this call by those in ``replaced``.
+
+    Restoring buffers afterwards instead would invalidate the tape that saved them. On return, ``replaced`` holds what
+    the call has left in their places.
+    """
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    try:
+        with substituted(model, replaced):
+            return model(*args, **kwargs)
+    except RuntimeError as error:
+        wrong = [t.dtype for t in tensors_in(inputs) if not t.is_floating_point()]
+        if wrong and not isinstance(error, DiagnosticsError) and "dtype" in str(error):
+            raise CaptureError(
+                f"the model does not accept inputs of dtype {wrong[0]} ({error}). Convert them first, for example "
+                "inputs.float() / 255 for images."
+            ) from error
+        raise

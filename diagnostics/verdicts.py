@@ -69,22 +69,3 @@ class Rule:
     wordings: Mapping[str, str]
     find: Callable[[Any], Iterator[Finding]]
     needs: tuple[str, ...]
-
-
-def judge(report: Mapping[str, Any]) -> list[Verdict]:
-    """The verdicts on a report's figures, warnings first.
-
-    Args:
-        report: ``report.data``, or the loaded JSON. Rules whose sections are missing are passed over.
-    """
-    from diagnostics.verdict_rules import RULES, Figures
-
-    figures = Figures(report)
-    found = []
-    for rule in RULES:
-        if all(section in report["sections"] for section in rule.needs):
-            for wording, nodes, values, significant in rule.find(figures):
-                numbers = {k: v for k, v in values.items() if v is None or isinstance(v, (int, float))}
-                text = rule.wordings[wording].format(**values, **rule.threshold)
-                found.append(Verdict(rule.id, wording, rule.level, nodes, text, numbers, significant))
-    return sorted(found, key=lambda verdict: ("warning", "advice", "note").index(verdict.level))

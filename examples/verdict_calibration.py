@@ -18,8 +18,7 @@ from typing import Any
 from verdict_networks import Case, cases, train
 
 import diagnostics
-from diagnostics.verdict_rules import RULES
-from diagnostics.verdicts import judge
+from diagnostics.verdict_rules import RULES, judge
 
 
 def diagnosed(case: Case) -> diagnostics.Report:

@@ -15,7 +15,6 @@ from hessopt.banded_arguments import (
     check_choice,
     check_count,
     check_group,
-    check_mini_batch,
     network_of,
 )
 from hessopt.bandwidth_choice import BandwidthChoice
@@ -30,7 +29,7 @@ from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_causes import SEE_LOSS
 from hessopt.kronecker_step import KroneckerStep
 from hessopt.layers import layers_of
-from hessopt.mini_batch import CURVATURES, MiniBatch
+from hessopt.mini_batch import CURVATURES, MiniBatch, check_mini_batch
 from hessopt.processes import refuse_processes
 from hessopt.saved_state import SavedState, asks_for_state, name_of
 

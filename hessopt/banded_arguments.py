@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-
-from hessopt.mini_batch import MiniBatch
 
 Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
@@ -40,25 +38,6 @@ def check_count(name: str, value: object) -> None:
     """Raise a ValueError unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-
-
-def check_mini_batch(averages: bool, mini_batch: object, others: Sequence[str]) -> None:
-    """Raise an error unless the options are those of the kind of factors.
-
-    Args:
-        averages: ``factors="kronecker"``.
-        mini_batch: Its options.
-        others: Names of arguments that were given and that only the other kinds have.
-    """
-    if mini_batch is not None and not isinstance(mini_batch, MiniBatch):
-        raise TypeError(f"mini_batch must be a hessopt.MiniBatch, got {type(mini_batch).__name__}.")
-    if mini_batch is not None and not averages:
-        raise ValueError('mini_batch= holds the options of running averages: pass factors="kronecker" with it.')
-    if averages and others:
-        raise ValueError(
-            f'{", ".join(others)} {"is" if len(others) == 1 else "are"} for exact factors, and factors="kronecker" has '
-            "no such option; see hessopt.MiniBatch for those that it has."
-        )
 
 
 def check_group(group: dict[str, Any], first: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,29 +16,10 @@ from diagnostics.cliques import Bandwidth, Cliques, band_cliques
 from hessopt.banded_arguments import check_choice, check_count
 from hessopt.banded_systems import BandedSystem
 from hessopt.errors import SolveError
+from hessopt.gain import Candidate, most_gain
 from hessopt.quadratic_model import QuadraticModel
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Evidence for one bandwidth at a decision.
-
-    Attributes:
-        bandwidth: k.
-        reduction: Reduction of the objective by its step.
-        cost: Of a step, in operations or in seconds.
-    """
-
-    bandwidth: int
-    reduction: float
-    cost: float
-
-    @property
-    def gain(self) -> float:
-        """Reduction per cost; a step that does not reduce the objective has none."""
-        return max(self.reduction, 0.0) / max(self.cost, 1e-12)
 
 
 def coupling_radius(norms: Tensor, distances: NDArray[np.float64], epsilon: float) -> float:
@@ -68,15 +49,6 @@ def candidates(distances: NDArray[np.float64], radius: float) -> list[int]:
     full = len(distances) - 1 if np.isinf(distances).any() else int(distances.max(initial=0))
     found = sorted({0, full, *(2**i for i in range(max(full, 1).bit_length()) if 2**i < full)})
     return [k for i, k in enumerate(found) if i == 0 or found[i - 1] < radius]
-
-
-def most_gain(found: Sequence[Candidate], current: int | None, hysteresis: float) -> int:
-    """The bandwidth of most gain, or the current one if none has more than ``1 + hysteresis`` times its gain."""
-    best = max(found, key=lambda candidate: candidate.gain)
-    for candidate in found:
-        if candidate.bandwidth == current and best.gain <= (1 + hysteresis) * candidate.gain:
-            return candidate.bandwidth
-    return best.bandwidth
 
 
 def bandwidth_cliques(distances: NDArray[np.float64], bandwidth: Bandwidth) -> Cliques:

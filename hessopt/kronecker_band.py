@@ -23,9 +23,10 @@ from hessopt.kronecker_gathering import Columns, Gathering
 from hessopt.kronecker_inverse import KroneckerInverse
 from hessopt.kronecker_layers import Rows, Sharing, plan_blocks
 from hessopt.kronecker_recorder import Call, Recorder, back_propagate
-from hessopt.kronecker_report import numbers_kept, sample_curvature, treatment, warn_of_diagonals
+from hessopt.kronecker_report import numbers_kept, sample_curvature
 from hessopt.kronecker_seeds import Seeds
 from hessopt.kronecker_state import load_state, state_of
+from hessopt.kronecker_treatment import treatment, warn_of_diagonals
 from hessopt.loss_curvature import Columns as Count
 from hessopt.loss_curvature import Loss, Reduction
 from hessopt.mini_batch import check_curvature, check_engine
@@ -417,7 +418,8 @@ class KroneckerBand:
         self.commit(gradients)
         if self.factors is None or self.inverse is None or not self.factors.updates:
             if not self._unsound_start:
-                raise cause(self.gathering)
+                gathering = self.gathering
+                raise cause(gathering.seen, self.recorder, gathering.seeds.loss, gathering.empirical)
             self._unsound_start = False
             steps = [torch.zeros_like(p, dtype=self.dtype) for p in self.parameters]
             zero = torch.zeros((), dtype=self.dtype, device=self.device)

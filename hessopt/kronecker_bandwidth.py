@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessopt.bandwidth_choice import Candidate, most_gain
+from hessopt.gain import Candidate, most_gain
 from hessopt.kronecker_band import KroneckerBand
 from hessopt.kronecker_factors import KroneckerFactors
 from hessopt.kronecker_inverse import KroneckerInverse

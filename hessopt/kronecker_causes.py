@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from hessopt.errors import ClosureError, HessoptError, ModelError
-from hessopt.loss_curvature import LOSSES
-
-if TYPE_CHECKING:
-    from hessopt.kronecker_gathering import Gathering
+from hessopt.kronecker_recorder import Recorder
+from hessopt.loss_curvature import LOSSES, Loss
 
 DECLARE = f"declare the loss, MiniBatch(loss={' | '.join(map(repr, LOSSES))}) or the module that computes it"
 SEE_LOSS = "declare the module that computes the loss and call it, MiniBatch(loss=criterion), so that it is seen"
@@ -57,12 +54,18 @@ class Seen:
         )
 
 
-def cause(gathering: Gathering) -> HessoptError:
-    """The error to raise at a step for which no curvature was gathered, ever."""
-    seen, recorder, loss = gathering.seen, gathering.recorder, gathering.seeds.loss
+def cause(seen: Seen, recorder: Recorder, loss: Loss | None, empirical: bool) -> HessoptError:
+    """The error to raise at a step for which no curvature was gathered, ever.
+
+    Args:
+        seen: What happened since curvature became due.
+        recorder: Of the layers' calls.
+        loss: The declared loss, or None.
+        empirical: Whether curvature is that of the samples' own gradients, which needs no loss.
+    """
     start = "no curvature was gathered: "
     called = seen.network or recorder.called
-    if not gathering.empirical and loss is None:
+    if not empirical and loss is None:
         return ClosureError(f"{start}the loss is not known. To have it, {DECLARE}, or {CLOSURE}.")
     if not called and (seen.without_gradients or recorder.called_without_gradients):
         return ClosureError(
@@ -80,7 +83,7 @@ def cause(gathering: Gathering) -> HessoptError:
             "Call the network that the optimizer was given, or its layers, and back-propagate the loss, before each "
             "step."
         )
-    if not gathering.empirical and isinstance(loss, nn.Module) and not seen.noted:
+    if not empirical and isinstance(loss, nn.Module) and not seen.noted:
         if seen.misfit:
             return ModelError(
                 f"the declared {type(loss).__name__} does not return the loss, a tensor with one number that depends "
@@ -93,7 +96,7 @@ def cause(gathering: Gathering) -> HessoptError:
             "that you call, MiniBatch(loss=criterion), or leave out loss= and pass a closure that returns "
             "`(loss, output)`, or wrap the network in a module that returns the tensor."
         )
-    if not gathering.empirical and not seen.network and not isinstance(loss, nn.Module):
+    if not empirical and not seen.network and not isinstance(loss, nn.Module):
         return ClosureError(
             f"{start}layers of the network were called, but not the network itself, whose output the declared "
             f"{loss!r} is a function of.{_compiled()} Call the network, or declare the module that computes the loss."

@@ -13,7 +13,7 @@ from diagnostics.backends import EXCLUSIVE
 from diagnostics.lanczos import extreme_eigenpairs
 from diagnostics.null_cone import null_cone
 from diagnostics.operators import HessianOperator
-from diagnostics.replay import run_model
+from diagnostics.substitution import run_model
 from diagnostics.tape import batched_vjp
 from hessopt.errors import ModelError
 from hessopt.loss_hessian import random_basis

@@ -157,3 +157,22 @@ def _check_counts(counts: dict[str, object]) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def check_mini_batch(averages: bool, mini_batch: object, others: Sequence[str]) -> None:
+    """Raise an error unless the options are those of the kind of factors.
+
+    Args:
+        averages: ``factors="kronecker"``.
+        mini_batch: Its options.
+        others: Names of arguments that were given and that only the other kinds have.
+    """
+    if mini_batch is not None and not isinstance(mini_batch, MiniBatch):
+        raise TypeError(f"mini_batch must be a hessopt.MiniBatch, got {type(mini_batch).__name__}.")
+    if mini_batch is not None and not averages:
+        raise ValueError('mini_batch= holds the options of running averages: pass factors="kronecker" with it.')
+    if averages and others:
+        raise ValueError(
+            f'{", ".join(others)} {"is" if len(others) == 1 else "are"} for exact factors, and factors="kronecker" has '
+            "no such option; see hessopt.MiniBatch for those that it has."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessopt.all_or_nothing import AllOrNothing
+from hessopt.banded_arguments import Params
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.curvature_choice import CurvatureChoice
 from hessopt.damping import NielsenDamping
@@ -28,7 +29,6 @@ from hessopt.step_curvature import TRIAL_COST, StepCurvature, output_of
 from hessopt.truncated_cg import Exit, Path, truncated_cg
 from hessopt.trust_region import TrustRegion
 
-Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 Curvature: TypeAlias = Literal["auto", "hessian", "ggn"]
 Method: TypeAlias = Literal["trust-region", "levenberg-marquardt"]
 

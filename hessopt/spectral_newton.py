@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from diagnostics import ranks
 from hessopt.all_or_nothing import AllOrNothing
 from hessopt.backward_calls import gradients_of
+from hessopt.banded_arguments import Params
 from hessopt.closure import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError, ModelError
 from hessopt.finite import gradient_norm, refuse_meta
-from hessopt.newton_cg import Params
 from hessopt.online_exponent import Probe, measure_on_tape, smoothed
 from hessopt.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
 from hessopt.saved_state import SavedState, asks_for_state, members

@@ -32,9 +32,9 @@ def bounds(bench: Workbench) -> dict[str, Any]:
     if not bench.plan.exact:
         reason = f"gains, exponents and bounds need local Jacobians: {bench.plan.reason}"
         return section | dict.fromkeys(missing) | {"reason": reason}
-    gains = local_gains(graph, bench.local)
-    levels = resonance_bounds(graph, bench.blocks, local=bench.local)
-    ranks = rank_bounds(graph, bench.blocks, part="gn", local=bench.local)
+    gains = local_gains(graph)
+    levels = resonance_bounds(graph, bench.blocks)
+    ranks = rank_bounds(graph, bench.blocks, part="gn")
     ratio = gains.children * gains.rho
     return section | {
         "gains": {
@@ -62,8 +62,8 @@ def bounds(bench: Workbench) -> dict[str, Any]:
 def _lyapunov(bench: Workbench) -> dict[str, Any] | None:
     path = longest_path(bench.graph)
     try:
-        by_norm = lyapunov_norm(bench.graph, path, bench.local)
-        by_qr = lyapunov_qr(bench.graph, path, bench.local)
+        by_norm = lyapunov_norm(bench.graph, path)
+        by_qr = lyapunov_qr(bench.graph, path)
     except DiagnosticsError:
         return None  # no path of two nodes
     return {"path": path, "norm": by_norm.value, "qr": by_qr.value, "steps": by_norm.steps}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from diagnostics.operators import HessianOperator
-from diagnostics.replay import run_model
+from diagnostics.substitution import run_model
 
 _GROWTH = 1.25  # of the gain, for which the length is doubled
 _TRIALS = 8  # evaluations of the loss on each side

@@ -16,7 +16,7 @@ from diagnostics.reporting.budget import Budget, Costs
 from diagnostics.reporting.partial import Partial
 from diagnostics.reporting.values import encode
 from diagnostics.reporting.workbench import Workbench
-from diagnostics.verdicts import judge
+from diagnostics.verdict_rules import judge
 
 Section = Callable[[Workbench], dict[str, Any]]
 

@@ -18,10 +18,8 @@ from diagnostics.blocks import HessianBlocks
 from diagnostics.capture import capture
 from diagnostics.data import Batch, Batches
 from diagnostics.graph import Graph
-from diagnostics.local import LocalDerivatives
 from diagnostics.operators import CurvatureProducts, GaussNewtonOperator, HessianOperator, TensorOperator
 from diagnostics.pair_estimates import Sampling
-from diagnostics.paths import local_derivatives
 from diagnostics.recursion import hessian_blocks
 from diagnostics.reporting.plan import Plan, choose, coarser
 from diagnostics.selection import Selection
@@ -115,11 +113,6 @@ class Workbench:
         size = self.operator.shape[0]
         needed = 10 * size**2 * self.operator.dtype.itemsize  # H, G, T, products, copies
         return self.settings.exact is not False and size <= DENSE_UP_TO and needed <= self.settings.memory_limit
-
-    @cached_property
-    def local(self) -> LocalDerivatives:
-        """Local derivatives of the graph."""
-        return local_derivatives(self.graph)
 
     @cached_property
     def blocks(self) -> HessianBlocks:

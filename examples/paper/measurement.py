@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import diagnostics
+from diagnostics.local import local_derivatives
 from diagnostics.lyapunov import lyapunov_norm, lyapunov_qr
-from diagnostics.paths import local_derivatives
 from paper.networks import Chain, Network
 
 Rows: TypeAlias = list[dict[str, Any]]
@@ -90,8 +90,8 @@ def jacobians(network: Network, batch: Batch, loss: Loss) -> Rows:
     rows = [row("rho_max", max(norms)), row("rho_mean", sum(norms) / len(norms))]
     if chain:
         path = [*before, *network.nodes]
-        rows.append(row("lyapunov1", lyapunov_qr(graph, path, local).value))
-        rows.append(row("lyapunov_eq8", lyapunov_norm(graph, path, local).value))
+        rows.append(row("lyapunov1", lyapunov_qr(graph, path).value))
+        rows.append(row("lyapunov_eq8", lyapunov_norm(graph, path).value))
     return rows
 
 

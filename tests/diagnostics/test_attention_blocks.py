@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.attention_blocks import PAIRS, attention_curvature
-from diagnostics.paths import local_derivatives
+from diagnostics.local import local_derivatives
 from tests.oracle import relative_error
 
 

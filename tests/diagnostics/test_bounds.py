@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import diagnostics
 from diagnostics.bounds import decay_bounds, error_bounds, resonance_bounds
 from diagnostics.gains import local_gains, sum_over_paths
-from diagnostics.local import LOSS, LocalDerivatives
-from diagnostics.paths import local_derivatives
+from diagnostics.local import LOSS, LocalDerivatives, local_derivatives
 from tests.networks import Chain, Diamond, ResidualCat
 from tests.oracle import double_backprop
 from tests.random_dags import Plan, build, plans
@@ -43,11 +42,11 @@ def test_every_bound_holds_on_random_dags(plan: Plan) -> None:
     oracle = double_backprop(model, x, _wavy, names, "output")
     total, gn = oracle.per_sample("total"), oracle.per_sample("gn")
     expected = {"total": total, "gn": gn, "tensor": {pair: total[pair] - gn[pair] for pair in total}}
-    local, blocks = local_derivatives(graph), diagnostics.hessian_blocks(graph)
+    blocks = diagnostics.hessian_blocks(graph)
     floor = 1e-13 * max(block.norm().item() for block in total.values())  # of blocks that are zero but for rounding
     for part, truth in expected.items():
         for per_sample in (False, True):
-            table = resonance_bounds(graph, blocks, part=part, per_sample=per_sample, include_output=True, local=local)
+            table = resonance_bounds(graph, blocks, part=part, per_sample=per_sample, include_output=True)
             for i, v in enumerate(table.nodes):
                 for j, w in enumerate(table.nodes):
                     block = truth[v, w] if per_sample else truth[v, w].sum(0)
@@ -117,8 +116,8 @@ def test_errors_of_local_derivatives_stay_below_their_bound(plan: Plan, delta: f
     local = local_derivatives(graph)
     exact = _unrolled(graph, local, part)
     noisy = _unrolled(graph, _perturbed(local, delta, torch.Generator().manual_seed(plan.seed)), part)
-    each = error_bounds(graph, delta, part=part, per_sample=True, local=local)
-    mean = error_bounds(graph, delta, part=part, local=local)
+    each = error_bounds(graph, delta, part=part, per_sample=True)
+    mean = error_bounds(graph, delta, part=part)
     names = [node.name for node in graph.nodes]
     scale = max(block.norm().item() for block in exact.values())
     for i, v in enumerate(names):

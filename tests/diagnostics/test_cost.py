@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diagnostics
 import diagnostics.recursion
 from diagnostics.cost import measure_cost, predict_cost
-from diagnostics.paths import local_derivatives
+from diagnostics.local import local_derivatives
 from tests.networks import Attention, Chain, Diamond, ResidualCat
 from tests.random_dags import Plan, build, plans
 
@@ -62,7 +62,7 @@ def test_the_count_is_what_torch_multiplies(case: str, monkeypatch: pytest.Monke
     make, shape = CASES[case]
     torch.manual_seed(0)
     graph = diagnostics.capture(make().double(), torch.randn(shape, dtype=torch.float64), _wavy)
-    predicted = predict_cost(graph, local_derivatives(graph))
+    predicted = predict_cost(graph, exact=True)
     assert predicted.total == _count(graph, monkeypatch)
     assert predicted.total <= predict_cost(graph).total
 
@@ -80,7 +80,7 @@ def test_the_count_of_random_dags_is_what_torch_multiplies(monkeypatch: pytest.M
     assume(any(v.chosen and i in reaches for i, v in enumerate(plan.vertices[:-1])))
     model, x, names = build(plan)
     graph = diagnostics.capture(model, x, _wavy, names)
-    predicted = predict_cost(graph, local_derivatives(graph))
+    predicted = predict_cost(graph, exact=True)
     assert predicted.total == _count(graph, monkeypatch)
     assert predicted.total <= predict_cost(graph).total
 
@@ -89,7 +89,7 @@ def test_a_network_that_does_not_bend_needs_no_total_jacobians(monkeypatch: pyte
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
     graph = diagnostics.capture(model, torch.randn(2, 3, dtype=torch.float64), _wavy)
-    predicted = predict_cost(graph, local_derivatives(graph))
+    predicted = predict_cost(graph, exact=True)
     assert predicted.total == _count(graph, monkeypatch)
     assert predicted.jacobians == 0
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.paths import Path, count_paths, local_derivatives, path_jacobian, path_resonance, paths
+from diagnostics.paths import Path, count_paths, path_jacobian, path_resonance, paths
 from tests.networks import Chain, Diamond, ResidualCat
 from tests.oracle import double_backprop, relative_error
 from tests.random_dags import Plan, build, plans
@@ -116,7 +116,6 @@ def test_sums_over_paths_of_random_dags_equal_jacobians_and_gauss_newton_blocks(
     assume(any(v.chosen and i in reaches for i, v in enumerate(plan.vertices[:-1])))
     model, x, names = build(plan)
     graph = diagnostics.capture(model, x, _wavy, names)
-    local = local_derivatives(graph)
     blocks = diagnostics.hessian_blocks(graph)
     expected_gn = double_backprop(model, x, _wavy, names, "output").per_sample("gn")
     scale = max(block.norm().item() for block in expected_gn.values())
@@ -124,11 +123,11 @@ def test_sums_over_paths_of_random_dags_equal_jacobians_and_gauss_newton_blocks(
         for w in graph.nodes[: i + 1]:
             found = paths(graph, w.name, v.name)
             assert len(found) == count_paths(graph, w.name, v.name)
-            total = sum(path_jacobian(graph, path, local) for path in found)
+            total = sum(path_jacobian(graph, path) for path in found)
             expected = _autograd_jacobian(graph, v.name, w.name)
             assert (total - expected).norm() <= 1e-12 * max(1.0, expected.norm().item())
-            each = path_resonance(graph, v.name, w.name, per_sample=True, local=local)
-            mean = path_resonance(graph, v.name, w.name, local=local)
+            each = path_resonance(graph, v.name, w.name, per_sample=True)
+            mean = path_resonance(graph, v.name, w.name)
             sizes = [sum(p.norm().item() for p in part.norms.flatten()) for part in (each, mean)]
             pair = ("output" if v.module is None else v.name, "output" if w.module is None else w.name)
             allowed = 1e-12 * max(expected_gn[pair].norm().item(), sizes[0], 1e-3 * scale)

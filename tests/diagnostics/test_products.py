@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics import lean_kernels
+from diagnostics.block_operator import BlockOperator
 from diagnostics.errors import DiagnosticsError, StaleGraphError
+from diagnostics.products import NodeProducts
 from tests import random_dags
 from tests.networks import (
     Attention,
@@ -110,9 +112,9 @@ def _check_products(graph: diagnostics.Graph, tolerance: float = 1e-12) -> None:
     tangents = {n.name: torch.randn(3, *n.shape, dtype=torch.float64, device=n.value.device) for n in graph.nodes}
     blocks = diagnostics.hessian_blocks(graph)
     found = {
-        "total": graph.products.total(tangents, names),
-        "gn": graph.products.gauss_newton(tangents, names),
-        "tensor": graph.products.tensor(tangents, names)[0],
+        "total": NodeProducts.of(graph).total(tangents, names),
+        "gn": NodeProducts.of(graph).gauss_newton(tangents, names),
+        "tensor": NodeProducts.of(graph).tensor(tangents, names)[0],
     }
     flat = {name: t.reshape(3, graph.samples, -1) for name, t in tangents.items()}
     for v in names:
@@ -147,7 +149,7 @@ def test_block_operators_are_the_batch_means(name: str, reduction: str, device: 
     scale = max(block.norm() for block in blocks.total.values())
     for v, w in blocks.total:
         for part in PARTS:
-            op = graph.block_operator(v, w, part)
+            op = BlockOperator(graph, v, w, part)
             expected = getattr(blocks, part)[v, w]
             assert op.shape == expected.shape
             unit = torch.eye(len(expected), dtype=torch.float64, device=device)
@@ -158,11 +160,11 @@ def test_block_operators_are_the_batch_means(name: str, reduction: str, device: 
 
 def test_columns_in_parts_are_the_same(device: torch.device) -> None:
     graph = _graph("convolutions", device)
-    unlimited = graph.block_operator("a", "b")
-    little = graph.block_operator("a", "b")
+    unlimited = BlockOperator(graph, "a", "b")
+    little = BlockOperator(graph, "a", "b")
     little.memory_limit = 5 * 8 * graph.whole.entries
     columns = torch.randn(unlimited.shape[1], 9, dtype=torch.float64, device=device)
-    assert graph.products.columns_in(little.memory_limit) < 5
+    assert NodeProducts.of(graph).columns_in(little.memory_limit) < 5
     assert relative_error(little @ columns, unlimited @ columns) < 1e-14
 
 
@@ -175,7 +177,7 @@ def test_the_whole_tape_leaves_no_trace_and_is_recorded_once() -> None:
         tape = graph.whole
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    graph.block_operator("0", "3").to_dense()
+    BlockOperator(graph, "0", "3").to_dense()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -215,28 +217,28 @@ def test_convolutions_and_batch_norm_run_as_linear_maps(monkeypatch: pytest.Monk
 def test_no_tensor_part_is_exactly_zero_without_nonlinearity() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     graph = diagnostics.capture(model, torch.randn(6, 5, dtype=torch.float64), wavy, ["0", "2"])
-    assert not graph.block_operator("0", "2", "tensor").to_dense().any()
-    assert graph.block_operator("0", "2", "gn").to_dense().any()
+    assert not BlockOperator(graph, "0", "2", "tensor").to_dense().any()
+    assert BlockOperator(graph, "0", "2", "gn").to_dense().any()
 
 
 def test_products_are_counted() -> None:
     graph = _graph("diamond", torch.device("cpu"))
-    x = torch.randn(graph.block_operator("left", "right").shape[1], 5, dtype=torch.float64)
-    graph.block_operator("left", "right") @ x
-    assert graph.products.count == {"total": 5, "tensor": 0, "vjp": 0}
-    graph.block_operator("left", "right", "tensor") @ x
-    graph.block_operator("left", "right", "gn") @ x
-    assert graph.products.count == {"total": 5, "tensor": 5, "vjp": 10}  # G: there, and back
+    x = torch.randn(BlockOperator(graph, "left", "right").shape[1], 5, dtype=torch.float64)
+    BlockOperator(graph, "left", "right") @ x
+    assert NodeProducts.of(graph).count == {"total": 5, "tensor": 0, "vjp": 0}
+    BlockOperator(graph, "left", "right", "tensor") @ x
+    BlockOperator(graph, "left", "right", "gn") @ x
+    assert NodeProducts.of(graph).count == {"total": 5, "tensor": 5, "vjp": 10}  # G: there, and back
 
 
 def test_bad_use_is_refused_with_the_cause() -> None:
     model = Chain(5, 4, 4, 3).double()
     graph = diagnostics.capture(model, torch.randn(6, 5, dtype=torch.float64), wavy)
     with pytest.raises(KeyError, match="no node 'nowhere'"):
-        graph.block_operator("nowhere", "0")
+        BlockOperator(graph, "nowhere", "0")
     with pytest.raises(ValueError, match="part must be"):
-        graph.block_operator("0", "1", "half")  # type: ignore[arg-type]
-    op = graph.block_operator("0", "1")
+        BlockOperator(graph, "0", "1", "half")  # type: ignore[arg-type]
+    op = BlockOperator(graph, "0", "1")
     op @ torch.randn(4, dtype=torch.float64)  # everything is recorded
     with torch.no_grad():
         model[0][0].weight += 1
@@ -260,7 +262,7 @@ def test_bad_use_is_refused_with_the_cause() -> None:
     wrong = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 4), Bent()), nn.Linear(4, 3)).double()
     bent = diagnostics.capture(wrong, torch.randn(6, 5, dtype=torch.float64), wavy)
     with pytest.raises(DiagnosticsError, match=r"node '1' cannot be differentiated twice|node '1\.1' cannot"):
-        bent.block_operator("0", "0").to_dense()
+        BlockOperator(bent, "0", "0").to_dense()
 
 
 def test_a_model_that_keeps_state_is_refused() -> None:

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.paths import local_derivatives
 from diagnostics.rank_bounds import bottleneck, rank_bounds
 from tests.networks import Chain, Diamond
 from tests.oracle import double_backprop
@@ -42,14 +41,12 @@ def test_ranks_of_random_dags_stay_below_their_bounds(plan: Plan) -> None:
     model, x, names = build(plan)
     graph = diagnostics.capture(model, x, _wavy, names)
     oracle = double_backprop(model, x, _wavy, names, "output")
-    blocks, local = diagnostics.hessian_blocks(graph), local_derivatives(graph)
+    blocks = diagnostics.hessian_blocks(graph)
     for part in ("gn", "total"):
         truth = oracle.per_sample(part)
         scale = max(block.norm().item() for block in truth.values())
         for per_sample in (True, False):
-            table = rank_bounds(
-                graph, blocks, part=part, per_sample=per_sample, include_output=True, rtol=1e-9, local=local
-            )
+            table = rank_bounds(graph, blocks, part=part, per_sample=per_sample, include_output=True, rtol=1e-9)
             for i, v in enumerate(table.nodes):
                 for j, w in enumerate(table.nodes):
                     block = truth[v, w].numpy()

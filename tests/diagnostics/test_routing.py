@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.errors import CaptureError, DiagnosticsError, StaleGraphError
+from diagnostics.products import NodeProducts
 from diagnostics.routing import RoutedCurvature, route
 from tests import random_dags
 from tests.networks import (
@@ -146,7 +147,7 @@ def _check_nodes(graph: diagnostics.Graph, tolerance: float) -> RoutedCurvature:
             share = routed.tensor_by_source.get(source, {}).get(v, torch.zeros_like(tangents[v]))
             assert (share - expected(matrix, v)).norm() <= tolerance * scale, source
     together = route(graph, tangents)
-    products = graph.products.total(tangents, names)
+    products = NodeProducts.of(graph).total(tangents, names)
     assert _error(together.total, products) <= tolerance * 10
     assert together.tensor_by_source is None
     return routed

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.verdict_rules import RULES
-from diagnostics.verdicts import judge
+from diagnostics.verdict_rules import RULES, judge
 from tests.reporting_networks import chain, labelled
 
 DOCS = Path(__file__).parents[2] / "docs" / "verdicts.md"

@@ -14,14 +14,8 @@ from diagnostics.cliques import Cliques, band_cliques
 from diagnostics.errors import MemoryBudgetError
 from hessopt import BandedNewton, LeastSquares
 from hessopt.banded_systems import ParameterSystem, SampleSystem, step_operations
-from hessopt.bandwidth_choice import (
-    BandwidthChoice,
-    Candidate,
-    bandwidth_cliques,
-    candidates,
-    coupling_radius,
-    most_gain,
-)
+from hessopt.bandwidth_choice import BandwidthChoice, bandwidth_cliques, candidates, coupling_radius
+from hessopt.gain import Candidate, most_gain
 from tests.hessopt.reference import (
     LAMBDA,
     batch,
