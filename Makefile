@@ -45,9 +45,10 @@ test-browser: $(VENV)/.stamp-browser ## open the page of a report in a headless 
 snippets: $(VENV)/.stamp-test ## run every code block of README.md and docs/
 	$(BIN)/python -m pytest README.md docs
 
-lint: $(VENV)/.stamp-lint ## ruff: rules and formatting
+lint: $(VENV)/.stamp-lint ## ruff: rules and formatting; import-linter: which package may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 
 types: $(VENV)/.stamp-lint ## mypy
 	$(BIN)/mypy

@@ -2,6 +2,6 @@
 
 import sys
 
-from diagnostics.cli import main
+from diagnostics.report.cli import main
 
 sys.exit(main())

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from models import gpt, mlp, resnet18
 from torch import Tensor, nn
 
-from diagnostics.backends import twice_differentiable
-from diagnostics.operators import GaussNewtonOperator, HessianOperator, TensorOperator
+from diagnostics.autograd.kernels import twice_differentiable
+from diagnostics.operators.curvature import GaussNewtonOperator, HessianOperator, TensorOperator
 
 try:
     import curvlinops

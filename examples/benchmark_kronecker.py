@@ -28,15 +28,15 @@ from ablation.problems import PROBLEMS
 from ablation.task import Task
 
 from hessopt import BandedNewton, MiniBatch
-from hessopt.kronecker_factors import KroneckerFactors
-from hessopt.kronecker_gathering import Gathering
-from hessopt.kronecker_inverse import KroneckerInverse
+from hessopt.averages.averages import KroneckerAverages
+from hessopt.averages.gathering import Gathering
+from hessopt.averages.inverse import KroneckerInverse
 
 Step = Callable[[Any], None]
 BANDWIDTHS: tuple[Any, ...] = (0, 1, 2, "full", "auto")
 PARTS = {
     "columns and their back-propagation": (Gathering, "_arrive"),
-    "averaging": (KroneckerFactors, "moments"),
+    "averaging": (KroneckerAverages, "moments"),
     "inversion": (KroneckerInverse, "refresh"),
     "solve": (KroneckerInverse, "solve"),
 }

@@ -21,7 +21,7 @@ from models import resnet18
 from torch import nn
 
 import diagnostics
-from diagnostics.estimated_metrics import estimate_metrics
+from diagnostics.matrix_free.node_metrics import estimate_metrics
 
 NODES = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
 PUBLISHED = 65.7 + 42.0

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessopt import BandedNewton, MiniBatch
-from hessopt.loss_curvature import Loss, Reduction
+from hessopt.closure.loss_curvature import Loss, Reduction
 
 
 def data(folder: Path, count: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hessopt
-from hessopt.newton_cg import NewtonCG
+from hessopt.newton_cg.optimizer import NewtonCG
 
 TOLERANCE, STEPS = 1e-8, 250
 CURVATURES = ("hessian", "ggn", "auto")

@@ -3,9 +3,9 @@
 All start at the paper's points, in float64, and stop at the first gradient that they compute with
 ``‖g‖ ≤ 1e-8 max(1, ‖g₀‖)``, or beyond the budget. Work is counted alike for all, in gradient-equivalents: a gradient
 is 1, a value alone 1/3, a product with the Hessian 2 (for NewtonCG on residuals also products with its parts, see
-``hessopt.step_curvature.COST``). Values and gradients at the same point are shared. All methods have their default
-options, except that no radius is bounded and no tolerance but the one above stops. Where the first gradient is large
-(Meyer, Powell badly scaled), the criterion is met well above the minimum.
+``hessopt.closure.step_curvature.COST``). Values and gradients at the same point are shared. All methods have their
+default options, except that no radius is bounded and no tolerance but the one above stops. Where the first gradient is
+large (Meyer, Powell badly scaled), the criterion is met well above the minimum.
 
     python examples/optimizers_on_test_functions.py [--budget 5000] [--only Rosenbrock] [--csv table.csv]
 """
@@ -28,9 +28,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from hessopt.closure import LeastSquares
-from hessopt.newton_cg import NewtonCG
-from hessopt.step_curvature import COST, TRIAL_COST
+from hessopt.closure.protocol import LeastSquares
+from hessopt.closure.step_curvature import COST, TRIAL_COST
+from hessopt.newton_cg.optimizer import NewtonCG
 
 Array = npt.NDArray[np.float64]
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import diagnostics
 import hessopt
-from diagnostics.cliques import Bandwidth
+from hessopt.network.cliques import Bandwidth
 
 ADAMW_GRID = (1e-3, 3e-3, 1e-2, 3e-2)
 BANDWIDTHS: tuple[Bandwidth, ...] = (0, 1, "full")

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.operators import CurvatureOperator
+from diagnostics.operators.curvature import CurvatureOperator
 
 OPERATORS: dict[str, Callable[..., CurvatureOperator]] = {
     "H": diagnostics.HessianOperator,

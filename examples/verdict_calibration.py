@@ -18,7 +18,7 @@ from typing import Any
 from verdict_networks import Case, cases, train
 
 import diagnostics
-from diagnostics.verdict_rules import RULES, judge
+from diagnostics.document.judge import RULES, judge
 
 
 def diagnosed(case: Case) -> diagnostics.Report:

@@ -1,16 +1,16 @@
 """Second-order optimizers for PyTorch networks, each a :class:`torch.optim.Optimizer`."""
 
-from diagnostics.ranks import separate_networks
+from diagnostics.ranks.group import separate_networks
 from hessopt import memories
-from hessopt.banded import BandedNewton
-from hessopt.closure import LeastSquares
-from hessopt.mini_batch import MiniBatch
-from hessopt.newton_cg import NewtonCG
-from hessopt.null_boost import NullBoost
-from hessopt.null_project import NullProject
-from hessopt.saddle import SaddleEscape
-from hessopt.spectral_newton import SpectralNewton
-from hessopt.stationarity import Stationarity
+from hessopt.averages.options import MiniBatch
+from hessopt.banded.newton import BandedNewton
+from hessopt.closure.protocol import LeastSquares
+from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.spectral.optimizer import SpectralNewton
+from hessopt.wrappers.null_boost import NullBoost
+from hessopt.wrappers.null_project import NullProject
+from hessopt.wrappers.saddle import SaddleEscape
+from hessopt.wrappers.stationarity import Stationarity
 
 __all__ = [
     "BandedNewton",

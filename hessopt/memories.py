@@ -1,4 +1,4 @@
-"""Experimental: what to remember of a task, for :class:`hessopt.null_project.NullProject`."""
+"""Experimental: what to remember of a task, for :class:`hessopt.wrappers.null_project.NullProject`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnostics.backends import EXCLUSIVE
-from diagnostics.lanczos import extreme_eigenpairs
-from diagnostics.null_cone import null_cone
-from diagnostics.operators import HessianOperator
-from diagnostics.substitution import run_model
-from diagnostics.tape import batched_vjp
+from diagnostics.autograd.kernels import EXCLUSIVE
+from diagnostics.autograd.substitution import run_model
+from diagnostics.autograd.tape import batched_vjp
+from diagnostics.estimators.lanczos import extreme_eigenpairs
+from diagnostics.operators.curvature import HessianOperator
+from diagnostics.operators.null_cones import null_cone
+from hessopt.closure.loss_hessian import random_basis
 from hessopt.errors import ModelError
-from hessopt.loss_hessian import random_basis
-from hessopt.memory import LayerMemory, Memory, SubspaceMemory, new_directions
-from hessopt.processes import refuse_spread
+from hessopt.network.processes import refuse_spread
+from hessopt.wrappers.memory import LayerMemory, Memory, SubspaceMemory, new_directions
 
 M = TypeVar("M", bound=Memory)
 

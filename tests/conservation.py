@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnostics.conservation import ConservationMonitor, ConservationReport
+from diagnostics.conservation.monitor import ConservationMonitor, ConservationReport
 
 STEPS = 200
 TOLERANCE = 1e-10  # absolute, float64; C is of order 10 and the drifts are 1e-4 to 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diagnostics.linear_operator import LinearOperator, MatrixOperator
+from diagnostics.estimators.linear_operator import LinearOperator, MatrixOperator
 
 CPU = torch.device("cpu")
 

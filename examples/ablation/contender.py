@@ -116,7 +116,7 @@ class GradientStep:
 
 
 class ClosureStep:
-    """A step of an optimizer that takes the closure of :mod:`hessopt.closure`.
+    """A step of an optimizer that takes the closure of :mod:`hessopt.closure.protocol`.
 
     Args:
         task: The task.

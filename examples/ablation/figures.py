@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ablation.contender import Contender
 from ablation.results import OBJECTIVE, SECONDS, WORK, Curve, Entry
-from diagnostics.files import replacing
+from diagnostics.results.files import replacing
 
 Array = npt.NDArray[np.float64]
 PEERS = ["#0072B2", "#E69F00", "#009E73", "#56B4E9", "#999999", "#B8A100"]

@@ -12,7 +12,7 @@ from ablation.parts import main_rows, part_tables
 from ablation.results import WORK, Entry, Verdict, entries, lower_median, standing, verdicts
 from ablation.table import Row
 from ablation.task import Problem
-from diagnostics.files import write_text
+from diagnostics.results.files import write_text
 
 INTRODUCTION = """# Optimizers side by side
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from diagnostics.files import write_text
+from diagnostics.results.files import write_text
 
 Row: TypeAlias = dict[str, Any]
 

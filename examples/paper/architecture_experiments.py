@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, cross_entropy, mse_loss
 
 import diagnostics
-from diagnostics.blocks import MeanBlocks
+from diagnostics.blocks.containers import MeanBlocks
 from paper.architecture_networks import ConvolutionalChain, SmallGPT, UNet
 from paper.experiments import Experiment, Variant, grid
 from paper.images import Data, generated, scaled

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diagnostics.files import replacing
+from diagnostics.results.files import replacing
 from paper.comparison import TABLES, Line, compare
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]

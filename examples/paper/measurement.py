@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import diagnostics
-from diagnostics.local import local_derivatives
-from diagnostics.lyapunov import lyapunov_norm, lyapunov_qr
+from diagnostics.bounds.lyapunov import lyapunov_norm, lyapunov_qr
+from diagnostics.graph.local import local_derivatives
 from paper.networks import Chain, Network
 
 Rows: TypeAlias = list[dict[str, Any]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from diagnostics.files import write_text
+from diagnostics.results.files import write_text
 from paper.comparison import NOT_RUN, OUTSIDE, TABLES, WITHIN, Line, Published, compare, coverage
 from paper.facts import Facts
 from paper.tables import shown

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diagnostics.files import write_text
+from diagnostics.results.files import write_text
 
 KEY = ("experiment", "variant", "seed", "epochs", "data")
 

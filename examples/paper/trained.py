@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from diagnostics.files import replacing
+from diagnostics.results.files import replacing
 from paper.training import Schedule
 
 Phases: TypeAlias = dict[str, list[nn.Module]]

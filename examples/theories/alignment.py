@@ -40,7 +40,7 @@ from ablation.problems.data import characters, cifar10  # noqa: E402
 from models import gpt  # noqa: E402
 
 import diagnostics  # noqa: E402
-from diagnostics.alignment_tables import ExponentTable, LayerExponents  # noqa: E402
+from diagnostics.alignment.tables import ExponentTable, LayerExponents  # noqa: E402
 
 PUBLISHED = {
     "conv": "1.97 to 2.17",

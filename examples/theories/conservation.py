@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diagnostics import ConservationMonitor, DiagnosticsError, SharpnessTracker, drift_exponent, predict_imbalance
-from diagnostics.sharpness import softmax_curvature_bound
-from diagnostics.tables import format_table
+from diagnostics.results.metric_table import format_table
+from diagnostics.training.sharpness import softmax_curvature_bound
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -294,7 +294,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float64)
-    logging.getLogger("diagnostics.drift").setLevel(logging.ERROR)  # the table counts what it warns about
+    logging.getLogger("diagnostics.conservation.drift_exponent").setLevel(
+        logging.ERROR
+    )  # the table counts what it warns about
     steps, seeds = (50, SEEDS[:1]) if options.quick else (options.steps, SEEDS[: options.seeds])
     identity(steps)
     prediction(seeds, steps)

@@ -40,7 +40,7 @@ if str(HERE.parent) not in sys.path:  # run as a script
 import diagnostics  # noqa: E402
 import hessopt  # noqa: E402
 from hessopt import memories  # noqa: E402
-from hessopt.memory import Memory  # noqa: E402
+from hessopt.wrappers.memory import Memory  # noqa: E402
 from theories.continual_benchmarks import Benchmark, Task, cifar, digits, mnist  # noqa: E402
 from theories.rows import Rows  # noqa: E402
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import diagnostics
 import hessopt
-from diagnostics.null_vectors import null_vectors
+from diagnostics.estimators.null_vectors import null_vectors
 from hessopt.errors import ClosureError
 
 MODES = ("base alone", "null", "random", "random_krylov", "negative_curvature", "low_curvature")

@@ -13,14 +13,14 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.testing._internal import common_optimizers as theirs
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput
 
-from hessopt.banded import BandedNewton
-from hessopt.mini_batch import MiniBatch
-from hessopt.newton_cg import NewtonCG
-from hessopt.null_boost import NullBoost
-from hessopt.null_project import NullProject
-from hessopt.saddle import SaddleEscape
-from hessopt.spectral_map import NewtonSchulz
-from hessopt.spectral_newton import SpectralNewton
+from hessopt.averages.options import MiniBatch
+from hessopt.banded.newton import BandedNewton
+from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.spectral.optimizer import SpectralNewton
+from hessopt.spectral.transfer import NewtonSchulz
+from hessopt.wrappers.null_boost import NullBoost
+from hessopt.wrappers.null_project import NullProject
+from hessopt.wrappers.saddle import SaddleEscape
 
 Closure = Callable[[], Tensor]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from hessopt.newton_cg import NewtonCG
-from hessopt.saddle import SaddleEscape
+from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.wrappers.saddle import SaddleEscape
 
 
 @dataclass(frozen=True)

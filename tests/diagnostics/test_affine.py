@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.affine import AffineLayer
-from diagnostics.local import differentiate
+from diagnostics.graph.affine_layer import AffineLayer
+from diagnostics.graph.local import differentiate
 from tests.oracle import relative_error
 
 
@@ -46,7 +46,7 @@ def test_equals_vector_jacobian_products(
     assert AffineLayer.recognise(graph[last], [graph["0"]]) is not None
     closed = differentiate(graph)
     monkeypatch.setattr(AffineLayer, "recognise", staticmethod(lambda _node, _parents: None))
-    monkeypatch.setattr("diagnostics.local.DenseLayer.recognise", staticmethod(lambda _node, _parents: None))
+    monkeypatch.setattr("diagnostics.graph.local.DenseLayer.recognise", staticmethod(lambda _node, _parents: None))
     generic = differentiate(graph)
     assert relative_error(closed.jacobians[last]["0"], generic.jacobians[last]["0"]) < 1e-14
     assert relative_error(closed.signals["0"], generic.signals["0"]) < 1e-14

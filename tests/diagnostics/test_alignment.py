@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.alignment import LayerCurvature, curvature_exponents, top_directions
-from diagnostics.alignment_recorder import ExponentRecorder
+from diagnostics.alignment.exponents import LayerCurvature, curvature_exponents, top_directions
+from diagnostics.alignment.kronecker import _patches, kronecker_factors
 from diagnostics.errors import DiagnosticsError
-from diagnostics.kronecker_alignment import _patches, kronecker_factors
+from diagnostics.training.exponent_recorder import ExponentRecorder
 
 
 def _mlp() -> nn.Sequential:
@@ -371,7 +371,7 @@ def test_bad_input() -> None:
 
 def test_diagnostics_does_not_import_hessopt() -> None:
     code = (
-        "import sys, diagnostics.alignment_recorder; "
+        "import sys, diagnostics.training.exponent_recorder; "
         "assert 'hessopt' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

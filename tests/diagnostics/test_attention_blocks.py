@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.attention_blocks import PAIRS, attention_curvature
-from diagnostics.local import local_derivatives
+from diagnostics.bounds.attention import PAIRS, attention_curvature
+from diagnostics.graph.local import local_derivatives
 from tests.oracle import relative_error
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import diagnostics
-from diagnostics.backends import CompositeKernels, twice_differentiable
-from diagnostics.operators import HessianOperator
-from hessopt.newton_cg import NewtonCG
+from diagnostics.autograd.kernels import CompositeKernels, twice_differentiable
+from diagnostics.operators.curvature import HessianOperator
+from hessopt.newton_cg.optimizer import NewtonCG
 from tests.networks import Recurrent
 from tests.oracle import relative_error
 

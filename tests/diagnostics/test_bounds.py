@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.bounds import decay_bounds, error_bounds, resonance_bounds
-from diagnostics.gains import local_gains, sum_over_paths
-from diagnostics.local import LOSS, LocalDerivatives, local_derivatives
+from diagnostics.bounds.gains import local_gains, sum_over_paths
+from diagnostics.bounds.resonance import decay_bounds, error_bounds, resonance_bounds
+from diagnostics.graph.local import LOSS, LocalDerivatives, local_derivatives
 from tests.networks import Chain, Diamond, ResidualCat
 from tests.oracle import double_backprop
 from tests.random_dags import Plan, build, plans

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.bridge import bridge_bound
+from diagnostics.bounds.bridge import bridge_bound
 
 
 def _wavy(z: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import diagnostics
-from diagnostics.reporting import budget as module
-from diagnostics.reporting.budget import Budget, Cost, Costs, Share
+from diagnostics.report import budget as module
+from diagnostics.report.budget import Budget, Cost, Costs, Share
 from tests.reporting_networks import chain, labelled
 
 
@@ -118,7 +118,7 @@ def test_sections_are_shortened_in_the_order_of_their_value(monkeypatch: pytest.
 
 
 def test_predictions_are_positive_and_smaller_for_less_work() -> None:
-    from diagnostics.reporting.workbench import Settings, Workbench
+    from diagnostics.report.workbench import Settings, Workbench
 
     model, batch = chain([20, 32, 33, 34, 4], nn.GELU), labelled(20, 4, 8)
     for exact in (None, False):

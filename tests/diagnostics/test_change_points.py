@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from diagnostics.change_points import ChangeDetector
+from diagnostics.training.change_points import ChangeDetector
 
 
 def _feed(detector: ChangeDetector, values: list[float], error: float = 0.0) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import diagnostics
-from diagnostics.cli import main
+from diagnostics.report.cli import main
 from tests.reporting_networks import chain, labelled
 
 NET = """
@@ -231,7 +231,7 @@ def test_failed_sections_are_told_by_lines_and_exit_code(
         raise diagnostics.DiagnosticsError("a product\noverflows")
 
     assert diagnostics.diagnose is not None
-    monkeypatch.setitem(sys.modules["diagnostics.diagnose"].SECTIONS, "spectrum", failing)
+    monkeypatch.setitem(sys.modules["diagnostics.report.diagnose"].SECTIONS, "spectrum", failing)
     assert _run(*_args(net, out="r.json"), "--quiet") == 3
     assert capsys.readouterr().err == "failed: Sequential: spectrum: DiagnosticsError: a product overflows\n"
     found = diagnostics.Report.load("r.json")
@@ -252,7 +252,7 @@ def test_interruption_writes_what_is_finished(
     net: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(chain([6, 5, 3]).state_dict(), "a.pt")
-    sections = sys.modules["diagnostics.diagnose"].SECTIONS
+    sections = sys.modules["diagnostics.report.diagnose"].SECTIONS
     real, calls = sections["spectrum"], []
 
     def interrupted(bench: Any) -> Any:
@@ -317,7 +317,7 @@ def test_interruption(net: str, capsys: pytest.CaptureFixture[str], monkeypatch:
 
     assert diagnostics.diagnose is not None
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules["diagnostics.diagnose"].SECTIONS, "spectrum", interrupted)
+        patch.setitem(sys.modules["diagnostics.report.diagnose"].SECTIONS, "spectrum", interrupted)
         assert _run(*_args(net, resume="part.json")) == 130
     assert "finished sections are in part.json" in capsys.readouterr().err
     assert _run(*_args(net, resume="part.json", out="r.json")) == 0

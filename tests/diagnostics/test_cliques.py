@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.cliques import band_cliques
+from hessopt.network.cliques import band_cliques
 
 
 def distances(graph: nx.Graph) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import diagnostics
-from diagnostics.compare import load
 from diagnostics.errors import DiagnosticsError
+from diagnostics.report.compare import load
 from tests.reporting_networks import chain, labelled, small_report
 
 

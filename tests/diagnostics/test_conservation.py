@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnostics.conservation import ConservationMonitor
+from diagnostics.conservation.monitor import ConservationMonitor
 from diagnostics.errors import DiagnosticsError
 from tests.conservation import STEPS, TOLERANCE, check, data_of, mlp, train
 

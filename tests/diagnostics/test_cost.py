@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diagnostics
-import diagnostics.recursion
-from diagnostics.cost import measure_cost, predict_cost
-from diagnostics.local import local_derivatives
+import diagnostics.blocks.recursion
+from diagnostics.blocks.cost import measure_cost, predict_cost
+from diagnostics.graph.local import local_derivatives
 from tests.networks import Attention, Chain, Diamond, ResidualCat
 from tests.random_dags import Plan, build, plans
 
@@ -43,7 +43,7 @@ class Multiplications(TorchDispatchMode):
 def _count(graph: diagnostics.Graph, monkeypatch: pytest.MonkeyPatch) -> int:
     local = local_derivatives(graph)
     with monkeypatch.context() as patch:
-        patch.setattr(diagnostics.recursion, "differentiate", lambda _: local)
+        patch.setattr(diagnostics.blocks.recursion, "differentiate", lambda _: local)
         with Multiplications() as counter:
             diagnostics.hessian_blocks(graph).mean()
     return counter.count

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from diagnostics import DiagnosticsError
-from diagnostics.data import Batches
+from diagnostics.operators.data import Batches
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from diagnostics.determinism import NonDeterministicError
-from diagnostics.operators import GaussNewtonOperator, HessianOperator
+from diagnostics.operators.curvature import GaussNewtonOperator, HessianOperator
+from diagnostics.operators.determinism import NonDeterministicError
 from tests.networks import Chain
 
 

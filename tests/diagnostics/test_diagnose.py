@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.bounds import resonance_bounds
+from diagnostics.bounds.gains import local_gains
+from diagnostics.bounds.ranks import rank_bounds
+from diagnostics.bounds.resonance import resonance_bounds
+from diagnostics.document.values import number, tensor
 from diagnostics.errors import CaptureError, DiagnosticsError, MemoryBudgetError
-from diagnostics.gains import local_gains
-from diagnostics.rank_bounds import rank_bounds
-from diagnostics.reporting import workbench
-from diagnostics.reporting.node_sections import by_distance
-from diagnostics.reporting.plan import coarser
-from diagnostics.reporting.values import number, tensor
+from diagnostics.report import workbench
+from diagnostics.report.node_sections import by_distance
+from diagnostics.report.plan import coarser
 from tests.networks import CalledTwice, Diamond
 from tests.reporting_networks import chain, labelled, small_report
 
@@ -197,7 +197,7 @@ def test_interrupted_run_resumes_with_the_same_figures(tmp_path: Path, monkeypat
     model, batch = chain([20, 32, 33, 34, 4], nn.GELU), labelled(20, 4, 8)
     options: dict[str, Any] = {"exact": False, "probes": 5}
     whole = diagnostics.diagnose(model, batch, F.cross_entropy, **options)
-    module = __import__("sys").modules["diagnostics.diagnose"]
+    module = __import__("sys").modules["diagnostics.report.diagnose"]
 
     def interrupted(bench: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
@@ -226,7 +226,7 @@ def test_failed_section_costs_the_report_nothing_else(
     case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch, whole = case
-    module = __import__("sys").modules["diagnostics.diagnose"]
+    module = __import__("sys").modules["diagnostics.report.diagnose"]
     why = "a product\noverflows when it is squared"
     with monkeypatch.context() as patch:
         patch.setitem(module.SECTIONS, "spectrum", _raising(DiagnosticsError(why)))
@@ -260,7 +260,7 @@ def test_failed_section_costs_the_report_nothing_else(
 )
 def test_numerical_failures_cost_a_section(error: Exception, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, _ = case
-    monkeypatch.setitem(__import__("sys").modules["diagnostics.diagnose"].SECTIONS, "sources", _raising(error))
+    monkeypatch.setitem(__import__("sys").modules["diagnostics.report.diagnose"].SECTIONS, "sources", _raising(error))
     with pytest.warns(diagnostics.SectionFailedWarning, match=str(error)):
         report = diagnostics.diagnose(model, batch, F.cross_entropy, sections=["sources", "spectrum"])
     assert list(report.sections) == ["network", "spectrum"]
@@ -269,14 +269,14 @@ def test_numerical_failures_cost_a_section(error: Exception, case: Any, monkeypa
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shape"), AssertionError(), TypeError("x")], ids=repr)
 def test_faults_are_raised(error: Exception, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, _ = case
-    monkeypatch.setitem(__import__("sys").modules["diagnostics.diagnose"].SECTIONS, "sources", _raising(error))
+    monkeypatch.setitem(__import__("sys").modules["diagnostics.report.diagnose"].SECTIONS, "sources", _raising(error))
     with pytest.raises(type(error)):
         diagnostics.diagnose(model, batch, F.cross_entropy)
 
 
 def test_interruption_hands_over_what_is_finished(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, whole = case
-    sections = __import__("sys").modules["diagnostics.diagnose"].SECTIONS
+    sections = __import__("sys").modules["diagnostics.report.diagnose"].SECTIONS
     monkeypatch.setitem(sections, "bounds", _raising(KeyboardInterrupt()))
     with pytest.raises(diagnostics.DiagnosisInterrupted) as stop:
         diagnostics.diagnose(model, batch, F.cross_entropy)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.diagonal import estimate_diagonal, exchangeable_diagonals
 from diagnostics.errors import DiagnosticsError
-from diagnostics.linear_operator import MatrixOperator
-from diagnostics.probes import Products
-from diagnostics.sketch import Sketch
+from diagnostics.estimators.diagonal import estimate_diagonal, exchangeable_diagonals
+from diagnostics.estimators.linear_operator import MatrixOperator
+from diagnostics.estimators.probes import Products
+from diagnostics.estimators.sketch import Sketch
 from tests.matrices import Counting, NoAdjoint, rectangular, spread, symmetric
 
 METHODS = ["hutchinson", "xdiag"]

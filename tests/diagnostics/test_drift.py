@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
-from diagnostics.drift import drift_exponent
+from diagnostics.conservation.drift_exponent import drift_exponent
 
 ETA = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
@@ -44,14 +44,14 @@ def test_local_slopes_are_two_plus_that_of_s() -> None:
 
 def test_unstable_points_are_warned_about_or_left_out(caplog: pytest.LogCaptureFixture) -> None:
     drifts = [eta**1.05 for eta in ETA[:-1]] + [1.0]  # the last is far above the law
-    with caplog.at_level(logging.WARNING, logger="diagnostics.drift"):
+    with caplog.at_level(logging.WARNING, logger="diagnostics.conservation.drift_exponent"):
         mixed = drift_exponent(ETA, drifts, sharpness=20.0)
     assert "1 of 5 learning rates" in caplog.text
     assert mixed.exponent > 1.2
     assert mixed.unstable.tolist() == [False] * 4 + [True]
     assert mixed.used.all()
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="diagnostics.drift"):
+    with caplog.at_level(logging.WARNING, logger="diagnostics.conservation.drift_exponent"):
         kept = drift_exponent(ETA, drifts, sharpness=20.0, exclude_unstable=True)
         drift_exponent(ETA, drifts, sharpness=9.9)
     assert not caplog.records

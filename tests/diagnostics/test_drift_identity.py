@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diagnostics.conservation import ConservationMonitor
+from diagnostics.conservation.monitor import ConservationMonitor
 from tests.conservation import STEPS, check, data_of, mlp, train
 
 

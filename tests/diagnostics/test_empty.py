@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics import CaptureError
-from diagnostics.operators import HessianOperator
+from diagnostics.operators.curvature import HessianOperator
 from tests.oracle import relative_error
 
 X, Y = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4).sin(), torch.arange(6) % 3

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.errors import DiagnosticsError
-from diagnostics.estimated_metrics import estimate_metrics
-from diagnostics.shared_krylov import SharedKrylov
-from diagnostics.square_norms import Samples, jackknife
-from diagnostics.tables import MetricErrors, MetricTable
+from diagnostics.matrix_free.node_metrics import estimate_metrics
+from diagnostics.matrix_free.shared_krylov import SharedKrylov
+from diagnostics.matrix_free.square_norms import Samples, jackknife
+from diagnostics.results.metric_table import MetricErrors, MetricTable
 from tests.networks import Chain, DeadEnd, Diamond, ResidualCat
 
 METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")

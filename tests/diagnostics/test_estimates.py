@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.estimates import Estimate, enough, exact, mean_of
+from diagnostics.results.estimate import Estimate, enough, exact, mean_of
 
 
 def test_mean_of() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import diagnostics
-from diagnostics.files import check_writable, replacing, write_text
+from diagnostics.results.files import check_writable, replacing, write_text
 from tests.reporting_networks import small_report
 
 
@@ -36,7 +36,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
             raise KeyboardInterrupt
 
     if kind == "csv":
-        monkeypatch.setattr("diagnostics.report.csv", type("", (), {"writer": Half}))
+        monkeypatch.setattr("diagnostics.report.report.csv", type("", (), {"writer": Half}))
     elif kind == "png":
         figure = pytest.importorskip("matplotlib.figure")
         monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: half(path))

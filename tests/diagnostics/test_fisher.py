@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diagnostics import DiagnosticsError
-from diagnostics.fisher import FisherOperator
-from diagnostics.operators import GaussNewtonOperator
+from diagnostics.operators.curvature import GaussNewtonOperator
+from diagnostics.operators.fisher import FisherOperator
 from tests.curvature import CASES, TiedLanguageModel, dense, randn, token_cross_entropy, two_heads_loss
 from tests.networks import Chain
 from tests.oracle import relative_error

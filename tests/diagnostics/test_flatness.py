@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import diagnostics
-from diagnostics.flatness import cannot_bend
-from diagnostics.graph import Node
-from diagnostics.local import differentiate
+from diagnostics.graph.flatness import cannot_bend
+from diagnostics.graph.graph import Node
+from diagnostics.graph.local import differentiate
 
 
 class _OwnRelu(torch.autograd.Function):

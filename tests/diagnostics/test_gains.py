@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.gains import Gains, local_gains, sum_over_paths
-from diagnostics.paths import count_paths
+from diagnostics.bounds.gains import Gains, local_gains, sum_over_paths
+from diagnostics.bounds.paths import count_paths
 from tests.networks import Diamond, ResidualCat
 
 

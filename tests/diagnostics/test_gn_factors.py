@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.gn_factors import gauss_newton_factors
+from diagnostics.blocks.gn_factors import gauss_newton_factors
 from tests.networks import Attention, CalledTwice, Chain, DeadEnd, Diamond, Normalised, ResidualCat
 from tests.oracle import double_backprop
 from tests.random_dags import Plan, build, plans

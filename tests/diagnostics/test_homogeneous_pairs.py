@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagnostics.channel_slices import incoming, outgoing
-from diagnostics.conserved_quantity import ConservedQuantity
-from diagnostics.homogeneous_pairs import homogeneous_pairs
+from diagnostics.conservation.channel_slices import incoming, outgoing
+from diagnostics.conservation.homogeneous_pairs import homogeneous_pairs
+from diagnostics.conservation.quantity import ConservedQuantity
 from tests.networks import Attention, CalledTwice, Chain, DeadEnd
 
 _X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnostics.capture import capture
+from diagnostics.conservation.imbalance import geometric_sum, predict_imbalance
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.imbalance import geometric_sum, predict_imbalance
-from diagnostics.parametric import parameter_hessian
+from diagnostics.graph.capture import capture
+from diagnostics.parametric.hessian import parameter_hessian
 
 
 def _net(width: int, activation: type[nn.Module] = nn.ReLU, bias: bool = False) -> nn.Sequential:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.bounds import decay_bounds
-from diagnostics.gains import local_gains
-from diagnostics.interaction import a_priori_radius, band_errors, interaction_radius
+from diagnostics.bounds.gains import local_gains
+from diagnostics.bounds.interaction import a_priori_radius, band_errors, interaction_radius
+from diagnostics.bounds.resonance import decay_bounds
 from tests.networks import Chain, Diamond, ResidualCat
 from tests.random_dags import Plan, build, plans
 

@@ -10,10 +10,10 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.krylov import CHANCE, Krylov
-from diagnostics.lanczos import ExtremeEigenpairs, extreme_eigenpairs
-from diagnostics.linear_operator import LinearOperator, MatrixOperator
-from diagnostics.probes import Products
+from diagnostics.estimators.krylov import CHANCE, Krylov
+from diagnostics.estimators.lanczos import ExtremeEigenpairs, extreme_eigenpairs
+from diagnostics.estimators.linear_operator import LinearOperator, MatrixOperator
+from diagnostics.estimators.probes import Products
 from tests.matrices import Counting, spread, symmetric
 
 ENDS = ["smallest", "largest", "both", "magnitude"]

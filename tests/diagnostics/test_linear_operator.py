@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics import DiagnosticsError, MemoryBudgetError
-from diagnostics.linear_operator import LinearOperator, MatrixOperator
+from diagnostics.estimators.linear_operator import LinearOperator, MatrixOperator
 
 
 class Doubled(LinearOperator):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.closed_form import DenseLayer
-from diagnostics.local import differentiate
+from diagnostics.graph.dense_layer import DenseLayer
+from diagnostics.graph.local import differentiate
 from tests.networks import ResidualCat
 from tests.oracle import relative_error
 

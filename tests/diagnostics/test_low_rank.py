@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import diagnostics
-from diagnostics.low_rank import discarded, kept_rank, low_rank
+from diagnostics.blocks.low_rank import discarded, kept_rank, low_rank
 from tests.networks import Diamond, ResidualCat
 
 

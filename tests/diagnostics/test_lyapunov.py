@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.lyapunov import lyapunov_norm, lyapunov_qr
-from diagnostics.paths import paths
+from diagnostics.bounds.lyapunov import lyapunov_norm, lyapunov_qr
+from diagnostics.bounds.paths import paths
 from tests.networks import Chain, Diamond
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.layout import Layout
-from diagnostics.memory import planned_bytes
+from diagnostics.blocks.layout import Layout
+from diagnostics.blocks.memory_plan import planned_bytes
 from tests.networks import Chain, Diamond
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.errors import MemoryBudgetError
-from diagnostics.estimated_metrics import estimate_metrics
-from diagnostics.linear_operator import LinearOperator
-from diagnostics.pair_estimates import Sampling
+from diagnostics.estimators.linear_operator import LinearOperator
+from diagnostics.matrix_free.node_metrics import estimate_metrics
+from diagnostics.matrix_free.pair_estimates import Sampling
 from tests.peak import Peak
 
 VECTORS = 80

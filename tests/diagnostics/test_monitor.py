@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.monitor import METRICS, Measurement, Metric, Monitor
+from diagnostics.training.monitor import METRICS, Measurement, Metric, Monitor
 from tests.networks import Chain
 from tests.peak import Peak
 
@@ -159,7 +159,7 @@ def test_measures_every_so_many_steps_and_only_what_was_asked_for() -> None:
 
 def test_overhead_puts_measurements_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     clock = [0.0]
-    monkeypatch.setattr("diagnostics.monitor.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("diagnostics.training.monitor.time.perf_counter", lambda: clock[0])
     torch.manual_seed(0)
     monitor = Monitor(Chain(4, 5, 3).double(), F.cross_entropy, every=1, metrics=["gn_gap"], overhead=0.1)
     measure = monitor.measure
@@ -191,7 +191,7 @@ def test_overhead_puts_measurements_off(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_short_runs_are_measured_when_due_and_long_ones_take_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("diagnostics.monitor.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("diagnostics.training.monitor.time.perf_counter", lambda: clock[0])
     torch.manual_seed(0)
     monitor = Monitor(Chain(4, 5, 3).double(), F.cross_entropy, every=5, metrics=["sharpness"])
     eigenvalues = monitor._eigenvalues
@@ -218,7 +218,7 @@ def test_abrupt_changes_and_instability_are_flagged(caplog: pytest.LogCaptureFix
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     monitor = Monitor(model, F.cross_entropy, every=1, metrics=["resonance", "gn_gap", "sharpness"])
     stop = monitor.attach(optimizer, _data())
-    with caplog.at_level(logging.WARNING, logger="diagnostics.monitor"):
+    with caplog.at_level(logging.WARNING, logger="diagnostics.training.monitor"):
         for i in range(12):
             if i == 8:
                 with torch.no_grad():

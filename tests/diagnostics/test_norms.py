@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.linear_operator import MatrixOperator
-from diagnostics.norms import estimate_frobenius_norm
+from diagnostics.estimators.linear_operator import MatrixOperator
+from diagnostics.estimators.norms import estimate_frobenius_norm
 from tests.matrices import Counting, NoAdjoint, rectangular, spread, symmetric
 
 METHODS = ["hutchinson", "projected"]

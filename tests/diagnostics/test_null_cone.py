@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.channel import loss_at
-from diagnostics.linear_operator import MatrixOperator
-from diagnostics.null_cone import krylov_space, null_cone
-from diagnostics.null_vectors import inertia, null_vectors, standard_pairing
-from diagnostics.operators import HessianOperator
+from diagnostics.estimators.linear_operator import MatrixOperator
+from diagnostics.estimators.null_vectors import inertia, null_vectors, standard_pairing
+from diagnostics.operators.curvature import HessianOperator
+from diagnostics.operators.null_channel import loss_at
+from diagnostics.operators.null_cones import krylov_space, null_cone
 from tests.matrices import symmetric
 from tests.networks import Chain, ResidualCat
 

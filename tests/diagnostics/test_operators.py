@@ -18,9 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import diagnostics
-from diagnostics import CaptureError, DiagnosticsError, StaleGraphError, curvature_tape
-from diagnostics.fisher import FisherOperator
-from diagnostics.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, TensorOperator
+from diagnostics import CaptureError, DiagnosticsError, StaleGraphError
+from diagnostics.operators import curvature_tape
+from diagnostics.operators.curvature import (
+    CurvatureOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    TensorOperator,
+)
+from diagnostics.operators.fisher import FisherOperator
 from tests.curvature import CASES, Dense, dense, randn, wavy
 from tests.networks import Chain
 from tests.oracle import relative_error

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.block_spectra import group_spectra
-from diagnostics.discarded import discarded_share
+from diagnostics.blocks.pair_metrics import EPSILON
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.estimated_metrics import estimate_metrics
-from diagnostics.metrics import EPSILON
-from diagnostics.operators import CurvatureProducts, GaussNewtonOperator, HessianOperator, TensorOperator
-from diagnostics.parameter_groups import ParameterGroups
-from diagnostics.parameter_metrics import estimate_parameter_metrics
-from diagnostics.tables import MetricTable
+from diagnostics.matrix_free.discarded import discarded_share
+from diagnostics.matrix_free.node_metrics import estimate_metrics
+from diagnostics.matrix_free.parameter_metrics import estimate_parameter_metrics
+from diagnostics.operators.curvature import CurvatureProducts, GaussNewtonOperator, HessianOperator, TensorOperator
+from diagnostics.operators.group_spectra import group_spectra
+from diagnostics.operators.parameter_groups import ParameterGroups
+from diagnostics.results.metric_table import MetricTable
 from tests.curvature import CASES, Dense, dense
 from tests.networks import Chain
 
@@ -136,7 +136,7 @@ def _seed(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _errors(table: MetricTable) -> diagnostics.tables.MetricErrors:
+def _errors(table: MetricTable) -> diagnostics.results.metric_table.MetricErrors:
     assert table.standard_errors is not None
     return table.standard_errors
 

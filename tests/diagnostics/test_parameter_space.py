@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics import DiagnosticsError, StaleGraphError
-from diagnostics.parameter_space import ParameterSpace
+from diagnostics.operators.parameter_space import ParameterSpace
 from tests.curvature import TiedLanguageModel
 from tests.networks import ResidualCat
 

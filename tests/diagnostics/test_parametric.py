@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics import parameter_maps
+from diagnostics.parametric import maps as parameter_maps
 from tests.networks import (
     Attention,
     CalledTwice,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics import parameter_maps, patch_pairs
+from diagnostics.parametric import maps as parameter_maps
+from diagnostics.parametric import patch_pairs
 from tests.oracle import relative_error
 
 

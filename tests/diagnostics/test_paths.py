@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.paths import Path, count_paths, path_jacobian, path_resonance, paths
+from diagnostics.bounds.paths import Path, count_paths, path_jacobian, path_resonance, paths
 from tests.networks import Chain, Diamond, ResidualCat
 from tests.oracle import double_backprop, relative_error
 from tests.random_dags import Plan, build, plans

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diagnostics
-from diagnostics.placement import recommend_skips
+from diagnostics.bounds.placement import recommend_skips
 from tests.networks import Chain
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.power_law import fit_exponents, fit_power_law, participation_ratio, zeta_reference
+from diagnostics.results.power_law import fit_exponents, fit_power_law, participation_ratio, zeta_reference
 
 RANKS = torch.arange(1, 21, dtype=torch.float64)
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics import DiagnosticsError, tape
-from diagnostics.operators import HessianOperator
+from diagnostics import DiagnosticsError
+from diagnostics.autograd import tape
+from diagnostics.operators.curvature import HessianOperator
 from tests.oracle import joint_double_backprop, joint_error, relative_error
 
 F32, F64 = torch.float32, torch.float64

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics import lean_kernels
-from diagnostics.block_operator import BlockOperator
+from diagnostics.autograd import lean_kernels
 from diagnostics.errors import DiagnosticsError, StaleGraphError
-from diagnostics.products import NodeProducts
+from diagnostics.matrix_free.block_operator import BlockOperator
+from diagnostics.matrix_free.node_products import NodeProducts
 from tests import random_dags
 from tests.networks import (
     Attention,

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.rank_bounds import bottleneck, rank_bounds
+from diagnostics.bounds.ranks import bottleneck, rank_bounds
 from tests.networks import Chain, Diamond
 from tests.oracle import double_backprop
 from tests.random_dags import Plan, build, plans

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.local import LOSS, LocalDerivatives, differentiate
+from diagnostics.graph.local import LOSS, LocalDerivatives, differentiate
 from tests.networks import (
     Attention,
     CalledTwice,

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.compare import load
+from diagnostics.document.values import encode, number
 from diagnostics.errors import DiagnosticsError
-from diagnostics.reporting.values import encode, number
+from diagnostics.report.compare import load
 from tests.reporting_networks import bottleneck_verdict, labelled, small_report
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.cli import main
 from diagnostics.errors import DiagnosticsError
+from diagnostics.report.cli import main
 from tests.reporting_networks import bottleneck_verdict, chain, labelled, small_report
 
 pytest.importorskip("jinja2")
@@ -100,7 +100,7 @@ def test_page_needs_no_network(exact: diagnostics.Report, tmp_path: Path) -> Non
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
-    css = (Path(diagnostics.__file__).parent / "reporting" / "page" / "page.css").read_text(encoding="utf-8")
+    css = (Path(diagnostics.__file__).parent / "rendering" / "page" / "page.css").read_text(encoding="utf-8")
     assert "url(" not in css
     assert "@import" not in css
 
@@ -171,7 +171,7 @@ def test_network_has_one_element_a_node(tmp_path: Path) -> None:
 
 
 def test_layers_of_the_drawing_follow_the_data() -> None:
-    from diagnostics.reporting.graph_drawing import drawing
+    from diagnostics.rendering.graph_drawing import drawing
 
     report = diagnostics.diagnose(Skip().double(), (labelled(4, 4)[0], labelled(4, 4)[0]), F.mse_loss)
     found = drawing(report.sections)
@@ -187,7 +187,7 @@ def test_layers_of_the_drawing_follow_the_data() -> None:
 
 
 def test_arcs_side_by_side_are_seen() -> None:
-    from diagnostics.reporting.graph_drawing import drawing
+    from diagnostics.rendering.graph_drawing import drawing
 
     report = diagnostics.diagnose(Skip().double(), (labelled(4, 4)[0], labelled(4, 4)[0]), F.mse_loss)
     found = drawing(report.sections)
@@ -386,7 +386,7 @@ def test_a_missing_library_is_named(
 
 def test_saving_numbers_imports_no_page(tmp_path: Path) -> None:
     code = f"""
-import sys, torch, diagnostics, diagnostics.report, diagnostics.compare, diagnostics.cli
+import sys, torch, diagnostics, diagnostics.report.report, diagnostics.compare, diagnostics.report.cli
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
 report = diagnostics.diagnose(model, (torch.randn(4, 3), torch.randn(4, 2)), torch.nn.functional.mse_loss)
 report.save({str(tmp_path / "a.json")!r})

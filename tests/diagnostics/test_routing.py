@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.errors import CaptureError, DiagnosticsError, StaleGraphError
-from diagnostics.products import NodeProducts
-from diagnostics.routing import RoutedCurvature, route
+from diagnostics.matrix_free.node_products import NodeProducts
+from diagnostics.matrix_free.routing import RoutedCurvature, route
 from tests import random_dags
 from tests.networks import (
     Attention,

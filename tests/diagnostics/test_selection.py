@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import diagnostics
-from diagnostics.layer_rule import layers
+from diagnostics.graph.layer_rule import layers
 from tests.networks import Normalised
 
 

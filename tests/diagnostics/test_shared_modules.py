@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.layer_rule import layers
-from diagnostics.replay import run_model
+from diagnostics.graph.layer_rule import layers
+from diagnostics.operators.replay import run_model
 from hessopt.memories import ogd_memory
 from tests.oracle import check_against_double_backprop
 

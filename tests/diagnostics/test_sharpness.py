@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.errors import DiagnosticsError
-from diagnostics.sharpness import SharpnessTracker, softmax_curvature_bound, stability_threshold
+from diagnostics.training.sharpness import SharpnessTracker, softmax_curvature_bound, stability_threshold
 from tests.networks import Chain
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.sources import curvature_sources
+from diagnostics.blocks.sources import curvature_sources
 from tests.networks import Diamond, ResidualCat
 from tests.random_dags import Plan, build, plans
 
@@ -66,7 +66,7 @@ def test_shares_are_those_of_dense_linear_algebra(blocks: diagnostics.HessianBlo
     assert torch.equal(curvature_sources(blocks.mean()).share, table.share)
 
 
-def _assert_adds_up(table: diagnostics.sources.SourceTable, convex: bool) -> None:
+def _assert_adds_up(table: diagnostics.blocks.sources.SourceTable, convex: bool) -> None:
     scale = table.norms.square().sum().item()
     square = table.tensor_norm.square()
     assert (table.products.sum(0) - square).abs().max() <= 1e-12 * scale

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.linear_operator import LinearOperator, MatrixOperator
-from diagnostics.probes import Products
-from diagnostics.spectral_density import SpectralDensity, spectral_density
+from diagnostics.estimators.linear_operator import LinearOperator, MatrixOperator
+from diagnostics.estimators.probes import Products
+from diagnostics.estimators.spectral_density import SpectralDensity, spectral_density
 from tests.matrices import Counting, spread, symmetric
 
 EIGENVALUES = torch.cat([spread(290) * 0.3, torch.linspace(3, 9, 10, dtype=torch.float64)])

@@ -9,8 +9,8 @@ import torch
 from scipy.sparse.linalg import svds
 
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.linear_operator import MatrixOperator
-from diagnostics.spectral_norm import spectral_norm
+from diagnostics.estimators.linear_operator import MatrixOperator
+from diagnostics.estimators.spectral_norm import spectral_norm
 from tests.matrices import Counting, NoAdjoint, rectangular, spread, symmetric
 
 VALUES = torch.linspace(1, 3, 40, dtype=torch.float64)

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics import spectrum
-from diagnostics.local import differentiate
-from diagnostics.metrics import stable_rank
-from diagnostics.spectrum import effective_rank, eigenpairs, escape_direction, negative_curvature, symmetrise
+from diagnostics.blocks import spectrum
+from diagnostics.blocks.pair_metrics import stable_rank
+from diagnostics.blocks.spectrum import effective_rank, eigenpairs, escape_direction, negative_curvature, symmetrise
+from diagnostics.graph.local import differentiate
 from tests.networks import Chain, ResidualCat
 from tests.random_dags import Plan, build, plans
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics import streaming
-from diagnostics.layout import Layout
-from diagnostics.memory import planned_bytes
-from diagnostics.streaming import mean_blocks
+from diagnostics.blocks import streaming
+from diagnostics.blocks.layout import Layout
+from diagnostics.blocks.memory_plan import planned_bytes
+from diagnostics.blocks.streaming import mean_blocks
 from tests.networks import Chain, Normalised, ResidualCat
 from tests.oracle import relative_error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.symmetric_eigen import eigh, eigvalsh
+from diagnostics.estimators.symmetric_eigen import eigh, eigvalsh
 
 
 def _saturated_softmax(seed: int, classes: int = 50, logits: float = 100.0) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diagnostics import tape
-from diagnostics.tape import Verified, ancestry, batched_vjp, passes_through
+from diagnostics.autograd import tape
+from diagnostics.autograd.tape import Verified, ancestry, batched_vjp, passes_through
 from tests.oracle import relative_error
 
 

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.backends import VMAP_WITHOUT_WARNING, CompositeKernels, full_precision_cudnn, twice_differentiable
+from diagnostics.autograd.kernels import (
+    VMAP_WITHOUT_WARNING,
+    CompositeKernels,
+    full_precision_cudnn,
+    twice_differentiable,
+)
 
 X, Y = torch.linspace(-1, 1, 24).view(8, 3), torch.arange(8) % 3
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.estimates import Estimate
-from diagnostics.linear_operator import MatrixOperator
-from diagnostics.probes import Products
-from diagnostics.sketch import Sketch
-from diagnostics.trace import estimate_trace, exchangeable_traces
+from diagnostics.estimators.linear_operator import MatrixOperator
+from diagnostics.estimators.probes import Products
+from diagnostics.estimators.sketch import Sketch
+from diagnostics.estimators.trace import estimate_trace, exchangeable_traces
+from diagnostics.results.estimate import Estimate
 from tests.matrices import Counting, rectangular, spread, symmetric
 
 METHODS = ["hutchinson", "hutch++", "xtrace"]

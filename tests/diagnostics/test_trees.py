@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.trees import flatten, map_tensors, tensors
+from diagnostics.autograd.trees import flatten, map_tensors, tensors
 
 
 @dataclass(frozen=True)

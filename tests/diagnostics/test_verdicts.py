@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.verdict_rules import RULES, judge
+from diagnostics.document.judge import RULES, judge
 from tests.reporting_networks import chain, labelled
 
 DOCS = Path(__file__).parents[2] / "docs" / "verdicts.md"

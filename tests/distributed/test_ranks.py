@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 import diagnostics
 import hessopt
-from hessopt.spectral_map import NewtonSchulz
+from hessopt.spectral.transfer import NewtonSchulz
 from tests.distributed.worker import Scenario, outcomes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")

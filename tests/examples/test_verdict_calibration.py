@@ -10,7 +10,7 @@ from torch import nn
 from verdict_calibration import diagnosed, table
 from verdict_networks import Case, cases, digits, mlp, train
 
-from diagnostics.verdict_rules import RULES
+from diagnostics.document.judge import RULES
 
 DOCS = Path(__file__).parents[2] / "docs" / "verdicts.md"
 

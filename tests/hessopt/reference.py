@@ -13,14 +13,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from hessopt import BandedNewton, LeastSquares
-from hessopt.closure import Evaluation
-from hessopt.exact_curvature import ExactCurvature, Structure
-from hessopt.kronecker_band import KroneckerBand
-from hessopt.layer_factors import layer_factors
-from hessopt.layers import Layer
-from hessopt.output_curvature import curvature_roots, output_hessians
-from hessopt.parameter_uses import Use
-from hessopt.sample_factors import Factor
+from hessopt.closure.output_curvature import curvature_roots, output_hessians
+from hessopt.closure.protocol import Evaluation
+from hessopt.factors.exact_curvature import ExactCurvature, Structure
+from hessopt.factors.layer_factors import layer_factors
+from hessopt.factors.sample_factors import Factor
+from hessopt.kronecker.band import KroneckerBand
+from hessopt.network.layers import Layer
+from hessopt.network.parameter_uses import Use
 from tests.conformity.checks import same_state
 
 LossFn = Callable[[Tensor], Tensor]

@@ -212,7 +212,7 @@ def test_fixed_damping_runs_the_closure_once() -> None:
 
 
 def test_singular_solve_raises_with_fixed_damping_and_is_damped_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hessopt.exact_step.least_damping", lambda factors, **_: 0.0)
+    monkeypatch.setattr("hessopt.banded.step.least_damping", lambda factors, **_: 0.0)
     net, closure = regression(dtype=torch.float32)
     with torch.no_grad():
         net[0].weight *= 1e4

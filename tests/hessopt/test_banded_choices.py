@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diagnostics.cliques import Cliques, band_cliques
 from diagnostics.errors import MemoryBudgetError
 from hessopt import BandedNewton, LeastSquares
-from hessopt.banded_systems import ParameterSystem, SampleSystem, step_operations
-from hessopt.bandwidth_choice import BandwidthChoice, bandwidth_cliques, candidates, coupling_radius
-from hessopt.gain import Candidate, most_gain
+from hessopt.banded.bandwidth import BandwidthChoice, bandwidth_cliques, candidates, coupling_radius
+from hessopt.banded.systems import ParameterSystem, SampleSystem, step_operations
+from hessopt.network.cliques import Cliques, band_cliques
+from hessopt.search.gain import Candidate, most_gain
 from tests.hessopt.reference import (
     LAMBDA,
     batch,
@@ -86,7 +86,7 @@ def test_loss_without_curvature_in_the_output_gives_a_damped_gradient_step(facto
 
 
 def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="hessopt.factor_choice"):
+    with caplog.at_level(logging.INFO, logger="hessopt.banded.space"):
         for width, space in ((2, "dense"), (40, "sample")):
             caplog.clear()
             net, x = chain(2, width=width, outputs=1), batch(40)[0]
@@ -183,7 +183,7 @@ def test_most_gain_with_hysteresis() -> None:
 def test_auto_decides_logs_and_keeps(options: Any, caplog: pytest.LogCaptureFixture) -> None:
     net, closure = regression()
     optimizer = BandedNewton(net, bandwidth="auto", bandwidth_every=3, **options)
-    with caplog.at_level(logging.INFO, logger="hessopt.bandwidth_choice"):
+    with caplog.at_level(logging.INFO, logger="hessopt.banded.bandwidth"):
         values = [optimizer.step(closure).item() for _ in range(7)]
     assert len(caplog.records) == 3
     assert "interaction radius" in caplog.records[0].getMessage()
@@ -300,7 +300,7 @@ def test_networks_of_other_layers_train(caplog: pytest.LogCaptureFixture) -> Non
     x = torch.randn(12, 1, 4, 4, dtype=torch.float64)
     labels = torch.arange(12) % 3
     optimizer = BandedNewton(net)
-    with caplog.at_level(logging.WARNING, logger="hessopt.exact_curvature"):
+    with caplog.at_level(logging.WARNING, logger="hessopt.factors.exact_curvature"):
         values = [optimizer.step(lambda: nn.functional.cross_entropy(net(x), labels)).item() for _ in range(15)]
     assert values[-1] < 0.05 * values[0]
     assert [r.getMessage()[:44] for r in caplog.records] == ["no closed form for layers '0', '1' (samples "]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hessopt.backward_calls import gradients_of
-from hessopt.closure import ClosureRunner, LeastSquares
+from hessopt.closure.backward_calls import gradients_of
+from hessopt.closure.protocol import ClosureRunner, LeastSquares
+from hessopt.closure.step_curvature import StepCurvature
 from hessopt.errors import ClosureError
-from hessopt.step_curvature import StepCurvature
 
 
 def network(device: torch.device | str = "cpu", dropout: float = 0.0, norm: bool = False) -> nn.Module:
@@ -110,8 +110,8 @@ def test_backward_that_modes_do_not_see(monkeypatch: pytest.MonkeyPatch) -> None
             original(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "backward", invisible)
-    monkeypatch.setattr("hessopt.backward_calls._BACKWARD", (Tensor.backward, invisible))
-    monkeypatch.setattr("hessopt.backward_calls._DISPATCHES_BACKWARD", False)
+    monkeypatch.setattr("hessopt.closure.backward_calls._BACKWARD", (Tensor.backward, invisible))
+    monkeypatch.setattr("hessopt.closure.backward_calls._DISPATCHES_BACKWARD", False)
     for style in ("tensor", "function"):
         test_tape_survives_the_closures_backward(style)
     net, (x, y) = network(), batch()

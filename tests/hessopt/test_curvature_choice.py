@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessopt.closure import LeastSquares
-from hessopt.curvature_choice import CurvatureChoice
-from hessopt.newton_cg import NewtonCG
-from hessopt.truncated_cg import Path
+from hessopt.closure.protocol import LeastSquares
+from hessopt.newton_cg.curvature_choice import CurvatureChoice
+from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.newton_cg.truncated_cg import Path
 from tests.hessopt.test_step_curvature import dense
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessopt.damped_step import DampedStep, line_step, search_step, take_step
-from hessopt.damping import NielsenDamping
+from hessopt.banded.damped_step import DampedStep, line_step, search_step, take_step
+from hessopt.banded.quadratic_model import QuadraticModel
 from hessopt.errors import SolveError
-from hessopt.quadratic_model import QuadraticModel
+from hessopt.search.damping import NielsenDamping
 
 
 class Curvature:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hessopt.damping import NielsenDamping
+from hessopt.search.damping import NielsenDamping
 
 
 @pytest.mark.parametrize(

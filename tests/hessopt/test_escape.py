@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hessopt.escape import escape_direction, first_length, search_rays
+from hessopt.wrappers.escape import escape_direction, first_length, search_rays
 
 F64 = torch.float64
 

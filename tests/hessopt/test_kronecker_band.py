@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hessopt.averages.inverse import triangular_inverse
+from hessopt.averages.seeds import hessian_columns
+from hessopt.closure.loss_curvature import named_curvature
 from hessopt.errors import ClosureError, ModelError
-from hessopt.kronecker_band import KroneckerBand, due
-from hessopt.kronecker_inverse import triangular_inverse
-from hessopt.kronecker_seeds import hessian_columns
-from hessopt.loss_curvature import named_curvature
+from hessopt.kronecker.band import KroneckerBand, due
 from tests.hessopt.reference import Dag, batch, chain, dags, dense, gather, skip
 
 EXACT = {"curvature": "ggn", "columns": "exact", "loss": "mse", "reduction": "sum"}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessopt import BandedNewton, MiniBatch
 from hessopt.errors import ClosureError, ModelError
-from hessopt.kronecker_band import KroneckerBand
+from hessopt.kronecker.band import KroneckerBand
 
 KINDS = ["name", "module", "empirical", "empirical, module"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hessopt import BandedNewton, MiniBatch
-from hessopt.kronecker_band import KroneckerBand
-from hessopt.kronecker_layers import plan_blocks
+from hessopt.averages.blocks import plan_blocks
+from hessopt.kronecker.band import KroneckerBand
 from tests.hessopt.reference import gather
 
 RTOL = 1e-10

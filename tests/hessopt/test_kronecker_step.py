@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hessopt import BandedNewton, LeastSquares, MiniBatch
+from hessopt.averages.accounting import step_operations
+from hessopt.closure.loss_curvature import named_curvature
 from hessopt.errors import ClosureError, ModelError
-from hessopt.kronecker_bandwidth import KroneckerBandwidth
-from hessopt.kronecker_report import step_operations
-from hessopt.loss_curvature import named_curvature
+from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from tests.hessopt.reference import gather
 
 OWN = {"bandwidth", "curvature", "lr", "weight_decay", "maximize", "damping", "bandwidth_every", "params"}
@@ -457,7 +457,7 @@ def test_auto_decides_by_the_predicted_reduction_per_operation(caplog: pytest.Lo
     band = optimizer.band
     assert band.bandwidth == 0
     seen: list[Any] = []
-    with caplog.at_level(logging.INFO, logger="hessopt.kronecker_bandwidth"):
+    with caplog.at_level(logging.INFO, logger="hessopt.kronecker.bandwidth"):
         for i in range(5):
             optimizer.zero_grad()
             functional.cross_entropy(net(x), y).backward()
@@ -573,7 +573,7 @@ def test_auto_takes_a_band_where_steps_are_cheap_and_leaves_it_where_they_are_no
     chosen = []
     costs = {0: 1e9, 1: 1e9, 2: 1.0}
     monkeypatch.setattr(
-        "hessopt.kronecker_bandwidth.step_operations",
+        "hessopt.kronecker.bandwidth.step_operations",
         lambda factors, *_: costs[0 if not factors.pairs else 1 if len(_pairs(factors)) == 5 else 2],
     )
     for i in range(42):

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diagnostics.autograd.sample_rows import sample_rows
 from hessopt import LeastSquares
-from hessopt.closure import ClosureRunner
+from hessopt.closure.output_curvature import check_separable, residual_roots
+from hessopt.closure.protocol import ClosureRunner
 from hessopt.errors import ModelError
-from hessopt.exact_curvature import ExactCurvature
-from hessopt.layer_factors import general_factors, layer_factors, row_dims
-from hessopt.output_curvature import check_separable, residual_roots
-from hessopt.sample_factors import DenseFactor, OuterFactor, symmetric_product
-from hessopt.sample_rows import sample_rows
+from hessopt.factors.exact_curvature import ExactCurvature
+from hessopt.factors.layer_factors import general_factors, layer_factors, row_dims
+from hessopt.factors.sample_factors import DenseFactor, OuterFactor, symmetric_product
 from tests.hessopt.reference import NETWORKS, batch, chain, dense, factors_of, flat, record, unflat
 
 RTOL = 1e-11

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hessopt import LeastSquares
-from hessopt.closure import ClosureRunner
+from hessopt.closure.protocol import ClosureRunner
 from hessopt.errors import ModelError
-from hessopt.exact_curvature import ExactCurvature
-from hessopt.layers import layers_of
+from hessopt.factors.exact_curvature import ExactCurvature
+from hessopt.network.layers import layers_of
 from tests.hessopt.reference import Dag, batch, branches, chain, record, skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hessopt.line_search import ARMIJO, line_search
+from hessopt.search.line_search import ARMIJO, line_search
 
 
 @pytest.mark.parametrize("best", [0.9, 0.4, 0.1, 1e-3])

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from diagnostics.cliques import Bandwidth, Cliques, band_cliques
 from diagnostics.errors import MemoryBudgetError
+from hessopt.banded.linear_solve import banded_solve, check_solve_memory, least_damping
 from hessopt.errors import SolveError
-from hessopt.linear_solve import banded_solve, check_solve_memory, least_damping
+from hessopt.network.cliques import Bandwidth, Cliques, band_cliques
 from tests.hessopt.reference import NETWORKS, Dag, Dense, batch, chain, dags, dense, factors_of, flat, relative, unflat
 
 RTOL = 1e-8

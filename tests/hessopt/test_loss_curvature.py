@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hessopt import BandedNewton, MiniBatch
+from hessopt.closure.loss_curvature import criterion_curvature
 from hessopt.errors import ClosureError, ModelError, NotConvexError
-from hessopt.kronecker_band import KroneckerBand
-from hessopt.loss_curvature import criterion_curvature
+from hessopt.kronecker.band import KroneckerBand
 from tests.hessopt.reference import batch, chain, gather
 
 F64 = torch.float64

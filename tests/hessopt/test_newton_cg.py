@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagnostics.errors import DiagnosticsError
-from hessopt.closure import LeastSquares
+from hessopt.closure.protocol import LeastSquares
 from hessopt.errors import ClosureError, ModelError
-from hessopt.newton_cg import NewtonCG
-from hessopt.truncated_cg import Exit
+from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.newton_cg.truncated_cg import Exit
 from tests.hessopt.test_step_curvature import dense
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.functional import hessian
 
 from examples.problems import PROBLEMS
-from hessopt.closure import LeastSquares
-from hessopt.newton_cg import NewtonCG
-from hessopt.saddle import SaddleEscape
+from hessopt.closure.protocol import LeastSquares
+from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.wrappers.saddle import SaddleEscape
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 MAX_STEPS = 400

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hessopt
 from hessopt.errors import ClosureError
-from hessopt.null_boost import Mode, NullBoost
+from hessopt.wrappers.null_boost import Mode, NullBoost
 
 F64 = torch.float64
 MODES = get_args(Mode)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnostics.operators import HessianOperator
+from diagnostics.operators.curvature import HessianOperator
 from hessopt.errors import ClosureError, ModelError
 from hessopt.memories import gpm_memory, hessian_top_memory, null_memory, ogd_memory, random_memory
-from hessopt.memory import LayerMemory, Memory, SubspaceMemory, memory_from_state
-from hessopt.null_project import NullProject
+from hessopt.wrappers.memory import LayerMemory, Memory, SubspaceMemory, memory_from_state
+from hessopt.wrappers.null_project import NullProject
 from tests.hessopt.test_null_boost import BASES, Problem
 
 F64 = torch.float64

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from hessopt.closure.objective import Objective
 from hessopt.errors import ClosureError
-from hessopt.objective import Objective
 
 
 def groups(maximize: bool = False) -> list[dict[str, object]]:

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt.errors import NotConvexError
-from hessopt.hessian_rounding import formation_rounding
-from hessopt.output_curvature import (
+from hessopt.closure.hessian_rounding import formation_rounding
+from hessopt.closure.output_curvature import (
     check_hessian_memory,
     curvature_roots,
     loss_roots,
     output_hessians,
     residual_roots,
 )
+from hessopt.errors import NotConvexError
 
 CLASSES = torch.tensor([0, 2, 1, 1, 2])
 LOSSES = {

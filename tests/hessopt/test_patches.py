@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessopt.kronecker_band import KroneckerBand
-from hessopt.patches import patch_gram, patches_of
+from diagnostics.autograd.patches import patch_gram, patches_of
+from hessopt.kronecker.band import KroneckerBand
 from tests.hessopt.reference import gather
 
 SHAPES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

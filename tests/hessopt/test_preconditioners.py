@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hessopt.preconditioners import FIRST_PROBES, RunningDiagonal
+from hessopt.newton_cg.preconditioners import FIRST_PROBES, RunningDiagonal
 
 
 def matrix(n: int = 6) -> torch.Tensor:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diagnostics.cliques import band_cliques
-from hessopt.banded_systems import SampleSystem
-from hessopt.quadratic_model import QuadraticModel
+from hessopt.banded.quadratic_model import QuadraticModel
+from hessopt.banded.systems import SampleSystem
+from hessopt.network.cliques import band_cliques
 from tests.hessopt.reference import batch, dense, factors_of, flat, skip, unflat
 
 RTOL = 1e-11

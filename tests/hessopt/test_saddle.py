@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import diagnostics
 import hessopt
-from hessopt.closure import LeastSquares
+from hessopt.closure.protocol import LeastSquares
 from hessopt.errors import ClosureError
-from hessopt.saddle import SaddleEscape
-from hessopt.stationarity import Stationarity
+from hessopt.wrappers.saddle import SaddleEscape
+from hessopt.wrappers.stationarity import Stationarity
 
 F64 = torch.float64
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -170,7 +170,7 @@ def test_checks_that_cost_too_much_beside_the_steps_are_put_off(caplog: pytest.L
     rule = Stationarity(patience=1, max_wait=1, plateau=1.0, overhead=0.5, free=60)
     optimizer = SaddleEscape(torch.optim.SGD(net.parameters(), lr=1e-9), model=net, stationarity=rule)
     closure, checks = _closure(optimizer, net, x, y), 0
-    with caplog.at_level("WARNING", logger="hessopt.saddle"):
+    with caplog.at_level("WARNING", logger="hessopt.wrappers.saddle"):
         for step in range(120):
             before = optimizer.last_check
             optimizer.step(closure)

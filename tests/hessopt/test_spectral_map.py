@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessopt.spectral_map import Form, NewtonSchulz, spectral_map, transfer
+from hessopt.spectral.transfer import Form, NewtonSchulz, spectral_map, transfer
 
 SHAPES = [(5, 9), (9, 5), (6, 6), (3, 7, 4), (2, 3, 4, 8)]
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hessopt
-from diagnostics.alignment import curvature_exponents
-from diagnostics.power_law import PowerLaw
+from diagnostics.alignment.exponents import curvature_exponents
+from diagnostics.results.power_law import PowerLaw
 from hessopt import SaddleEscape, SpectralNewton
 from hessopt.errors import ClosureError, ModelError
-from hessopt.online_exponent import smoothed
-from hessopt.spectral_groups import left_to_adamw
-from hessopt.spectral_map import NewtonSchulz, spectral_map
+from hessopt.spectral.exponent import smoothed
+from hessopt.spectral.groups import left_to_adamw
+from hessopt.spectral.transfer import NewtonSchulz, spectral_map
 
 
 class Tied(nn.Module):
@@ -258,7 +258,7 @@ def test_smoothing(caplog: pytest.LogCaptureFixture) -> None:
     assert smoothed(1.0, fit(2.0, 0.9), 0.25, "w") == (1.75, True)
     assert smoothed(None, fit(7.0, 0.9), 0.5, "w") == (2.5, True)
     assert smoothed(None, fit(-3.0, 0.9), 0.5, "w") == (0.5, True)
-    with caplog.at_level(logging.INFO, "hessopt.online_exponent"):
+    with caplog.at_level(logging.INFO, "hessopt.spectral.exponent"):
         assert smoothed(2.0, fit(2.0, 0.79), 0.5, "the weight") == (1.0, False)
         assert smoothed(2.0, fit(math.nan, math.nan), 0.5, "w") == (1.0, False)
     assert "the weight falls back to 1" in caplog.text

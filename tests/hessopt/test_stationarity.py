@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hessopt.stationarity import Stationarity
+from hessopt.wrappers.stationarity import Stationarity
 
 
 def _run(rule: Stationarity, losses: list[float], norms: list[float] | None = None) -> list[int]:

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from hessopt import BandedNewton, NewtonCG, step_cost
-from hessopt.parameter_uses import UseRecorder
-from hessopt.step_cost import CostWarning, gradient_operations
+from hessopt import BandedNewton, NewtonCG
+from hessopt.banded import step_cost
+from hessopt.banded.step_cost import CostWarning, gradient_operations
+from hessopt.network.parameter_uses import UseRecorder
 
 NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)), (5, 6)),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hessopt.closure.step_curvature import COST, StepCurvature, bypassed
 from hessopt.errors import ClosureError
-from hessopt.step_curvature import COST, StepCurvature, bypassed
 from tests.networks import Attention, CalledTwice, Chain, Diamond, Normalised, ResidualCat
 
 RTOL = 1e-10

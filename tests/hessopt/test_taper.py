@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.cliques import Cliques, band_cliques
-from hessopt.taper import clique_taper
+from hessopt.kronecker.taper import clique_taper
+from hessopt.network.cliques import Cliques, band_cliques
 
 
 def chain(count: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessopt.truncated_cg import Exit, Path, truncated_cg
+from hessopt.newton_cg.truncated_cg import Exit, Path, truncated_cg
 
 
 def problem(eigenvalues: list[float], seed: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hessopt.trust_region import TrustRegion
+from hessopt.search.trust_region import TrustRegion
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Curvature exponents: how curvature grows with the singular values of a gradient."""

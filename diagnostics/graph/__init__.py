@@ -1,0 +1,1 @@
+"""The captured network: one run cut into nodes, and the local derivatives of each node."""

@@ -1,0 +1,469 @@
+"""Run a model once and cut its autograd tape at chosen modules."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.autograd.kernels import (
+    EXCLUSIVE,
+    CompositeKernels,
+    RandomState,
+    plain_autograd,
+    twice_differentiable,
+    without_saved_tensor_hooks,
+)
+from diagnostics.autograd.lean_kernels import LeanKernels
+from diagnostics.autograd.refusals import check_inputs, check_loss_fn, check_model, check_tensor
+from diagnostics.autograd.substitution import run_model
+from diagnostics.autograd.tape import Function, ancestry, passes_through, rounding
+from diagnostics.autograd.trees import flatten, map_tensors, tensors
+from diagnostics.errors import CaptureError
+from diagnostics.graph.graph import Graph, Node, WholeTape
+from diagnostics.graph.layer_rule import FEW_NODES, layers, layers_inside
+from diagnostics.graph.selection import OUTPUT, Selection, select_modules
+
+
+def capture(
+    model: nn.Module,
+    inputs: Any,
+    loss_fn: Callable[[Any], Tensor],
+    nodes: Selection = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Graph:
+    """Run ``model`` on one batch and return it as a graph of activation nodes.
+
+    The output of each chosen module is replaced, during this one forward pass, by a detached copy that requires grad.
+    The pass then leaves one small piece of autograd tape per node, whose leaves are the node's parents and parameters.
+    So any eager model works: control flow, functional calls (they belong to the node whose tape holds them), modules
+    called several times (one node a call: ``"fc"``, ``"fc@1"``), shared weights, tuple outputs (one node a tensor:
+    ``"lstm[0]"``, ``"lstm[1]"``).
+
+    The rule for ``nodes=None``: the modules that a person would name as layers or blocks.
+
+    1. ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened; so is a body, a module most of whose parameters
+       (embeddings aside) are in stacks of blocks: a ``Sequential`` or ``ModuleList`` of several modules of one class,
+       each of several layers. The blocks themselves are not, nor modules of a class that the model has three times.
+    2. Every other child that has parameters is a layer (or a block, if it has children), except normalisations
+       (class name ending in ``Norm``, ``Norm1d``, …) and learned activations (``PReLU``).
+    3. Inside a ``Sequential``, what follows a layer and is none itself — activation, normalisation, pooling, dropout
+       — belongs to it: the node is the output of the last of them. A ``Sequential`` with one layer is that layer.
+    4. While these are fewer than three, those of several layers are opened, and wrappers.
+    5. Of these modules' outputs, tensors whose first dimension is not the batch are left uncut. A module that returns
+       none (a flow's transform, a distribution) is opened, and the model is run again.
+
+    Where fewer than three nodes are left, ``graph.note`` (and the graph when it is printed) says so.
+
+    The model's output is always the last node: under the name of the module that returned that very tensor, if that
+    was chosen, and as ``"output"`` otherwise. Tables leave it out unless ``nodes`` asked for it.
+
+    The model runs in the mode it is in. With dropout in training mode the blocks are those of the network with this
+    pass's mask, the one that the next forward pass of the model would have drawn. Batch-norm in training mode couples
+    the samples (``graph.coupled``). The model, its buffers, its grads and the global random state are left as found.
+    While it runs, captures and operators in other threads wait: hooks, buffers and random state are the process's.
+
+    Args:
+        model: The network; eager, in float32 or float64.
+        inputs: A tensor ``(B, …)`` or whatever the model takes: a tuple is passed as ``model(*inputs)``, a dict as
+            ``model(**inputs)``. B is the first dimension of the first tensor.
+        loss_fn: ``loss_fn(z) -> scalar``, of the model's output z.
+        nodes: None (the rule above), an iterable of module names or shell patterns (``["layer*", "fc"]``; the name
+            ``"output"`` makes the output a chosen node), or a predicate ``(name, module) -> bool``.
+        reduction: How the loss reduces over the batch. It changes no block, only what ``blocks.mean()`` means.
+
+    Returns:
+        The :class:`diagnostics.Graph`.
+
+    Raises:
+        CaptureError: the model is scripted or compiled, runs without gradients, or returns no floating tensor; a
+            tensor is complex, half precision or not strided; the batch, the output or a node that was asked for is
+            empty; ``nodes`` names no module, or one that was not called; the output is detached from the nodes; the
+            loss is not a finite real scalar that depends on the output; a lazy module has no parameters yet; the model
+            uses checkpointing, changes its own parameters, or works in place on a node whose memory other tensors
+            share. The message names the module and the way out.
+        TypeError: an argument is of the wrong kind or in the wrong place (targets, a loss function that takes them).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+    check_loss_fn(loss_fn, "z")
+    check_model(model)
+    recipe = _Recipe(model, inputs, loss_fn, reduction, check_inputs(inputs))
+    if nodes is None:
+        return recipe.run_on_layers()
+    output_named = not callable(nodes) and OUTPUT in nodes
+    return recipe.run(select_modules(model, nodes), automatic=False, output_named=output_named)
+
+
+class _Recipe:
+    """What it takes to run the model again exactly as it ran, with other cuts."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], reduction: str, batch_size: int
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.reduction = reduction
+        self.batch_size = batch_size
+        with EXCLUSIVE, plain_autograd():
+            self.inputs = map_tensors(_private_copy, inputs)
+            self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            self.parameters = dict(model.named_parameters())
+        self.versions = [parameter._version for parameter in self.parameters.values()]
+        self.random_state = RandomState([*self.parameters.values(), *model.buffers(), *tensors(inputs)])
+
+    def run(self, modules: dict[str, nn.Module], *, automatic: bool, output_named: bool) -> Graph:
+        cuts = _Cuts(self.batch_size, skip_unbatched=automatic)
+        outputs, loss = self._forward(modules, cuts, {}, None)
+        if not automatic:
+            _check_all_called(modules, cuts)
+        self._check_unmodified(cuts, loss)
+        return _assemble(self, cuts, outputs, modules, automatic, output_named, loss)
+
+    def run_on_layers(self) -> Graph:
+        """Cut at the layers; of those that return nothing to cut (a distribution, a transform), at the layers inside.
+
+        The same for layers that are not called themselves (``self.encoder.features(x)``), where few others are left.
+        """
+        names = layers(self.model)
+        while True:
+            modules = {name: self.model.get_submodule(name) for name in names}
+            cuts = _Cuts(self.batch_size, skip_unbatched=True)
+            outputs, loss = self._forward(modules, cuts, {}, None)
+            cut = {id(module) for module in cuts.modules.values()}
+            few = len(cuts.values) < FEW_NODES
+            inside = {
+                name: layers_inside(self.model, name)
+                for name, module in modules.items()
+                if id(module) not in cut and (few or name in cuts.calls)
+            }
+            if not any(inside.values()):
+                break
+            names = [deeper for name in names for deeper in inside.get(name) or [name]]
+        self._check_unmodified(cuts, loss)
+        return _assemble(self, cuts, outputs, modules, True, False, loss)
+
+    def whole(self, modules: dict[str, nn.Module], *, automatic: bool) -> WholeTape:
+        """The same run with the nodes' outputs noted but not cut off, and with constants for parameters."""
+        marks = _Cuts(self.batch_size, skip_unbatched=automatic, apart=False)
+        fixed = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        kernels = LeanKernels()
+        _, loss = self._forward(modules, marks, fixed, kernels)
+        return WholeTape(marks.values, loss, kernels.entries)
+
+    def _forward(
+        self, modules: dict[str, nn.Module], cuts: _Cuts, parameters: dict[str, Tensor], kernels: LeanKernels | None
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """Run model and loss once; returns the names of the output's nodes, and the loss."""
+        with ExitStack() as stack:
+            stack.enter_context(plain_autograd())
+            stack.enter_context(twice_differentiable())
+            stack.enter_context(without_saved_tensor_hooks())
+            stack.enter_context(self.random_state.replayed())
+            stack.enter_context(CompositeKernels())
+            stack.enter_context(kernels or nullcontext())
+            with ExitStack() as hooks:
+                for name, module in modules.items():
+                    handle = module.register_forward_hook(cuts.hook(name), with_kwargs=True)
+                    hooks.callback(handle.remove)
+                replaced = {**{name: buffer.clone() for name, buffer in self.buffers.items()}, **parameters}
+                result = run_model(self.model, map_tensors(_private_copy, self.inputs), replaced)
+            z, outputs = cuts.cut_output(result)
+            return outputs, self.loss_fn(z)
+
+    def _check_unmodified(self, cuts: _Cuts, loss: Tensor) -> None:
+        """Refuse a run in which the cuts kept an operation in place from reaching other names of the same memory."""
+        for (name, parameter), version in zip(self.parameters.items(), self.versions, strict=True):
+            if parameter._version != version:
+                raise CaptureError(
+                    f"parameter {name!r} was changed in place by the forward pass or the loss (F.embedding with "
+                    "max_norm, a copy_ under no_grad?), so the model is not what it was. Do that outside of them."
+                )
+        broken = cuts.modified_before()
+        suspects = cuts.modified_behind()
+        if not broken and suspects and any(module is not None for module in cuts.modules.values()):
+            uncut = self.run({}, automatic=True, output_named=False)
+            tolerance = rounding([uncut.loss]) ** 0.5 if loss.is_floating_point() else 0.0
+            if not torch.allclose(uncut.loss, loss, rtol=tolerance, atol=0.0, equal_nan=True):
+                broken = suspects
+        if broken:
+            raise CaptureError(
+                f"the output of module {broken[0]!r} is modified in place, and other tensors share its memory (it "
+                "returns its input, a view, or a tensor that is kept elsewhere): they would not see the change through "
+                "the cut. Leave it out of `nodes`, or make it return a copy (.clone())."
+            )
+
+    def refined(self) -> Graph:
+        """The same network with a node for every call of a module that owns trainable parameters."""
+        owners = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and any(p.requires_grad for p in module.parameters(recurse=False))
+        }
+        return self.run(owners, automatic=True, output_named=False)
+
+
+class _Cuts:
+    """The cuts made so far, in the order of the forward pass: a topological order."""
+
+    def __init__(self, batch_size: int, skip_unbatched: bool, apart: bool = True) -> None:
+        self.batch_size = batch_size
+        self.skip_unbatched = skip_unbatched
+        self.apart = apart  # or the tape stays in one piece
+        self.values: dict[str, Tensor] = {}
+        self.segments: dict[str, Tensor] = {}
+        self.modules: dict[str, nn.Module | None] = {}
+        self.calls: dict[str, int] = {}
+        self.received: dict[str, tuple[Any, ...]] = {}
+        self._handed_on: dict[Function, str] = {}
+        self._versions: dict[str, tuple[int, Tensor]] = {}
+
+    def hook(self, name: str) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
+        def cut_output_of_module(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return None  # somebody else's forward pass
+            call = self.calls.get(name, 0)
+            self.calls[name] = call + 1
+            if not torch.is_grad_enabled():
+                raise CaptureError(
+                    f"module {name!r} ran with gradients disabled (torch.no_grad inside the model, or reentrant "
+                    "checkpointing). Curvature needs the autograd tape: run the model without it."
+                )
+            label = f"{name}@{call}" if call else name
+            self.received[label] = (*args, *kwargs.values())
+            return self._cut(label, module, output)
+
+        return cut_output_of_module
+
+    def cut_output(self, result: Any) -> tuple[Any, tuple[str, ...]]:
+        """Cut the model's output where no chosen module has; returns it and the names of its nodes."""
+        leaves, _ = flatten(result)
+        if not any(_is_floating(t) for t in leaves):
+            raise CaptureError(
+                f"the model returned no floating-point tensor but {type(result).__name__}; the loss must be a "
+                "function of a floating-point output."
+            )
+        already = {
+            self._handed_on[t.grad_fn]
+            for t in leaves
+            if isinstance(t, Tensor) and t.grad_fn is not None and t.grad_fn in self._handed_on
+        }
+        before = set(self.values)
+        name = f"{OUTPUT} of the model" if OUTPUT in self.values else OUTPUT
+        z = self._cut(name, None, result, keep=already, skip_unbatched=False)
+        return z, tuple(n for n in self.values if n in already or n not in before)
+
+    def _is_batched(self, module: nn.Module | None, tensor: Tensor, first: bool) -> bool:
+        """Whether the first dimension of an output, or of its ``first`` tensor, is the batch: by its size.
+
+        That of a recurrent layer's states is the layers', whatever its size, and without ``batch_first`` that of its
+        sequence is time.
+        """
+        if isinstance(module, nn.RNNBase) and not (first and module.batch_first and tensor.ndim == 3):
+            return False
+        return tensor.ndim > 0 and tensor.shape[0] == self.batch_size
+
+    def modified_before(self) -> list[str]:
+        """Nodes whose own tape was changed after the cut, by an operation in place through another name."""
+        return [label for label, (version, _) in self._versions.items() if self.segments[label]._version != version]
+
+    def modified_behind(self) -> list[str]:
+        """Nodes on which an operation in place worked downstream."""
+        return [label for label, (_, handed_on) in self._versions.items() if handed_on._version]
+
+    def _cut(
+        self,
+        name: str,
+        module: nn.Module | None,
+        output: Any,
+        keep: set[str] = frozenset(),  # type: ignore[assignment]
+        skip_unbatched: bool | None = None,
+    ) -> Any:
+        skip_unbatched = self.skip_unbatched if skip_unbatched is None else skip_unbatched
+        leaves, rebuild = flatten(output)
+        cuttable = [
+            i for i, t in enumerate(leaves) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+        ]
+        if not cuttable and module is not None and not skip_unbatched:
+            raise CaptureError(
+                f"module {name!r} returned no floating-point tensor, so it cannot be a node; leave it out of `nodes`."
+            )
+        for i in cuttable:
+            tensor = leaves[i]
+            if tensor.grad_fn is not None and self._handed_on.get(tensor.grad_fn) in keep:
+                continue
+            label = name if len(cuttable) == 1 else f"{name}[{i}]"
+            check_tensor(tensor, f"the output of module {name!r}" if module is not None else "the model's output")
+            if skip_unbatched and not self._is_batched(module, tensor, first=i == cuttable[0]):
+                continue
+            if tensor.numel() == 0:
+                if skip_unbatched or any(leaves[j].numel() for j in cuttable):
+                    continue
+                where = f"the output of module {name!r}" if module is not None else "the model's output"
+                raise CaptureError(
+                    f"{where} has no entries, {tuple(tensor.shape)}, so there is nothing to differentiate by: "
+                    f"{'leave it out of `nodes`' if module is not None else 'give the loss something to depend on'}."
+                )
+            value = tensor.detach().requires_grad_() if self.apart or not tensor.requires_grad else tensor.clone()
+            handed_on = value.clone()  # not a view: operations in place downstream must leave the leaf alone
+            assert handed_on.grad_fn is not None
+            # a parameter (or an input that requires grad) handed on as it is has no tape that could end here
+            segment = tensor.view_as(tensor) if tensor.is_leaf and tensor.requires_grad else tensor
+            self.values[label], self.segments[label], self.modules[label] = value, segment, module
+            self._handed_on[handed_on.grad_fn] = label
+            self._versions[label] = segment._version, handed_on
+            leaves[i] = handed_on
+        return rebuild(leaves)
+
+
+def _assemble(
+    recipe: _Recipe,
+    cuts: _Cuts,
+    outputs: tuple[str, ...],
+    modules: dict[str, nn.Module],
+    automatic: bool,
+    output_named: bool,
+    loss: Tensor,
+) -> Graph:
+    model = recipe.model
+    order = {name: i for i, name in enumerate(cuts.values)}
+    node_of = {id(value): name for name, value in cuts.values.items()}
+    parameter_of = {id(p): name for name, p in recipe.parameters.items()}
+
+    def sources(tensor: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        leaves, _ = ancestry(tensor)
+        parents = sorted((node_of[id(t)] for t in leaves if id(t) in node_of), key=order.__getitem__)
+        parameters = [name for p, name in parameter_of.items() if any(id(t) == p for t in leaves)]
+        return tuple(parents), tuple(parameters)
+
+    links = {name: sources(segment) for name, segment in cuts.segments.items()}
+    _check_loss(loss, model, cuts)
+    _check_tapes({**{f"node {name!r}": segment for name, segment in cuts.segments.items()}, "the loss": loss})
+    loss_parents, loss_parameters = sources(loss)
+    if not loss_parents:
+        raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")
+    _check_connected(model, links, loss_parents, cuts)
+    nodes = tuple(
+        Node(
+            name=name,
+            parents=links[name][0],
+            children=tuple(child for child in order if name in links[child][0]),
+            parameters=links[name][1],
+            value=value,
+            segment=cuts.segments[name],
+            module=cuts.modules[name],
+            received=cuts.received.get(name, ()),
+        )
+        for name, value in cuts.values.items()
+    )
+    chosen = tuple(
+        n.name for n in nodes if (n.name not in outputs if automatic else n.module is not None or output_named)
+    )
+    return Graph(
+        nodes=nodes,
+        chosen=chosen or outputs,
+        outputs=outputs,
+        loss=loss,
+        loss_parents=loss_parents,
+        loss_parameters=loss_parameters,
+        reduction=recipe.reduction,
+        batch_size=recipe.batch_size,
+        parameters=recipe.parameters,
+        refine=recipe.refined,
+        record_whole=partial(recipe.whole, modules, automatic=automatic),
+        note=_few_nodes(model, nodes) if automatic and len(nodes) < FEW_NODES else None,
+    )
+
+
+def _few_nodes(model: nn.Module, nodes: tuple[Node, ...]) -> str:
+    """What to say where the rule has found next to nothing, and how to choose."""
+    taken = {id(module) for node in nodes if node.module is not None for module in node.module.modules()}
+    others = [
+        name
+        for name, module in model.named_modules()
+        if name and id(module) not in taken and any(True for _ in module.parameters(recurse=False))
+    ]
+    among = f", among {', '.join(map(repr, others[:4]))}{' …' if len(others) > 4 else ''}" if others else ""
+    return (
+        f"the rule for nodes=None found only {len(nodes)} node{'s' if len(nodes) > 1 else ''}; choose others by "
+        f'nodes=["name", "pattern.*"]{among}'
+    )
+
+
+def _check_all_called(modules: dict[str, nn.Module], cuts: _Cuts) -> None:
+    for name in modules:
+        if name not in cuts.calls:
+            raise CaptureError(
+                f"module {name!r} was asked for but not called in the forward pass (its parameters may be used without "
+                "calling it). Leave it out of `nodes`, or choose a module around it."
+            )
+
+
+def _check_loss(loss: Tensor, model: nn.Module, cuts: _Cuts) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CaptureError(f"loss_fn must return a scalar tensor, got {got}. Reduce it, for example with .mean().")
+    check_tensor(loss, "the loss")
+    if not loss.is_floating_point():
+        raise CaptureError(f"the loss has dtype {loss.dtype}: it must be a differentiable floating-point scalar.")
+    if not torch.isfinite(loss):
+        raise CaptureError(f"the loss is {loss.item()}. {_first_non_finite(model, cuts)}")
+    if not loss.requires_grad:
+        raise CaptureError(
+            "the loss is detached: loss_fn must return a tensor computed from z, not .item() or .detach()."
+        )
+
+
+def _first_non_finite(model: nn.Module, cuts: _Cuts) -> str:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"Parameter {name!r} is not finite."
+    for name, value in cuts.values.items():
+        if not torch.isfinite(value).all():
+            return f"The first node that is not finite is {name!r}: check the inputs and the module behind it."
+    return "All nodes are finite, so the loss function itself (or its targets) makes it."
+
+
+def _check_tapes(ends: Mapping[str, Tensor]) -> None:
+    for where, end in ends.items():
+        if passes_through(end, "CheckpointFunctionBackward"):
+            raise CaptureError(
+                f"{where} is computed by reentrant checkpointing (torch.utils.checkpoint), which has no second "
+                "derivative. Turn checkpointing off for the capture (model.gradient_checkpointing_disable() in "
+                "transformers)."
+            )
+
+
+def _check_connected(
+    model: nn.Module,
+    links: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
+    loss_parents: tuple[str, ...],
+    cuts: _Cuts,
+) -> None:
+    connected = any(parents or parameters for parents, parameters in (links[name] for name in loss_parents))
+    expected = len(links) > len(loss_parents) or any(p.requires_grad for p in model.parameters())
+    if expected and not connected:
+        raise CaptureError(
+            f"the model's output {loss_parents[0]!r} is detached from its nodes and parameters (.detach(), .data, "
+            "NumPy, or torch.no_grad inside forward), so no curvature flows back through it. Return it with its tape."
+        )
+
+
+def _private_copy(value: Tensor) -> Tensor:
+    """A copy without the caller's tape, so that the graph ends here and operations in place leave the original."""
+    copy = value.detach().clone()
+    return copy.requires_grad_(value.requires_grad) if copy.is_floating_point() else copy
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -1,0 +1,1 @@
+"""The curvature of the parameters by products over batches of data."""

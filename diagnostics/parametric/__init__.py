@@ -1,0 +1,1 @@
+"""The exact Hessian of the parameters, by the same recursion."""

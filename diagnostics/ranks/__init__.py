@@ -1,0 +1,1 @@
+"""Several processes: what spreads a network over them, and whether they agree."""

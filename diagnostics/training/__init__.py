@@ -1,0 +1,1 @@
+"""What is followed while a network trains, without a trace in the training."""

@@ -1,0 +1,393 @@
+"""Curvature metrics during training: every so many steps, within a stated overhead, without a trace in the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.autograd.refusals import check_model
+from diagnostics.errors import DiagnosticsError
+from diagnostics.estimators.lanczos import End, extreme_eigenpairs
+from diagnostics.graph.capture import capture
+from diagnostics.graph.graph import Graph
+from diagnostics.graph.selection import Selection
+from diagnostics.matrix_free.injections import Injections
+from diagnostics.matrix_free.node_metrics import estimate_metrics
+from diagnostics.matrix_free.pair_estimates import Sampling
+from diagnostics.operators.curvature import HessianOperator
+from diagnostics.results.metric_table import MetricTable
+from diagnostics.training.change_points import Change, ChangeDetector
+
+Metric: TypeAlias = Literal["resonance", "coupling", "stable_rank", "gn_gap", "sharpness", "negative"]
+METRICS: tuple[Metric, ...] = ("resonance", "coupling", "stable_rank", "gn_gap", "sharpness", "negative")
+_TABLE = METRICS[:4]
+FREE_SECONDS = 30.0
+"""Seconds of measurements, in all, before ``overhead="auto"`` limits them."""
+AUTOMATIC_OVERHEAD = 0.1
+"""The share of the time that they may take from there on."""
+_logger = logging.getLogger(__name__)
+
+
+class ScalarWriter(Protocol):
+    """What is used of ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What a :class:`Monitor` found at one step.
+
+    Attributes:
+        step: Number of steps before it.
+        due: The step at which it was due. An earlier one than ``step`` where it was put off, see ``overhead``;
+            measurements that would have been due between the two were not made.
+        seconds: How long the measurement took.
+        values: Summaries by name: ``resonance``, ``coupling`` (between different nodes) and ``stable_rank`` as means
+            over pairs, ``gn_gap`` as the ratio of sums Σ‖H^T‖ / Σ‖H^GN‖, ``sharpness`` (λ_max of the Hessian with
+            respect to the parameters), ``sharpness_to_limit`` (λ_max · lr / 2, where lr is known), ``negative``
+            (−λ_min, or 0). Where iterations have not converged, ``sharpness`` and ``negative`` are lower bounds.
+        relative_errors: Standard errors divided by values, for values that are estimates from random probes.
+        changes: Which of them have changed abruptly.
+        notes: What was put off, not converged, or left out to fit into the memory, in words.
+        table: All pairs of nodes, if asked for.
+    """
+
+    step: int
+    due: int
+    seconds: float
+    values: dict[str, float]
+    relative_errors: dict[str, float]
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+    table: MetricTable | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Steps, seconds, values, changes and notes, ready for JSON (but for NaN and infinity)."""
+        numbers = {"step": self.step, "due": self.due, "seconds": self.seconds, **self.values}
+        return {**numbers, "changes": [vars(change) for change in self.changes], "notes": list(self.notes)}
+
+
+class Monitor:
+    """Measures the curvature of a model while it is trained.
+
+    Call :meth:`step` once a training step with the batch; every ``every``-th call measures. Or :meth:`attach` it to an
+    optimizer with one batch that is measured throughout. Training is left bit for bit as it would be: parameters,
+    ``.grad``, buffers (batch statistics), modes and the global random state are those before the call.
+
+    Abrupt changes of a summary are flagged by the rule of :class:`diagnostics.training.change_points.ChangeDetector`,
+    and so is a sharpness beyond 2/lr, where gradient descent of step size lr diverges on the quadratic model (for
+    momentum β the limit is 2(1 + β)/lr; for preconditioned methods it says nothing). Both are logged as warnings.
+
+    Cost is bounded: eigenvalues by ``max_products``, memory by ``memory_limit``, and time by ``overhead``. Nothing is
+    left out silently: a measurement that was put off says when it was due, and its notes what has not converged.
+
+    Args:
+        model: The network.
+        loss_fn: ``loss_fn(z, targets) -> scalar``.
+        every: Measure at every so many steps, the first one included.
+        metrics: Which of ``"resonance"``, ``"coupling"``, ``"stable_rank"``, ``"gn_gap"`` (of pairs of nodes, by
+            :func:`diagnostics.estimate_metrics`), ``"sharpness"`` and ``"negative"`` (extreme eigenvalues of the
+            Hessian with respect to the parameters, to 1 %, by Lanczos iterations that start from the last eigenvectors
+            and some noise).
+        nodes: As in :func:`diagnostics.capture`.
+        probes: Random probes at each node, the same ones at every measurement, so that noise does not look like change.
+        max_products: Products that the eigenvalues may take in one measurement, both together.
+        training_mode: Measure the model in the mode that it is in (with batch statistics and dropout), instead of in
+            evaluation mode.
+        overhead: The share of the time since the first step that measurements may take: one that is due and would go
+            beyond (by the duration of the last) is put off to the next step. ``"auto"``: a tenth, once measurements
+            have taken 30 seconds in all, so that short runs are measured when they are due, whatever the clock says.
+            None: no limit. The first measurement is always made: its duration is not known before.
+        lr: The step size that sharpness is compared with. None: that of the attached optimizer's first group, if it is
+            a ``torch.optim.SGD``; its momentum is taken into account.
+        memory_limit: Bytes that a measurement may take beside the model, the batch and the tapes of a pass over it.
+            Where responses of all nodes do not fit they are not kept, and then probes are fewer; eigenvectors restart.
+        keep_tables: Keep the table of all pairs in each measurement.
+        writers: Where measurements go: a path (one JSON object a line is appended), a TensorBoard ``SummaryWriter``, or
+            a function of the :class:`Measurement`.
+        detector: The rule for abrupt changes.
+
+    Attributes:
+        history: The measurements, in order.
+        waiting: For how many steps the measurement that is due has been put off so far; 0 where none is.
+
+    Raises:
+        ValueError: An argument is out of range.
+        CaptureError: As in :func:`diagnostics.capture`.
+        MemoryBudgetError: From the first measurement: not even the least that it needs fits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        every: int = 100,
+        metrics: Sequence[Metric] = METRICS,
+        nodes: Selection = None,
+        probes: int = 10,
+        max_products: int = 60,
+        training_mode: bool = False,
+        overhead: float | Literal["auto"] | None = "auto",
+        lr: float | None = None,
+        memory_limit: int = 4 * 2**30,
+        keep_tables: bool = True,
+        writers: Sequence[str | pathlib.Path | ScalarWriter | Callable[[Measurement], Any]] = (),
+        detector: ChangeDetector | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
+        if not (overhead is None or overhead == "auto" or (isinstance(overhead, (int, float)) and 0 < overhead <= 1)):
+            raise ValueError(f'overhead is a share of the time, in (0, 1], "auto" or None, got {overhead!r}.')
+        if not memory_limit > 0:
+            raise ValueError(f"memory_limit is a number of bytes, got {memory_limit}.")
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown or not metrics:
+            raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {list(metrics)}.")
+        check_model(model)
+        self.model = model
+        self.loss_fn = loss_fn
+        self.every = every
+        self.metrics = tuple(metrics)
+        self.nodes = nodes
+        self.probes = probes
+        self.max_products = max_products
+        self.training_mode = training_mode
+        self.overhead = overhead
+        self.lr = lr
+        self.memory_limit = memory_limit
+        self.keep_tables = keep_tables
+        self.detector = ChangeDetector() if detector is None else detector
+        self.history: list[Measurement] = []
+        self._writers = [_writer(writer) for writer in writers]
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.waiting = 0
+        self._start: Tensor | None = None  # the last eigenvectors, added up
+        self._asked: int | None = None  # when the measurement that is made now was due
+        self._put_off_before = False
+        self._steps = 0
+        self._due = 0
+        self._started = time.perf_counter()
+        self._spent = 0.0
+
+    def step(self, batch: Any) -> Measurement | None:
+        """Count a training step, and measure on ``batch`` = ``(inputs, targets)`` if one is due.
+
+        Returns:
+            The measurement; None where none was due.
+        """
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise DiagnosticsError(f"a batch is a pair (inputs, targets), got {type(batch).__name__}.")
+        step, self._steps = self._steps, self._steps + 1
+        if step == 0:
+            self._started = time.perf_counter()
+        if step < self._due:
+            return None
+        if not self._affordable():
+            self._put_off(step)
+            return None
+        self._due = step - step % self.every + self.every
+        self._asked, self.waiting = step - self.waiting, 0
+        return self.measure(batch, step)
+
+    def measure(self, batch: Any, step: int | None = None) -> Measurement:
+        """Measure now, whether it is due or not.
+
+        Args:
+            batch: ``(inputs, targets)``.
+            step: What to call the step; None: the number of steps so far.
+        """
+        start = time.perf_counter()
+        step = self._steps if step is None else step
+        due, self._asked = step if self._asked is None else self._asked, None
+        inputs, targets = batch
+        values: dict[str, float] = {}
+        errors: dict[str, float] = {}
+        notes: list[str] = []
+        table: MetricTable | None = None
+        with _mode(self.model, self.training_mode):
+            if any(name in _TABLE for name in self.metrics):
+                graph = capture(self.model, inputs, lambda z: self.loss_fn(z, targets), self.nodes)
+                table = self._estimated(graph, notes)
+                del graph
+                _summarise(table, self.metrics, values, errors)
+            if any(name in self.metrics for name in ("sharpness", "negative")):
+                values.update(self._eigenvalues((inputs, targets), notes))
+        limit = self._limit()
+        if limit is not None and "sharpness" in values:
+            values["sharpness_to_limit"] = values["sharpness"] / limit
+        if due < step:
+            notes.append(f"due at step {due}, put off for {step - due} steps to keep measurements within their time")
+        found = [self.detector.update(name, step, value, errors.get(name, 0.0)) for name, value in values.items()]
+        changes = tuple(change for change in found if change is not None)
+        seconds = time.perf_counter() - start
+        self._spent += seconds
+        kept = table if self.keep_tables else None
+        measurement = Measurement(step, due, seconds, values, errors, changes, tuple(notes), kept)
+        self._report(measurement)
+        return measurement
+
+    def attach(self, optimizer: torch.optim.Optimizer, batch: Any) -> Callable[[], None]:
+        """Measure on the same ``batch`` after steps of ``optimizer``; returns the function that ends it."""
+        self._optimizer = optimizer
+
+        def after_step(*_: Any) -> None:
+            self.step(batch)
+
+        return optimizer.register_step_post_hook(after_step).remove
+
+    def _affordable(self) -> bool:
+        if self.overhead is None or not self.history:
+            return True
+        seconds = self.history[-1].seconds
+        if self.overhead == "auto" and self._spent + seconds <= FREE_SECONDS:
+            return True
+        share = AUTOMATIC_OVERHEAD if self.overhead == "auto" else self.overhead
+        elapsed = time.perf_counter() - self._started
+        return self._spent + seconds <= share * (elapsed + seconds)
+
+    def _put_off(self, step: int) -> None:
+        self.waiting += 1
+        if not self._put_off_before:
+            self._put_off_before = True
+            _logger.warning(
+                "step %d: the measurement is put off: %d have taken %.3g s, the last one %.3g s, and overhead=%r. "
+                "Measurements say when they were due; fewer metrics, probes or products make them cheaper",
+                step,
+                len(self.history),
+                self._spent,
+                self.history[-1].seconds,
+                self.overhead,
+            )
+
+    def _estimated(self, graph: Graph, notes: list[str]) -> MetricTable:
+        rounds = 20 if "stable_rank" in self.metrics else 0
+        wanted = Sampling(self.probes, "rademacher", 10, 1e-2, rounds)
+        responses = self.memory_limit - self.memory_limit // 4
+        injections = Injections(graph)
+        sizes = [injections.size(name) for name in graph.chosen]
+        sampling = wanted.within(sizes, graph.loss.element_size(), responses)
+        if sampling != wanted:
+            notes.append(f"responses are not kept, {sampling.probes} of {self.probes} probes, to fit into the memory")
+        return estimate_metrics(
+            graph,
+            sampling.probes,
+            deflate=sampling.deflate,
+            spectral_rounds=sampling.spectral_rounds,
+            memory_limit=max(1, min(self.memory_limit // 4, 2**30)),
+            responses_limit=responses,
+        )
+
+    def _eigenvalues(self, batch: tuple[Any, Any], notes: list[str]) -> dict[str, float]:
+        op = HessianOperator(self.model, batch, self.loss_fn, progress=False)
+        n = op.shape[0]
+        wanted = [name for name in ("sharpness", "negative") if name in self.metrics]
+        end: End = "both" if len(wanted) == 2 and n > 1 else ("largest" if "sharpness" in wanted else "smallest")
+        pairs = extreme_eigenpairs(
+            op,
+            which=end,
+            rtol=1e-2,
+            max_products=self.max_products,
+            start=self._start if self._start is not None and len(self._start) == n else None,
+            memory_limit=self.memory_limit,
+        )
+        self._start = pairs.vectors.sum(1)
+        if not pairs.converged:
+            notes.append(f"{' and '.join(wanted)} not converged after {pairs.products} products: lower bounds")
+        smallest, largest = pairs.values.min().item(), pairs.values.max().item()
+        found = {"sharpness": largest, "negative": max(-smallest, 0.0)}
+        return {name: found[name] for name in wanted}
+
+    def _limit(self) -> float | None:
+        """The sharpness at which gradient descent diverges on the quadratic model."""
+        if self.lr is not None:
+            return 2 / self.lr
+        if isinstance(self._optimizer, torch.optim.SGD):
+            group = self._optimizer.param_groups[0]
+            return 2 * (1 + group["momentum"]) / float(group["lr"]) if float(group["lr"]) > 0 else None
+        return None
+
+    def _report(self, measurement: Measurement) -> None:
+        before = self.history[-1].values.get("sharpness_to_limit", 0.0) if self.history else 0.0
+        self.history.append(measurement)
+        for change in measurement.changes:
+            _logger.warning("abrupt change at %s", change)
+        ratio = measurement.values.get("sharpness_to_limit", 0.0)
+        if ratio > 1 >= before:
+            _logger.warning(
+                "step %d: the sharpness %.3g is %.3g times the largest that the step size is stable at",
+                measurement.step,
+                measurement.values["sharpness"],
+                ratio,
+            )
+        for write in self._writers:
+            write(measurement)
+
+
+def _summarise(table: MetricTable, metrics: Sequence[str], values: dict[str, float], errors: dict[str, float]) -> None:
+    n = len(table.nodes)
+    upper = torch.ones(n, n, dtype=torch.bool).triu()
+    apart = torch.ones(n, n, dtype=torch.bool).triu(1) if n > 1 else upper
+    for name, pairs in (("resonance", upper), ("coupling", apart), ("stable_rank", upper)):
+        if name in metrics:
+            of_pairs = getattr(table, name).cpu()[pairs]
+            values[name] = of_pairs.nanmean().item()
+            if table.standard_errors is not None:
+                # errors of pairs that share a node are correlated: their mean, not their root mean square over n
+                error = getattr(table.standard_errors, name).cpu()[pairs].nanmean()
+                errors[name] = (error / of_pairs.nanmean().abs()).item()
+    if "gn_gap" in metrics:
+        values["gn_gap"] = table.gap_ratio
+        if table.standard_errors is not None:
+            shares = [
+                getattr(table.standard_errors, name).cpu()[upper].nansum() / getattr(table, name).cpu()[upper].sum()
+                for name in ("tensor_norm", "gn_norm")
+            ]
+            errors["gn_gap"] = torch.stack(shares).norm().item()
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Evaluation mode unless ``training``; every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    if not training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _writer(target: Any) -> Callable[[Measurement], Any]:
+    if isinstance(target, (str, pathlib.Path)):
+        path = pathlib.Path(target)
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to.")
+
+        def append(measurement: Measurement) -> None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(measurement.to_dict()) + "\n")
+
+        return append
+    if hasattr(target, "add_scalar"):
+
+        def add_scalars(measurement: Measurement) -> None:
+            for name, value in measurement.values.items():
+                target.add_scalar(f"curvature/{name}", value, measurement.step)
+
+        return add_scalars
+    if callable(target):
+        return target  # type: ignore[no-any-return]
+    raise TypeError(f"a writer is a path, a SummaryWriter or a function, got {type(target).__name__}.")

@@ -1,0 +1,96 @@
+"""Which forward pass counts for the curvature: one that a backward follows whose gradients the step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from diagnostics.autograd.tape import Function
+
+
+class Choice:
+    """Of the backward passes between two steps, the one whose forward pass gives the curvature.
+
+    - A backward that brings nothing to a trained parameter (of another network's loss, for inputs alone) does not
+      count.
+    - The first one counts, so of micro-batches whose gradients are accumulated the first. A later one takes its place
+      if no parameter has a ``.grad`` when it begins: then that of the former was dropped, and no step taken.
+    - ``backward()`` comes before :func:`torch.autograd.grad`, whose gradients may serve something else.
+    - If one backward runs through several forward passes, the first of these counts: it is reached last, and takes the
+      place of the later ones.
+
+    Args:
+        parameters: The trained parameters.
+
+    Attributes:
+        task: Number of the backward that was chosen; None before.
+        order: Of the forward pass.
+        further: Numbers of backward passes that were seen to add to the gradients of the chosen one.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._own = {id(p) for p in parameters}
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing was chosen."""
+        self.task: int | None = None
+        self.order = 0
+        self.further: set[int] = set()
+        self._accumulates = False
+        self._seen: tuple[int, bool] | None = None
+
+    def excludes(self, order: int) -> bool:
+        """Whether a pass cannot be chosen, by what is known without a look at its tape."""
+        task, anew = self._backward()
+        if self.task is None or (task == self.task and order < self.order):
+            return False
+        return task == self.task or (self._accumulates and not anew)
+
+    def takes(self, order: int, leaves: Iterable[Function]) -> bool:
+        """Whether the pass that the running backward has arrived at is the one to take, as far as is known.
+
+        Args:
+            order: Of the forward pass, among others.
+            leaves: Functions behind it that accumulate gradients.
+        """
+        task, anew = self._backward()
+        accumulates = self._accumulating(leaves)
+        if accumulates is None or (self.task == task and order >= self.order):
+            return False
+        if self.task not in (None, task):
+            if self._accumulates and not accumulates:
+                return False
+            if self._accumulates == accumulates and not anew:
+                self.further.add(task)
+                return False
+            self.further = set()
+        self.task, self.order, self._accumulates = task, order, accumulates
+        return True
+
+    def _backward(self) -> tuple[int, bool]:
+        """The running backward, and whether there was no gradient when it began."""
+        task = current_backward()
+        if self._seen is None or self._seen[0] != task:
+            self._seen = task, all(p.grad is None for p in self._parameters)
+        return self._seen
+
+    def _accumulating(self, leaves: Iterable[Function]) -> bool | None:
+        """Whether the running backward accumulates into a trained parameter; False: it returns its gradient."""
+        for leaf in leaves:
+            if id(getattr(leaf, "variable", None)) not in self._own:
+                continue
+            try:
+                if torch._C._will_engine_execute_node(leaf):
+                    return True
+            except RuntimeError:  # autograd does not answer for what torch.autograd.grad is asked for
+                return False
+        return None
+
+
+def current_backward() -> int:
+    """Number of the backward that is running in this thread."""
+    return int(torch._C._current_graph_task_id())

@@ -1,0 +1,1 @@
+"""Newton steps with exact factors and the band's maximum-determinant completion."""

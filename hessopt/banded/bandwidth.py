@@ -1,0 +1,147 @@
+"""Which bandwidth to use: by predicted gain per cost, or by the interaction radius."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hessopt.banded.quadratic_model import QuadraticModel
+from hessopt.banded.systems import BandedSystem
+from hessopt.errors import SolveError
+from hessopt.network.arguments import check_choice, check_count
+from hessopt.network.cliques import Bandwidth, Cliques, band_cliques
+from hessopt.search.gain import Candidate, most_gain
+
+_log = logging.getLogger(__name__)
+
+
+def coupling_radius(norms: Tensor, distances: NDArray[np.float64], epsilon: float) -> float:
+    """k_ε in parameter space: the largest distance of layers with coupling ``C(v,w) > ε``.
+
+    ``C(v,w) = ‖M[v,w]‖_F / √(‖M[v,v]‖_F ‖M[w,w]‖_F)``, the criterion of :func:`diagnostics.interaction_radius`, of the
+    Gauss-Newton matrix M of the parameters.
+
+    Args:
+        norms: ``‖M[v,w]‖_F``, ``(n, n)``.
+        distances: Of the layers.
+        epsilon: ε.
+    """
+    own = norms.diagonal().sqrt()
+    scale = own[:, None] * own
+    coupled = ((norms > epsilon * scale) & (norms > 0)).fill_diagonal_(False).cpu().numpy()
+    return float(distances[coupled].max()) if coupled.any() else 0.0
+
+
+def candidates(distances: NDArray[np.float64], radius: float) -> list[int]:
+    """0, 1, 2, 4, … and the least bandwidth that is the full matrix, those beyond the radius left out but for one.
+
+    Args:
+        distances: Of the layers, ``(n, n)``.
+        radius: Interaction radius; the candidates' largest is the least one that reaches it.
+    """
+    full = len(distances) - 1 if np.isinf(distances).any() else int(distances.max(initial=0))
+    found = sorted({0, full, *(2**i for i in range(max(full, 1).bit_length()) if 2**i < full)})
+    return [k for i, k in enumerate(found) if i == 0 or found[i - 1] < radius]
+
+
+def bandwidth_cliques(distances: NDArray[np.float64], bandwidth: Bandwidth) -> Cliques:
+    """Cliques of the band; one of all layers, connected or not, if the bandwidth is the number of layers less one."""
+    whole = bandwidth == "full" or bandwidth >= len(distances) - 1
+    return band_cliques(distances, "full" if whole else bandwidth)
+
+
+@dataclass(frozen=True)
+class BandwidthChoice:
+    """Chooses the bandwidth, at the first step and at every N-th from then on.
+
+    ``"gain"``: for each of :func:`candidates` its step at the present damping, that step's reduction of the exact
+    Gauss-Newton model divided by a step's cost. One that takes no fewer operations than a larger bandwidth, whose
+    curvature is closer to the exact one, is left out: often there is nothing to compare. The cost is that of the
+    operations, which makes runs repeatable, or the seconds that the solve and the rest of the step took here, which
+    does not. The present bandwidth is kept unless another's gain is more by ``hysteresis``. ``"radius"``: the least
+    bandwidth that reaches k_ε.
+
+    Args:
+        rule: ``"gain"`` or ``"radius"``.
+        every: N.
+        epsilon: ε of the interaction radius.
+        cost: ``"model"`` or ``"measured"``.
+        hysteresis: Relative gain.
+    """
+
+    rule: Literal["gain", "radius"] = "gain"
+    every: int = 10
+    epsilon: float = 0.1
+    cost: Literal["model", "measured"] = "model"
+    hysteresis: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("bandwidth_rule", self.rule, ("gain", "radius"))
+        check_choice("cost", self.cost, ("model", "measured"))
+        check_count("bandwidth_every", self.every)
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {self.epsilon!r}.")
+
+    def bandwidth(
+        self,
+        state: Mapping[str, Any],
+        distances: NDArray[np.float64],
+        model: QuadraticModel,
+        system: BandedSystem,
+        damping: float,
+    ) -> int:
+        """This step's bandwidth.
+
+        Args:
+            state: ``"step"``, the number of steps so far, and ``"bandwidth"``, the present one, if there are.
+            distances: Of the layers.
+            model: The quadratic model.
+            system: Its solves.
+            damping: λ.
+        """
+        current: int | None = state.get("bandwidth")
+        if current is not None and state.get("step", 0) % self.every:
+            return current
+        radius = coupling_radius(system.block_norms(), distances, self.epsilon)
+        bandwidths = candidates(distances, radius)
+        if self.rule == "radius":
+            _log.info("bandwidth %d: interaction radius %g at %g", bandwidths[-1], radius, self.epsilon)
+            return bandwidths[-1]
+        found: list[Candidate] = []
+        least = float("inf")
+        for k in reversed(bandwidths):
+            cliques = bandwidth_cliques(distances, k)
+            operations = system.operations(cliques)
+            if operations < least:
+                least = operations
+                found.insert(0, self._candidate(k, cliques, operations, model, system, damping))
+        chosen = most_gain(found, current, self.hysteresis)
+        evidence = ", ".join(f"{c.bandwidth}: {c.reduction:.3g} for {c.cost:.3g}" for c in found)
+        _log.info(
+            "bandwidth %d: interaction radius %g at %g; reduction for cost %s", chosen, radius, self.epsilon, evidence
+        )
+        return chosen
+
+    def _candidate(
+        self,
+        bandwidth: int,
+        cliques: Cliques,
+        operations: float,
+        model: QuadraticModel,
+        system: BandedSystem,
+        damping: float,
+    ) -> Candidate:
+        start = time.perf_counter()
+        try:
+            reduction = model.predicted_reduction(model.step(damping, cliques, system))
+        except SolveError:
+            reduction = 0.0
+        seconds = time.perf_counter() - start
+        return Candidate(bandwidth, reduction, seconds if self.cost == "measured" else operations)

@@ -1,0 +1,74 @@
+"""In which space to solve: of samples or of parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diagnostics.errors import MemoryBudgetError
+from hessopt.banded.bandwidth import bandwidth_cliques
+from hessopt.banded.quadratic_model import QuadraticModel
+from hessopt.banded.systems import BandedSystem, ParameterSystem, SampleSystem, step_operations
+from hessopt.network.arguments import check_choice
+from hessopt.network.cliques import Bandwidth
+
+_log = logging.getLogger(__name__)
+
+Factors = Literal["auto", "sample", "kronecker", "dense"]
+
+
+class FactorChoice:
+    """Gives the system of a step, in sample space or in parameter space.
+
+    ``"auto"`` takes the space with fewer operations by :func:`hessopt.banded.systems.step_operations`, for the band
+    (for ``bandwidth="auto"`` the full matrix); sample space if the other does not fit into memory. It never takes
+    running averages, which make another method.
+
+    Args:
+        factors: ``"auto"``, ``"sample"`` or ``"dense"``; ``"kronecker"`` has no system.
+        memory_limit: Bytes for the matrices.
+    """
+
+    def __init__(self, factors: Factors, memory_limit: int) -> None:
+        check_choice("factors", factors, ("auto", "sample", "kronecker", "dense"))
+        self.factors = factors
+        self.memory_limit = memory_limit
+        self._last: str | None = None
+
+    def system(
+        self, model: QuadraticModel, distances: NDArray[np.float64], bandwidth: Bandwidth | Literal["auto"]
+    ) -> BandedSystem:
+        """The system of this step."""
+        shapes = [[p.shape for p in own] for own in model.parameters]
+        choice = self._choose(model, shapes, distances, bandwidth) if self.factors == "auto" else self.factors
+        if choice == "dense":
+            try:
+                return ParameterSystem(model.factors, shapes, self.memory_limit)
+            except MemoryBudgetError:
+                if self.factors == "dense":
+                    raise
+        return SampleSystem(model.factors, shapes, self.memory_limit)
+
+    def _choose(
+        self,
+        model: QuadraticModel,
+        shapes: Sequence[Sequence[torch.Size]],
+        distances: NDArray[np.float64],
+        bandwidth: Bandwidth | Literal["auto"],
+    ) -> str:
+        rows, sizes = model.factors[0].size, [sum(shape.numel() for shape in own) for own in shapes]
+        cliques = bandwidth_cliques(distances, "full" if bandwidth == "auto" else bandwidth)
+        sample, dense = (step_operations(rows, sizes, cliques, dense=d) for d in (False, True))
+        choice = "dense" if dense < sample else "sample"
+        if choice != self._last:
+            _log.info(
+                'factors="%s": %.3g operations a step in sample space (%d rows), %.3g in that of %d parameters',
+                *(choice, sample, rows, dense, sum(sizes)),
+            )
+            self._last = choice
+        return choice

@@ -1,0 +1,239 @@
+"""The step of :class:`hessopt.BandedNewton` with exact factors: from the closure to the new parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hessopt.banded.bandwidth import BandwidthChoice, bandwidth_cliques
+from hessopt.banded.damped_step import DampedStep, line_step, search_step, take_step
+from hessopt.banded.linear_solve import least_damping
+from hessopt.banded.metric_momentum import MomentumSolve
+from hessopt.banded.quadratic_model import QuadraticModel
+from hessopt.banded.space import FactorChoice, Factors
+from hessopt.banded.step_cost import CostWarning, gradient_operations
+from hessopt.banded.systems import BandedSystem
+from hessopt.closure.backward_calls import gradients_of, without_recomputation
+from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
+from hessopt.errors import ClosureError, ModelError
+from hessopt.factors.exact_curvature import ExactCurvature
+from hessopt.factors.hessian_factors import forward_distances, hessian_factors
+from hessopt.factors.sample_factors import Factor
+from hessopt.network.cliques import Bandwidth, Cliques
+from hessopt.network.layers import Layer
+from hessopt.network.parameter_uses import Use
+from hessopt.search.damping import NielsenDamping
+
+SEARCH_START = 1e-8
+"""Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
+SEARCH_FLOOR = 50
+"""Its least, in traces times the rounding unit. Below, solves fail every now and then."""
+
+Groups: TypeAlias = Sequence[dict[str, Any]]
+State: TypeAlias = Any  # torch.optim.Optimizer's, a defaultdict by parameter; the first one's has what is everyone's
+
+
+class ExactStep:
+    """Levenberg-Marquardt steps with the maximum-determinant completion of the band.
+
+    Args:
+        model: The network.
+        bandwidth: k, ``"full"`` or ``"auto"``.
+        factors: ``"sample"``, ``"dense"`` or ``"auto"``.
+        curvature: ``"ggn"`` or ``"hessian"``.
+        choice: For ``"auto"``.
+        damping: λ to start from, with its bounds.
+        relative_damping: λ starts from traces of the curvature instead.
+        adapt_damping: Adapt it.
+        line_search: Take a multiple of the step.
+        max_rejections: Until a step gives up.
+        memory_limit: Bytes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bandwidth: Bandwidth | Literal["auto"],
+        factors: Factors,
+        curvature: str,
+        choice: BandwidthChoice,
+        damping: NielsenDamping,
+        *,
+        relative_damping: bool,
+        adapt_damping: bool,
+        line_search: bool,
+        max_rejections: int,
+        memory_limit: int,
+    ) -> None:
+        self.bandwidth, self.choice, self.start = bandwidth, choice, damping
+        self.relative_damping, self.adapt_damping = relative_damping, adapt_damping
+        self.line_search, self.max_rejections = line_search, max_rejections
+        # |H|'s rows are as many as its columns: nothing would be gained in their space, and digits lost.
+        self._factor_choice = FactorChoice("dense" if curvature == "hessian" else factors, memory_limit)
+        self._exact = ExactCurvature(model, memory_limit)
+        self._model, self._memory_limit = model, memory_limit
+        self._hessian, self._verified = curvature == "hessian", False
+        self._cost = CostWarning(self._hessian)
+
+    def step(self, groups: Groups, state: State, closure: Closure) -> tuple[Tensor, DampedStep]:
+        """Change the parameters; returns the loss before, detached, and what happened."""
+        parameters = [p for group in groups for p in group["params"]]
+        recorder = self._exact.recorder(parameters)
+        runner = ClosureRunner(closure, parameters, self._model, twice_differentiable=self._hessian)
+        try:
+            with recorder.recording(), without_recomputation():
+                evaluation = runner.evaluate()
+            layers = self._exact.layers(recorder.uses)
+            gradients = _gradients(evaluation, layers, groups)
+            distances, factors = self._curvature(evaluation, layers, recorder.uses, gradients[0][0].dtype, groups)
+            model = self._quadratic_model(evaluation, layers, gradients, factors, groups)
+            gradient = 0.0 if self._cost.given else gradient_operations(recorder.uses)
+        finally:
+            recorder.forget()
+        loss = evaluation.loss.detach()
+        del evaluation  # free what is left of the tape before the solves
+        own = state[parameters[0]]
+        damping = self._damping(model, own)
+        system = self._factor_choice.system(model, distances, self.bandwidth)
+        cliques = self._cliques(distances, model, system, damping.value, own)
+        if not self._cost.given:
+            rows, size = model.factors[0].size, sum(p.numel() for p in parameters)
+            self._cost.check(system.operations(cliques), gradient, rows, size)
+        solve = MomentumSolve(model, partial(QuadraticModel.step, cliques=cliques, system=system), groups, state)
+        maximize = groups[0]["maximize"]
+        if self.line_search:
+            done = line_step(
+                model, solve, runner.trial_loss, loss, damping, adapt=self.adapt_damping, maximize=maximize
+            )
+        elif self.adapt_damping:
+            done = search_step(
+                model, solve, runner.trial_loss, loss, damping, max_rejections=self.max_rejections, maximize=maximize
+            )
+        else:
+            done = take_step(model, solve, loss, damping.value)
+        solve.keep(done.length)
+        own["step"] = own.get("step", 0) + 1
+        own.update(damping.state_dict())
+        return loss, done
+
+    def _curvature(
+        self,
+        evaluation: Evaluation,
+        layers: Sequence[Layer],
+        uses: Sequence[Use],
+        dtype: torch.dtype,
+        groups: Groups,
+    ) -> tuple[NDArray[np.float64], Sequence[Factor]]:
+        """Distances of the layers, and their factors."""
+        if not self._hessian:
+            structure = self._exact.structure(evaluation, layers, uses)
+            factors = self._exact.factors(evaluation, layers, uses, structure.rows, _sign(groups[0]), dtype)
+            return structure.distances, factors
+        rows = hessian_factors(
+            evaluation.loss, layers, dtype, memory_limit=self._memory_limit, verify=not self._verified
+        )
+        self._verified = True
+        return forward_distances(evaluation, layers, uses), rows
+
+    def _damping(self, model: QuadraticModel, state: dict[str, Any]) -> NielsenDamping:
+        least = least_damping(model.factors, residuals=model.residuals is not None)
+        start = self.start
+        minimum = min(max(start.minimum, least), start.maximum)
+        damping = replace(start, value=max(start.value, minimum), minimum=minimum)
+        if self.relative_damping:
+            trace = model.trace()
+            damping.minimum = min(
+                max(SEARCH_FLOOR * torch.finfo(model.gradients[0][0].dtype).eps * trace, minimum), damping.maximum
+            )
+            first = SEARCH_START * trace if self.adapt_damping else 0.0
+            damping.value = min(max(first, damping.minimum), damping.maximum)
+            if not self.adapt_damping:
+                return damping
+        if "damping" in state:
+            damping.load_state_dict(state)
+        return damping
+
+    def _cliques(
+        self,
+        distances: NDArray[np.float64],
+        model: QuadraticModel,
+        system: BandedSystem,
+        damping: float,
+        state: dict[str, Any],
+    ) -> Cliques:
+        """Cliques of this step's bandwidth, which is chosen first if it is time."""
+        if self.bandwidth != "auto":
+            return bandwidth_cliques(distances, self.bandwidth)
+        chosen = state["bandwidth"] = self.choice.bandwidth(state, distances, model, system, damping)
+        return bandwidth_cliques(distances, chosen)
+
+    def _quadratic_model(
+        self,
+        evaluation: Evaluation,
+        layers: Sequence[Layer],
+        gradients: list[list[Tensor]],
+        factors: Sequence[Factor],
+        groups: Groups,
+    ) -> QuadraticModel:
+        dtype, group_of = gradients[0][0].dtype, _group_of(groups)
+        return QuadraticModel(
+            parameters=[layer.parameters for layer in layers],
+            factors=factors,
+            gradients=gradients,
+            lr=[[float(group_of[p]["lr"]) for p in layer.parameters] for layer in layers],
+            weight_decay=[[float(group_of[p]["weight_decay"]) for p in layer.parameters] for layer in layers],
+            residuals=None if self._hessian else _residuals(evaluation, dtype, groups),
+        )
+
+
+def _residuals(evaluation: Evaluation, dtype: torch.dtype, groups: Groups) -> Tensor | None:
+    """The residuals in the order of the factors' rows, if the gradient is that of their squares alone."""
+    decays = any(group["weight_decay"] for group in groups)
+    if not evaluation.is_least_squares or evaluation.backward_called or decays:
+        return None
+    residuals = evaluation.output.detach().to(dtype)
+    return residuals.reshape(len(residuals), -1).T.reshape(-1)
+
+
+def _gradients(evaluation: Evaluation, layers: Sequence[Layer], groups: Groups) -> list[list[Tensor]]:
+    """Gradient of the objective (to be minimized) for each layer."""
+    parameters = [p for layer in layers for p in layer.parameters]
+    slopes = (
+        [p.grad for p in parameters]
+        if evaluation.backward_called
+        else gradients_of(evaluation.loss, parameters, retain_graph=True)
+    )
+    group_of = _group_of(groups)
+    # One dtype for all, at least float32: there is no Cholesky factorization in half precision.
+    dtype = reduce(torch.promote_types, (t.dtype for t in [*parameters, evaluation.loss]), torch.float32)
+    gradients: dict[Tensor, Tensor] = {}
+    for p, slope in zip(parameters, slopes, strict=True):
+        if slope is not None and slope.layout != torch.strided:
+            raise ModelError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient, of which there is no Jacobian; "
+                "build its layer with sparse=False."
+            )
+        group = group_of[p]
+        decay = group["weight_decay"] * p.detach().to(dtype)
+        gradients[p] = decay if slope is None else decay + _sign(group) * slope.detach().to(dtype)
+        if not gradients[p].isfinite().all():
+            raise ClosureError(
+                "the gradient is not finite at the current parameters, which were left as they are, although the "
+                "loss is. torch.autograd.set_detect_anomaly(True) finds the operation."
+            )
+    return [[gradients[p] for p in layer.parameters] for layer in layers]
+
+
+def _group_of(groups: Groups) -> dict[Tensor, dict[str, Any]]:
+    return {p: group for group in groups for p in group["params"]}
+
+
+def _sign(group: dict[str, Any]) -> int:
+    return -1 if group["maximize"] else 1

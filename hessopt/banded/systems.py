@@ -1,0 +1,196 @@
+"""The damped curvature of one step, to be solved with several dampings and bandwidths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diagnostics.errors import MemoryBudgetError
+from hessopt.banded.linear_solve import banded_solve, check_solve_memory
+from hessopt.errors import SolveError
+from hessopt.factors.sample_factors import Factor
+from hessopt.network.cliques import Cliques
+
+Parts = list[list[Tensor]]
+
+
+class BandedSystem(Protocol):
+    """Solves with the maximum-determinant completion of ``ĴᵀĴ + D``; what does not depend on D is kept."""
+
+    def solve(
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        damping: Sequence[Sequence[float]],
+        cliques: Cliques,
+        residuals: Tensor | None = None,
+    ) -> Parts:
+        """The inverse of the completion times a gradient, ``Ĵᵀ r`` if residuals r are given.
+
+        D is constant on each parameter.
+        """
+
+    def block_norms(self) -> Tensor:
+        """``‖Ĵ_vᵀ Ĵ_w‖_F`` of all pairs of layers, ``(n, n)``."""
+
+    def operations(self, cliques: Cliques) -> float:
+        """Multiplications of one step with these cliques, to leading order."""
+
+
+class SampleSystem:
+    """Solves in the space of the N rows, :func:`hessopt.banded.linear_solve.banded_solve`.
+
+    Gram matrices whose damping is one number are kept while they all fit into half of ``memory_limit``.
+
+    Args:
+        factors: One for each layer, all with the same N.
+        shapes: For each layer those of its trained parameters.
+        memory_limit: Bytes that the N×N matrices may take.
+
+    Raises:
+        MemoryBudgetError: not even one clique at a time fits.
+    """
+
+    def __init__(self, factors: Sequence[Factor], shapes: Sequence[Sequence[torch.Size]], memory_limit: int) -> None:
+        self.factors = factors
+        self._shapes = shapes
+        self._sizes = [sum(shape.numel() for shape in own) for own in shapes]
+        rows, dtype = factors[0].size, factors[0].trace().dtype
+        check_solve_memory(rows, dtype, memory_limit)
+        kept = len(factors) * rows**2 * dtype.itemsize
+        self._keeps = 2 * kept <= memory_limit
+        self._left = memory_limit - kept if self._keeps else memory_limit
+        self._grams: dict[int, Tensor] = {}
+
+    def solve(
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        damping: Sequence[Sequence[float]],
+        cliques: Cliques,
+        residuals: Tensor | None = None,
+    ) -> Parts:
+        """The inverse of the completion times a gradient."""
+        return banded_solve(
+            self.factors,
+            gradients,
+            damping,
+            cliques,
+            memory_limit=self._left,
+            gram=self._gram,
+            residuals=residuals,
+        )
+
+    def block_norms(self) -> Tensor:
+        """``‖Ĵ_vᵀ Ĵ_w‖_F = √⟨Γ_v, Γ_w⟩``."""
+        count = len(self.factors)
+        rows = [self._gram(v, [1.0] * len(self._shapes[v])) for v in range(count)]
+        norms = torch.stack([torch.stack([(a * b).sum() for b in rows]) for a in rows])
+        return norms.clamp(min=0).sqrt()
+
+    def operations(self, cliques: Cliques) -> float:
+        """Multiplications of one step with these cliques."""
+        return step_operations(self.factors[0].size, self._sizes, cliques, dense=False)
+
+    def _gram(self, v: int, damping: Sequence[float]) -> Tensor:
+        if not self._keeps or len(set(damping)) > 1:
+            return self.factors[v].gram(damping)
+        if v not in self._grams:
+            self._grams[v] = self.factors[v].gram([1.0] * len(damping))
+        return self._grams[v] / damping[0]
+
+
+class ParameterSystem:
+    """Solves in the space of parameters: ``M_C = Ĵ_CᵀĴ_C + D_C`` for every clique and separator.
+
+    Args:
+        factors: One for each layer, all with the same N.
+        shapes: For each layer those of its trained parameters.
+        memory_limit: Bytes that all matrices together may take.
+
+    Raises:
+        MemoryBudgetError: they take more.
+    """
+
+    def __init__(self, factors: Sequence[Factor], shapes: Sequence[Sequence[torch.Size]], memory_limit: int) -> None:
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._sizes = sizes = [sum(shape.numel() for shape in own) for own in shapes]
+        needed = (factors[0].size * sum(sizes) + 3 * sum(sizes) ** 2) * factors[0].trace().element_size()
+        if needed > memory_limit:
+            raise MemoryBudgetError(
+                f"matrices of {sum(sizes)} parameters and {factors[0].size} rows need {needed / 2**30:.3g} GiB, more "
+                f'than the limit of {memory_limit / 2**30:.3g} GiB. Use factors="sample" or raise memory_limit.'
+            )
+        self._rows = [factor.matrix() for factor in factors]
+
+    def solve(
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        damping: Sequence[Sequence[float]],
+        cliques: Cliques,
+        residuals: Tensor | None = None,
+    ) -> Parts:
+        """The inverse of the completion times a gradient."""
+        flat = [torch.cat([g.reshape(-1) for g in own]) for own in gradients]
+        diagonals = [
+            torch.cat([g.new_full((g.numel(),), d) for g, d in zip(*pair, strict=True)])
+            for pair in zip(gradients, damping, strict=True)
+        ]
+        steps = [torch.zeros_like(g) for g in flat]
+        for members, sign in [*((c, 1) for c in cliques.cliques), *((s, -1) for s in cliques.separators)]:
+            matrix = torch.cat([torch.cat([self._block(v, w) for w in members], dim=1) for v in members])
+            matrix.diagonal().add_(torch.cat([diagonals[v] for v in members]))
+            root, info = torch.linalg.cholesky_ex(matrix)
+            if info.any():
+                raise SolveError(
+                    f"the damped curvature is not positive definite in {matrix.dtype}: the damping, at least "
+                    f"{min(min(d) for d in damping):.3g}, is too small for this precision. Use more damping or float64."
+                )
+            solution = torch.cholesky_solve(torch.cat([flat[v] for v in members]).unsqueeze(1), root).squeeze(1)
+            for v, part in zip(members, solution.split([len(flat[v]) for v in members]), strict=True):
+                steps[v] += sign * part
+        return [
+            [part.reshape(g.shape) for part, g in zip(step.split([g.numel() for g in own]), own, strict=True)]
+            for step, own in zip(steps, gradients, strict=True)
+        ]
+
+    def block_norms(self) -> Tensor:
+        """``‖Ĵ_vᵀ Ĵ_w‖_F``."""
+        count = range(len(self._rows))
+        return torch.stack([torch.stack([self._block(v, w).norm() for w in count]) for v in count])
+
+    def operations(self, cliques: Cliques) -> float:
+        """Multiplications of one step with these cliques."""
+        return step_operations(len(self._rows[0]), self._sizes, cliques, dense=True)
+
+    def _block(self, v: int, w: int) -> Tensor:
+        if (v, w) not in self._blocks:
+            block = self._rows[v].mT @ self._rows[w]
+            self._blocks[v, w] = block
+            self._blocks[w, v] = block.mT
+        return self._blocks[v, w]
+
+
+def step_operations(rows: int, sizes: Sequence[int], cliques: Cliques, *, dense: bool) -> float:
+    """Multiplications of one step, to leading order: evaluation, matrices, and one solve.
+
+    ``6 N P`` for the network's passes. In sample space ``N² min(P_v, 2 √P_v)`` for each layer's Gram matrix (that of
+    outer products for a square weight) and ``N³/3`` for each clique and separator. In parameter space ``N P_v P_w`` for
+    each pair ``v ≤ w`` that some clique holds and ``P_C³/3``, P_C being the clique's parameters.
+
+    Args:
+        rows: N.
+        sizes: P_v of each layer.
+        cliques: Cliques and separators.
+        dense: In parameter space.
+    """
+    terms = [*cliques.cliques, *cliques.separators]
+    passes = 6.0 * rows * sum(sizes)
+    if not dense:
+        grams = sum(rows**2 * min(size, 2 * math.sqrt(size)) for size in sizes)
+        return passes + grams + len(terms) * rows**3 / 3
+    pairs = {(v, w) for members in cliques.cliques for v in members for w in members if v <= w}
+    products = sum(rows * sizes[v] * sizes[w] for v, w in pairs)
+    return passes + products + sum(sum(sizes[v] for v in members) ** 3 / 3 for members in terms)

@@ -1,0 +1,1 @@
+"""One evaluation of the loss: the closure protocol, its trials, and the loss's curvature on the tape it leaves."""

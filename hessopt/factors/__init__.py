@@ -1,0 +1,1 @@
+"""Exact square-root factors of every layer's curvature, of one batch."""

@@ -1,0 +1,1 @@
+"""Newton steps with running averages, in a band of layers."""

@@ -1,0 +1,99 @@
+"""Which bandwidth the mini-batch engine uses: by predicted gain per cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessopt.averages.accounting import step_operations
+from hessopt.averages.averages import KroneckerAverages
+from hessopt.averages.inverse import KroneckerInverse
+from hessopt.kronecker.band import KroneckerBand
+from hessopt.search.gain import Candidate, most_gain
+
+_log = logging.getLogger(__name__)
+
+CANDIDATES = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class KroneckerBandwidth:
+    r"""Decides at the steps N, 4N, 16N, …; until the first decision the bandwidth is 0.
+
+    In the last ``window`` updates of factors before a decision, a probe averages the factors of all candidates' pairs,
+    with equal weights. At the decision each candidate k gives its direction :math:`d_k = P_k^{-1} g` for the present
+    gradient, from the probe's factors, and the most that the quadratic model allows along it::
+
+        (gᵀ d)² / (2 dᵀ (J + Λ) d)
+
+    where Λ has the layers' dampings and J is the Gauss-Newton matrix by the columns of the window's last batch, without
+    a Kronecker product and without a band (:func:`hessopt.averages.accounting.sample_curvature`). How far to go along
+    d, which the trust region decides by each P's own measure, does not enter. The gain is that over a step's operations
+    (:func:`hessopt.averages.accounting.step_operations`), not seconds, so runs repeat bit for bit. The present
+    bandwidth is left only for a gain that is larger by ``hysteresis``; with another the engine goes on with the
+    probe's averages. No off-diagonal factor is kept outside of the window while the bandwidth is 0.
+
+    A closure is not needed. Parameters with a diagonal only, which no bandwidth couples, do not count.
+
+    Args:
+        every: N.
+        candidates: Bandwidths, ascending, the first of them 0.
+        window: Updates of factors.
+        hysteresis: Relative gain.
+    """
+
+    every: int = 200
+    candidates: tuple[int, ...] = CANDIDATES
+    window: int = 5
+    hysteresis: float = 0.1
+
+    def decides(self, step: int) -> bool:
+        """Whether a decision is due at this step, the first of which is 0: at N, 4 N, 16 N, …."""
+        count, rest = divmod(step, self.every)
+        return rest == 0 and count > 0 and count & (count - 1) == 0 and count.bit_length() % 2 == 1
+
+    def watch(self, band: KroneckerBand, gradients: Sequence[Tensor | None]) -> None:
+        """Before the solve of every step: decide or open the window, if it is time."""
+        if band.factors is None or not band.factors.updates:
+            return
+        if self.decides(band.steps) and band.probe is not None and band.last:
+            self._decide(band, band.probe, gradients)
+            band.probe, band.last = None, []
+        reach = self.window * band.factor_every
+        if band.probe is None and any(self.decides(band.steps + i) for i in range(1, reach + 1)):
+            band.probe = band.blank_factors(*self.candidates)
+
+    @torch.no_grad()
+    def _decide(self, band: KroneckerBand, probe: KroneckerAverages, gradients: Sequence[Tensor | None]) -> None:
+        made: dict[int, tuple[KroneckerAverages, KroneckerInverse]] = {}
+        for k in reversed(self.candidates):
+            factors = band.blank_factors(k)
+            factors.adopt(probe)
+            made[k] = factors, band.inverse_of(factors)
+        widest = made[self.candidates[-1]][1]
+        widest.refresh(band.absolute_damping)
+        gradient = band.flat(gradients)
+        found = []
+        for k in self.candidates:
+            factors, inverse = made[k]
+            if not factors.pairs:
+                step = widest.solve_blocks(gradient) if widest.cross else widest.solve(gradient)[0]
+            else:
+                if inverse is not widest:
+                    inverse.share(widest)
+                step = inverse.solve(gradient)[0]
+            bend = band.measured(step) + widest.penalty(step, band.absolute_damping)
+            reduction = (gradient @ step).square() / (2 * bend).clamp_min(torch.finfo(bend.dtype).tiny)
+            cost = step_operations(factors, band.rows, band.factor_every, band.inverse_every, band.iterations)
+            found.append(Candidate(k, float(reduction), cost))
+        assert not isinstance(band.bandwidth, str)
+        chosen = most_gain(found, band.bandwidth, self.hysteresis)
+        evidence = ", ".join(f"{c.bandwidth}: {c.reduction:.3g} for {c.cost:.3g}" for c in found)
+        _log.info("bandwidth %d at step %d; reduction for operations %s", chosen, band.steps, evidence)
+        if chosen != band.bandwidth:
+            factors, inverse = made[chosen]
+            band.take(chosen, factors, inverse if inverse.ready else band.inverse_of(factors))

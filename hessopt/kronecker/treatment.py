@@ -1,0 +1,67 @@
+"""What is done with each parameter: which have Kronecker factors, and which a diagonal, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hessopt.kronecker.band import KroneckerBand
+
+_log = logging.getLogger(__name__)
+
+MANY = 0.1
+"""Share of the parameters that may be without Kronecker factors in silence."""
+
+
+def treatment(band: KroneckerBand) -> dict[str, str]:
+    """How each parameter is treated, by its name in the network."""
+    names: dict[Tensor, str] = {p: name for name, p in band.model.named_parameters()}
+    found = {names.get(p, "?"): f"diagonal: {why}" for p, why in band.others.items()}
+    for number, block in enumerate(band.blocks):
+        g, o, a = block.shape
+        sides = [f"diagonal {n}" if d else f"{n}×{n}" for n, d in zip((a, o), block.diagonal[::-1], strict=True)]
+        text = f"{block.kind}: {' ⊗ '.join(sides)}" + (f", {g} groups" if g > 1 else "")
+        if band.factors is not None and band.bandwidth != 0 and number in band.called:
+            if not block.coupled:
+                text += "; not coupled to other layers"
+            elif band.called.index(number) in band.excluded:
+                text += "; not coupled to other layers: its rows are not those of the batch's samples"
+        for p in block.parameters:
+            found.setdefault(names[p], text)
+    return found
+
+
+def without_factors(band: KroneckerBand) -> dict[str, float]:
+    """The share of the parameters that have a diagonal in place of Kronecker factors, by their module's class."""
+    owners: dict[Tensor, str] = {
+        p: type(m).__name__ for m in band.model.modules() for p in m._parameters.values() if p is not None
+    }
+    total = sum(p.numel() for p in band.parameters)
+    counts: Counter[str] = Counter()
+    for p in band.others:
+        counts[owners.get(p, "no module")] += p.numel()
+    return {name: count / total for name, count in counts.most_common()}
+
+
+def warn_of_diagonals(band: KroneckerBand) -> None:
+    """Log a warning if more than ``MANY`` of the parameters are without factors."""
+    shares = without_factors(band)
+    if sum(shares.values()) > MANY:
+        named = [f"{name} ({_percent(share)})" for name, share in list(shares.items())[:5]]
+        more = ["…"] if len(shares) > 5 else []
+        _log.warning(
+            'factors="kronecker": %s of the parameters have no Kronecker factors but a diagonal, which trains them '
+            "about as a diagonal method does: those of %s. `optimizer.band.report()` names each and the reason. Build "
+            "such layers of torch.nn.Linear, Conv1d to Conv3d, Embedding and normalisations, or take another "
+            "optimizer for them.",
+            _percent(sum(shares.values())),
+            ", ".join(named + more),
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"

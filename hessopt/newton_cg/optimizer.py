@@ -1,0 +1,472 @@
+"""Newton's method with conjugate gradients, with the full Hessian or the Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from hessopt.closure.all_or_nothing import AllOrNothing
+from hessopt.closure.finite import refuse_meta
+from hessopt.closure.objective import Objective
+from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
+from hessopt.closure.step_curvature import TRIAL_COST, StepCurvature, output_of
+from hessopt.errors import ClosureError, ModelError
+from hessopt.network.arguments import Params
+from hessopt.network.processes import refuse_processes, refuse_spread
+from hessopt.network.saved_state import SavedState, asks_for_state
+from hessopt.newton_cg.curvature_choice import CurvatureChoice
+from hessopt.newton_cg.preconditioners import RunningDiagonal
+from hessopt.newton_cg.record import NewtonStep, both_models
+from hessopt.newton_cg.trial import Setting, search_line, search_radius
+from hessopt.newton_cg.truncated_cg import Exit, Path, truncated_cg
+from hessopt.search.damping import NielsenDamping
+from hessopt.search.trust_region import TrustRegion
+
+Curvature: TypeAlias = Literal["auto", "hessian", "ggn"]
+Method: TypeAlias = Literal["trust-region", "levenberg-marquardt"]
+
+_log = logging.getLogger(__name__)
+
+LEAST_FORCING = 1e-12
+"""Relative residual below which conjugate gradients only move rounding errors."""
+
+
+class NewtonCG(SavedState):
+    r"""Truncated Newton method: a model of the loss is minimized by conjugate gradients, inside a trust region.
+
+    .. math::
+       \begin{aligned}
+            &\textbf{input}: \theta_0, \; \gamma \text{ (lr)}, \; \Delta \text{ (radius)}, \; \omega \text{ (weight
+                decay)}, \; \bar\eta \text{ (forcing)}, \; f(\theta)                                            \\
+            &\textbf{for each step}                                                                            \\
+            &\hspace{5mm} g \leftarrow \nabla f(\theta) \;\; (-\nabla f \text{ if maximize}) + \omega \theta    \\
+            &\hspace{5mm} B \leftarrow \omega I + \nabla^2 f = \omega I + J^\top \nabla^2 \ell \, J + T
+                \;\text{ or, without } T, \; \omega I + J^\top \nabla^2 \ell \, J                               \\
+            &\hspace{5mm} \eta \leftarrow \min(\bar\eta, \; 0.9 \, (\lVert g \rVert /
+                \lVert g_{\text{before}} \rVert)^2)                                                             \\
+            &\hspace{5mm} \textbf{repeat}                                                                      \\
+            &\hspace{10mm} d \leftarrow \text{the path of conjugate gradients for } g^\top d + \tfrac12 d^\top B d
+                \text{ to } \lVert g + B d \rVert \le \eta \lVert g \rVert, \text{ cut at }
+                \lVert d \rVert = \Delta                                                                        \\
+            &\hspace{10mm} \rho \leftarrow \big(f(\theta) - f(\theta + \gamma d)\big) \, / \,
+                \big({-\gamma g^\top d} - \tfrac12 \gamma^2 d^\top B d\big)                                      \\
+            &\hspace{10mm} \textbf{if } \rho > 10^{-4}: \; \theta \leftarrow \theta + \gamma d, \;
+                \Delta \text{ grows if } \rho > \tfrac34, \text{ shrinks if } \rho < \tfrac14, \;
+                \textbf{stop}                                                                                  \\
+            &\hspace{10mm} \textbf{else } \Delta \leftarrow t \lVert d \rVert, \; t \in [\tfrac1{16}, \tfrac12]
+       \end{aligned}
+
+    In :math:`\rho`, :math:`f` includes the weight decay. A rejected trial needs no new product, as the path is cut
+    again (:class:`hessopt.newton_cg.truncated_cg.Path`); after ``max_trials`` the parameters are what they were, bit
+    for bit. A direction of negative curvature is followed to the boundary. Reductions below the rounding error of the
+    loss, :math:`10 \epsilon |f|`, are discounted in :math:`\rho`. So with the full Hessian, and γ = 1, convergence
+    near a minimum is quadratic up to the last digits.
+
+    With ``method="levenberg-marquardt"``, conjugate gradients solve ``(B + λI) d = −g`` without a radius, a rejected
+    step is followed by a line search back along it, and λ follows :math:`\rho` of the full step by Nielsen's rule
+    (:class:`hessopt.search.damping.NielsenDamping`). Negative curvature is then followed for ``gᵀd / ‖dᵀ(B + λI)d‖``.
+
+    **Curvature.** ``"auto"`` chooses between the two for every step, by the rule of
+    :class:`hessopt.newton_cg.curvature_choice.CurvatureChoice`. Where the network's output is not known (no module; a
+    module that was not called exactly once; a loss that reaches parameters in another way), it is the full Hessian,
+    and that is logged once.
+
+    **Closure.** See :mod:`hessopt.closure.protocol`: it returns the loss, ``(loss, output)`` or a
+    :class:`hessopt.LeastSquares`, and may or may not call ``backward()``. If it does, ``.grad`` is the gradient
+    (gradient clipping is respected); if not, no ``.grad`` is touched. Bf16 autocast may be used inside;
+    :class:`torch.amp.GradScaler` takes no closures.
+
+    **Cost.** One forward and one backward pass, whose tape is kept; a product with the full Hessian is twice a
+    gradient, with the Gauss-Newton matrix 4/3 (counted in matrix products); a third for each trial. Memory: one vector
+    of the parameters' size for each product of a step.
+
+    Args:
+        params: The network, or parameters in any form that :mod:`torch.optim` takes.
+        lr: γ, a factor on the step; at least 0. Default: 1.
+        curvature: ``"auto"``, ``"hessian"`` or ``"ggn"`` (the generalized Gauss-Newton matrix). Default: ``"auto"``.
+        model: The network, if ``params`` is not the network itself; may be left out, see above.
+        method: ``"trust-region"`` or ``"levenberg-marquardt"``. Default: ``"trust-region"``.
+        preconditioner: Of conjugate gradients, and the norm of the radius: ``"none"``; ``"diagonal"``, a running
+            estimate of the curvature's diagonal (:class:`hessopt.newton_cg.preconditioners.RunningDiagonal`, one
+            product a step); or ``v ↦ M⁻¹v`` for vectors of all parameters, flattened and concatenated in the order of
+            the param groups, symmetric positive definite. Default: ``"none"``.
+        weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
+        maximize: Maximize the loss; the weight decay is still a penalty.
+        max_products: Most products of conjugate gradients in a step. Default: 250.
+        max_trials: Most trials in a step. Default: 10.
+        forcing: Bound of the tolerance η, in (0, 1). Default: 0.5.
+        warm_start: Begin conjugate gradients at the best multiple of the last step (one product). Default: False.
+        radius: Δ to start from. Default: 1.
+        max_radius: Upper bound of Δ. Default: 1e10.
+        damping: λ to start from, for ``"levenberg-marquardt"``. Default: 1e-2.
+
+    Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups). Different
+    learning rates cost one product a trial.
+
+    Attributes:
+        last_step: A :class:`NewtonStep`, or None before the first step.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: ``model`` is not a module.
+        ModelError: a module is scripted or compiled, and has no second derivative.
+
+    Source:
+        Steihaug 1983; Conn, Gould and Toint, "Trust-Region Methods" (2000); Martens 2010; η: Eisenstat and Walker
+        1996, choice 2.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> optimizer = NewtonCG(model)
+        >>> inputs = torch.randn(32, 2)
+        >>> def closure():
+        ...     return nn.functional.mse_loss(model(inputs), inputs.prod(dim=1, keepdim=True))
+        >>> losses = [optimizer.step(closure).item() for _ in range(20)]
+        >>> losses[-1] < 0.1 * losses[0]
+        True
+    """
+
+    _OWN = (
+        "model",
+        "curvature",
+        "method",
+        "preconditioner",
+        "max_products",
+        "max_trials",
+        "forcing",
+        "warm_start",
+        "last_step",
+        "_region",
+        "_damping",
+    )
+    _TENSORS = ("model_ggn", "model_hessian", "direction", "diagonal")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1.0,
+        curvature: Curvature = "auto",
+        *,
+        model: nn.Module | None = None,
+        method: Method = "trust-region",
+        preconditioner: str | Callable[[Tensor], Tensor] = "none",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        max_products: int = 250,
+        max_trials: int = 10,
+        forcing: float = 0.5,
+        warm_start: bool = False,
+        radius: float = 1.0,
+        max_radius: float = 1e10,
+        damping: float = 1e-2,
+    ) -> None:
+        self.model = _network(params, model)
+        _check_choice("curvature", curvature, ("auto", "hessian", "ggn"))
+        _check_choice("method", method, ("trust-region", "levenberg-marquardt"))
+        if not callable(preconditioner):
+            _check_choice("preconditioner", preconditioner, ("none", "diagonal"), " or a function v ↦ M⁻¹v")
+        for name, count in (("max_products", max_products), ("max_trials", max_trials)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}.")
+        if not 0 < forcing < 1:
+            raise ValueError(f"forcing must lie in (0, 1), got {forcing}.")
+        if warm_start and callable(preconditioner):
+            raise ValueError(
+                "warm_start needs products with M, and a preconditioner that is a function gives only those with M⁻¹; "
+                'use preconditioner="none" or "diagonal".'
+            )
+        self.curvature: Curvature = curvature
+        self.method: Method = method
+        self.preconditioner = preconditioner
+        self.max_products = max_products
+        self.max_trials = max_trials
+        self.forcing = forcing
+        self.warm_start = warm_start
+        self.last_step: NewtonStep | None = None
+        self._region = TrustRegion(radius, maximum=max_radius)
+        self._damping = NielsenDamping(damping)
+        self._verified = self._told = False
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
+        refuse_spread("NewtonCG", self.model, [p for group in self.param_groups for p in group["params"]])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with its own ``lr`` and ``weight_decay`` if wanted."""
+        super().add_param_group(param_group)
+        try:
+            refuse_meta(self.param_groups[-1]["params"])
+            _check_group(self.param_groups[-1], self.param_groups[0])
+        except (ValueError, ModelError):
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure.protocol`.
+
+        Returns:
+            The loss before the step, detached.
+
+        Raises:
+            ClosureError: the closure is missing, does not give a finite, differentiable loss, or does not give what
+                ``curvature="ggn"`` needs; or gradient or curvature are not finite.
+            DiagnosticsError: an operation has no second derivative.
+            ModelError: several processes train together (:func:`hessopt.separate_networks`).
+
+        In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
+        were; a copy of them is kept during the step.
+        """
+        if asks_for_state(self, closure):
+            return torch.tensor(math.nan)
+        refuse_processes("NewtonCG")
+        if closure is None:
+            raise ClosureError(
+                "NewtonCG.step() needs a closure: the loss's curvature and the trial of the step cannot be had from "
+                "`.grad` alone. Pass a function that returns the loss: `optimizer.step(lambda: loss_fn(model(x), y))`. "
+                "torch.amp.GradScaler cannot pass one on; use bfloat16 autocast inside the closure, which needs no "
+                "scaler."
+            )
+        objective = Objective(self.param_groups)
+        names = ("last_step", "_verified", "_told")
+        with AllOrNothing(objective.parameters, state=self.state, owner=self, names=names):
+            return self._step(closure, objective)
+
+    def _step(self, closure: Closure, objective: Objective) -> Tensor:
+        """The step, which changes parameters and state at its end."""
+        runner = ClosureRunner(closure, objective.parameters, self.model, twice_differentiable=True)
+        evaluation = runner.evaluate()
+        loss = evaluation.loss.detach()
+        output = self._output(evaluation, objective.parameters)
+        tape = StepCurvature(evaluation.loss, objective.parameters, output, verify=not self._verified)
+        auto = self.curvature == "auto" and output is not None
+        saved = self.state.get(self._first(), {})
+        choice = CurvatureChoice(**saved.get("choice", {}))
+        kind = choice.kind if auto else "hessian" if self.curvature == "auto" else self.curvature
+
+        g = objective.gradient(self._slope(evaluation, objective, tape, kind))
+        norm = float(torch.linalg.vector_norm(g))
+        forcing = self._forcing(norm, saved)
+        if auto:
+            kind = choice.begin(norm, self._model_errors(g, objective))
+        product = objective.curvature(tape.ggn if kind == "ggn" else tape.hessian)
+        region, damping = replace(self._region), replace(self._damping)
+        if saved:
+            region.load_state_dict(saved)
+            damping.load_state_dict(saved)
+        shift = damping.value if self.method == "levenberg-marquardt" else 0.0
+        path, diagonal = self._solve(objective, g, product, forcing, region, shift)
+        if path.exit is Exit.NOT_FINITE and not path.segments:
+            raise ClosureError(
+                "the curvature is not finite at the current parameters, which were left as they are, although the "
+                "gradient is (a norm or a root at zero?)."
+            )
+
+        setting = Setting(objective, g, product, self._trial_loss(runner), loss, self.max_trials)
+        trial = search_line(setting, path, damping) if shift else search_radius(setting, path, region)
+        models = None
+        if auto:
+            if trial.accepted and choice.due(tape.work, trial.ratio, trial.count):
+                models = both_models(setting, trial, path, shift, tape, kind)
+            choice.end(norm, region.radius, path, 1 + tape.work, models.gap if models else None)
+        if trial.accepted and trial.step is not None:
+            objective.move(trial.step)
+        self._verified = True
+        work = 1 + tape.work + trial.count * TRIAL_COST
+
+        state = self.state[self._first()]
+        state["step"] = state.get("step", 0) + 1
+        state.update(region.state_dict(), gradient_norm=norm, forcing=forcing, choice=choice.state_dict())
+        state.update(damping.state_dict())
+        self._store(objective, "model_ggn", models.ggn if models else None)
+        self._store(objective, "model_hessian", models.hessian if models else None)
+        self._store(objective, "direction", trial.cut.step if self.warm_start and trial.accepted else None)
+        self._store(objective, "diagonal", diagonal.estimate if diagonal else None)
+        self.last_step = NewtonStep(
+            loss=float(loss),
+            trial_loss=trial.loss,
+            gradient_norm=norm,
+            predicted_reduction=trial.predicted,
+            actual_reduction=trial.actual,
+            ratio=trial.ratio,
+            accepted=trial.accepted,
+            curvature=kind,
+            reason=choice.why if auto else "no output" if self.curvature == "auto" else "given",
+            gap=models.gap if models else None,
+            exit=trial.cut.exit,
+            iterations=path.products,
+            forcing=forcing,
+            smallest_ritz=path.ritz[0] if path.ritz else None,
+            radius=region.radius,
+            damping=damping.value,
+            trials=trial.count,
+            products=dict(tape.products),
+            gradient_equivalents=work,
+        )
+        _log.debug("step %d: %s", state["step"], self.last_step)
+        return loss
+
+    def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
+        kept = (
+            *(("model_ggn", "model_hessian") if self.curvature == "auto" else ()),
+            *(("direction",) if self.warm_start else ()),
+            *(("diagonal",) if self.preconditioner == "diagonal" else ()),
+        )
+        shared: dict[str, Any] = dict.fromkeys(("radius", "damping", "growth", "gradient_norm", "forcing"), math.nan)
+        shared.update(step=0, choice=CurvatureChoice().state_dict())
+        return {**(shared if number == 0 else {}), **{name: zeros() for name in kept}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # states of older versions
+        self._verified = self._told = False
+
+    def _first(self) -> Tensor:
+        first: Tensor = self.param_groups[0]["params"][0]
+        return first
+
+    def _output(self, evaluation: Evaluation, parameters: list[Tensor]) -> Tensor | None:
+        """What the loss is a function of; None for the full Hessian.
+
+        Raises:
+            ClosureError: ``curvature="ggn"``, and it is not known.
+        """
+        if self.curvature == "hessian":
+            return None
+        try:
+            return output_of(evaluation, parameters, known=self.model is not None)
+        except ClosureError as error:
+            if self.curvature == "ggn":
+                raise ClosureError(f'curvature="ggn" needs the network\'s output: {error}') from None
+            if not self._told:
+                level = logging.INFO if self.model is None else logging.WARNING
+                _log.log(level, "NewtonCG uses the full Hessian: %s", error)
+                self._told = True
+            return None
+
+    def _slope(self, evaluation: Evaluation, objective: Objective, tape: StepCurvature, kind: str) -> Tensor:
+        if evaluation.backward_called:
+            return objective.flat([p.grad for p in objective.parameters])
+        return tape.gradient(kind)
+
+    def _trial_loss(self, runner: ClosureRunner) -> Callable[[], float]:
+        """The loss at the parameters as they are, with the kernels of the first run; leaves the tape valid."""
+        buffers = () if self.model is None else tuple(self.model.buffers())
+
+        def evaluate() -> float:
+            # The runner puts buffers back, bit for bit, which the tape would take for an error.
+            with _unsafe_preserve_version_counter(buffers):
+                return runner.trial_loss()
+
+        return evaluate
+
+    def _forcing(self, norm: float, saved: dict[str, Any]) -> float:
+        """η by the second choice of Eisenstat and Walker, with their safeguard."""
+        if not saved or saved["gradient_norm"] == 0:
+            return self.forcing
+        eta = 0.9 * (norm / saved["gradient_norm"]) ** 2
+        before = 0.9 * saved["forcing"] ** 2
+        if before > 0.1:
+            eta = max(eta, before)
+        return float(min(max(eta, LEAST_FORCING), self.forcing))
+
+    def _solve(
+        self,
+        objective: Objective,
+        g: Tensor,
+        product: Callable[[Tensor], Tensor],
+        forcing: float,
+        region: TrustRegion,
+        shift: float,
+    ) -> tuple[Path, RunningDiagonal | None]:
+        """The path of conjugate gradients."""
+
+        def damped(v: Tensor) -> Tensor:
+            return product(v) + shift * v
+
+        bent = damped if shift else product
+        diagonal = None
+        if self.preconditioner == "diagonal":
+            diagonal = RunningDiagonal(self._stored(objective, "diagonal"))
+            step = self.state[self._first()].get("step", 0) if self._first() in self.state else 0
+            diagonal.update(bent, g, torch.Generator().manual_seed(step))
+        solve = self.preconditioner if callable(self.preconditioner) else diagonal.solve if diagonal else None
+        path = truncated_cg(
+            bent,
+            g,
+            radius=math.inf if shift else region.radius,
+            tolerance=forcing,
+            max_products=self.max_products,
+            solve=solve,
+            start=self._stored(objective, "direction") if self.warm_start else None,
+            metric=diagonal.metric if diagonal else None,
+        )
+        return path, diagonal
+
+    def _model_errors(self, g: Tensor, objective: Objective) -> tuple[float, float] | None:
+        """How far the gradient is from what either model predicted for the last step."""
+        ggn, hessian = self._stored(objective, "model_ggn"), self._stored(objective, "model_hessian")
+        if ggn is None or hessian is None:
+            return None
+        return float(torch.linalg.vector_norm(g - ggn)), float(torch.linalg.vector_norm(g - hessian))
+
+    def _stored(self, objective: Objective, name: str) -> Tensor | None:
+        """A vector that :meth:`_store` has put into the state; None if it is not there for all parameters."""
+        parts = [self.state[p].get(name) if p in self.state else None for p in objective.parameters]
+        return None if any(part is None for part in parts) else objective.flat(parts)
+
+    def _store(self, objective: Objective, name: str, vector: Tensor | None) -> None:
+        for state in self.state.values():
+            state.pop(name, None)
+        if vector is not None:
+            for p, part in zip(objective.parameters, objective.parts(vector), strict=True):
+                self.state[p][name] = part.clone()
+
+
+def _network(params: Params, model: nn.Module | None) -> nn.Module | None:
+    if model is None and isinstance(params, nn.Module):
+        model = params
+    if model is None:
+        return None
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(params, nn.Module) and params is not model:
+        raise ValueError("params and model are two different networks; pass one of them.")
+    for name, module in model.named_modules():
+        compiled = torch._dynamo.eval_frame.OptimizedModule in type(module).__mro__
+        if compiled or module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"module {name or type(module).__name__!r} is compiled or scripted, and compiled code has no second "
+                "derivative. Pass the original nn.Module and call that in the closure; both share their parameters."
+            )
+    return model
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}{other}, got {value!r}.")
+
+
+def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
+    for name in ("lr", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")
+    if bool(group["maximize"]) != bool(first["maximize"]):
+        raise ValueError("maximize must be the same in all param groups: curvature has one sign for all.")
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("NewtonCG has no complex parameters; use torch.view_as_real.")

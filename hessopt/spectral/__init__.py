@@ -1,0 +1,1 @@
+"""Gradient matrices divided by a power law of curvature."""
