@@ -12,7 +12,7 @@ import pytest
 import torch.nn.functional as F
 
 import diagnostics
-from tests.reporting_networks import bottleneck_verdict, chain, labelled, small_report
+from tests.helpers.reporting_networks import bottleneck_verdict, chain, labelled, small_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("plotly")

@@ -14,7 +14,7 @@ from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, modu
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 import diagnostics
-from tests.oracle import check_against_double_backprop, joint_double_backprop
+from tests.helpers.oracle import check_against_double_backprop, joint_double_backprop
 
 TOLERANCE = 1e-11
 TOLERANCES = {
