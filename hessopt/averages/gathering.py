@@ -19,9 +19,10 @@ from diagnostics.autograd.tape import Function, ancestry
 from hessopt.averages.blocks import Block
 from hessopt.averages.causes import Seen
 from hessopt.averages.passes import Choice, current_backward
-from hessopt.averages.recorder import Call, Recorder, block_distances, on_arrival
+from hessopt.averages.recorder import Call, Recorder, on_arrival
 from hessopt.averages.seeds import Seeds
 from hessopt.errors import ClosureError, HessoptError, ModelError
+from hessopt.network.layer_graph import layer_distances
 from hessopt.network.weak_hooks import WeakHooks
 
 
@@ -278,11 +279,20 @@ class Gathering:
         return self.recorder.blocks_before(place) if self.recorder.linking else frozenset()
 
     def distances(self, calls: Sequence[Call], before: Iterable[int]) -> NDArray[np.float64]:
-        """Of the blocks, by the calls of a pass, and of blocks that are in none by whatever calls they had."""
+        """Of the blocks, by the calls of a pass, and of blocks that are in none by whatever calls they had.
+
+        A block is next to those whose outputs reach an input of it on the tape without passing through a third block.
+        A block with several calls is one vertex.
+
+        Args:
+            calls: Of the pass.
+            before: Blocks that the network's output comes from, likewise.
+        """
+        count = len(self._blocks)
         links = {(call.block, v) for call in calls for v in call.note.before}
         rest = self.recorder.links.keys() - {call.block for call in calls}
         links.update((w, v) for w in rest for v in self.recorder.links[w])
-        return block_distances(links, before, len(self._blocks))
+        return layer_distances(count, [*links, *((v, count) for v in before)])
 
     def _watch_output(self, output: Any) -> None:
         """Empirical: the batch's size and the loss, if the network returns it, when a backward arrives there."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._vmap_internals import _vmap
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -228,27 +225,6 @@ def current_function() -> Function:
     function = torch._C._current_autograd_node()
     assert function is not None
     return function
-
-
-def block_distances(links: Iterable[tuple[int, int]], outputs: Iterable[int], count: int) -> NDArray[np.float64]:
-    """Lengths of the shortest undirected paths between blocks, ``(n, n)``, ``inf`` where there is none.
-
-    Two blocks are adjacent if the output of one reaches an input of the other (or the network's output, which is a
-    vertex too) on the tape without passing through a third block. A block with several calls is one vertex.
-
-    Args:
-        links: Adjacent blocks.
-        outputs: Blocks adjacent to the network's output.
-        count: n.
-    """
-    graph: nx.Graph[int] = nx.Graph()
-    graph.add_nodes_from(range(count + 1))
-    graph.add_edges_from((v, w) for v, w in links if v != w)
-    graph.add_edges_from((v, count) for v in outputs)
-    distance = np.full((count + 1, count + 1), np.inf)
-    for v, lengths in nx.all_pairs_shortest_path_length(graph):
-        distance[v, list(lengths)] = list(lengths.values())
-    return distance[:count, :count]
 
 
 def back_propagate(

@@ -44,14 +44,15 @@ def layer_edges(layers: Sequence[Layer], uses: Iterable[Use], ends: Sequence[Ten
     return tuple(sorted(edges))
 
 
-def layer_distances(count: int, edges: Edges) -> NDArray[np.float64]:
+def layer_distances(count: int, edges: Iterable[tuple[int, int]]) -> NDArray[np.float64]:
     """``(n, n)`` lengths of the shortest undirected paths between layers, ``inf`` where there is none.
 
     A path may pass through the network's output: two heads of a network are two apart.
 
     Args:
         count: n.
-        edges: Of :func:`layer_edges`.
+        edges: As of :func:`layer_edges`: pairs of layers of which one feeds the other without a third one in between;
+            the output is number n.
     """
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(count + 1))
