@@ -55,7 +55,9 @@ def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any)
 
 def spectral_newton(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
     """Matrices by the spectral map, the rest by AdamW."""
-    optimizer = hessopt.SpectralNewton(task.model, **settings)
+    law = {name: settings.pop(name) for name in ("alpha", "delta", "form") if name in settings}
+    adamw = hessopt.AdamWPart(ratio=settings.pop("adamw_ratio", 1.0))
+    optimizer = hessopt.SpectralNewton(task.model, coordinates=hessopt.PowerLaw(**law), adamw=adamw, **settings)
     if all(group["name"] != "spectral" for group in optimizer.param_groups):
         raise NotApplicable("the network has no hidden matrices")
     return ClosureStep(task, optimizer, schedule)

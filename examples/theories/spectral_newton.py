@@ -52,8 +52,8 @@ def network(channels: int, side: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * (side // 8) ** 2, 10))
 
 
-def spectral(**options: Any) -> Callable[[nn.Sequential, float], Step]:
-    return lambda model, lr: hessopt.SpectralNewton(model, lr, **options).step
+def spectral(law: hessopt.PowerLaw, ratio: float) -> Callable[[nn.Sequential, float], Step]:
+    return lambda model, lr: hessopt.SpectralNewton(model, lr, law, adamw=hessopt.AdamWPart(ratio=ratio)).step
 
 
 def with_backward(make: Callable[[nn.Sequential, float], list[torch.optim.Optimizer]]) -> Any:
@@ -101,20 +101,20 @@ class Contender:
     rate: float  # the middle of the first three
 
 
+ONLINE = hessopt.OnlineExponent(every=30)
+
 CONTENDERS = {
     "AdamW": Contender(with_backward(lambda m, lr: [AdamW(m.parameters(), lr=lr)]), 5e-3),
     "SGD, momentum 0.9": Contender(
         with_backward(lambda m, lr: [SGD(m.parameters(), lr=lr, momentum=0.9, nesterov=True)]), 0.05
     ),
     "Muon": Contender(with_backward(muon), 0.02),
-    "scale-free, α = 1": Contender(spectral(alpha=1.0, adamw_ratio=0.15), 0.02),
-    "scale-free, α = 2": Contender(spectral(alpha=2.0, adamw_ratio=0.15), 0.02),
-    "scale-free, online α": Contender(spectral(alpha="online", adamw_ratio=0.15, update_every=30), 0.02),
-    "published, α = 1": Contender(spectral(alpha=1.0, form="published", adamw_ratio=0.03), 0.1),
-    "published, α = 2": Contender(spectral(alpha=2.0, form="published", adamw_ratio=0.03), 0.1),
-    "published, online α": Contender(
-        spectral(alpha="online", form="published", adamw_ratio=0.03, update_every=30), 0.1
-    ),
+    "scale-free, α = 1": Contender(spectral(hessopt.PowerLaw(1.0), 0.15), 0.02),
+    "scale-free, α = 2": Contender(spectral(hessopt.PowerLaw(2.0), 0.15), 0.02),
+    "scale-free, online α": Contender(spectral(hessopt.PowerLaw("online", online=ONLINE), 0.15), 0.02),
+    "published, α = 1": Contender(spectral(hessopt.PowerLaw(1.0, form="published"), 0.03), 0.1),
+    "published, α = 2": Contender(spectral(hessopt.PowerLaw(2.0, form="published"), 0.03), 0.1),
+    "published, online α": Contender(spectral(hessopt.PowerLaw("online", form="published", online=ONLINE), 0.03), 0.1),
 }
 """The published form's learning rates are larger, and AdamW's share of them smaller, so that it gets 1e-3 to 1e-2."""
 

@@ -21,9 +21,10 @@ from hessopt.network.arguments import Params
 from hessopt.network.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
 from hessopt.network.saved_state import SavedState, asks_for_state, members
 from hessopt.spectral.exponent import Probe, measure_on_tape, smoothed
-from hessopt.spectral.groups import Exponents, Selection, exponent_of, is_matrix, left_to_adamw
+from hessopt.spectral.groups import Selection, exponent_of, is_matrix, left_to_adamw
+from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
 from hessopt.spectral.step import SpectralStep, apply_adamw_step, apply_matrix_step, check_group, momentum_direction
-from hessopt.spectral.transfer import Form, NewtonSchulz, spectral_map
+from hessopt.spectral.transfer import spectral_map
 
 
 class SpectralNewton(SavedState):
@@ -47,13 +48,13 @@ class SpectralNewton(SavedState):
     flattened to (out, in·kh·kw).
 
     **AdamW** trains what is no matrix, embeddings and the head (:func:`hessopt.spectral.groups.left_to_adamw`). A
-    network passed as ``params`` makes two groups named ``"spectral"`` and ``"adamw"``, the latter with ``adamw_ratio``
+    network passed as ``params`` makes two groups named ``"spectral"`` and ``"adamw"``, the latter with ``adamw.ratio``
     times the learning rate. In groups and lists of parameters the choice is made for each (with ``model=`` by the same
     rule, else by shape alone), with the same ratio. A group's ``"method"``, ``"spectral"`` or ``"adamw"``, overrides
     it; the latter's learning rate is AdamW's as it is.
 
-    **Online α** (``alpha="online"``): every ``update_every`` steps α of each matrix is the slope of log h on log σ
-    along the ``directions`` largest singular directions of the gradient, with exact Hessian-vector products (one SVD
+    **Online α** (``PowerLaw("online")``): every 100 steps α of each matrix is the slope of log h on log σ along the
+    ``directions`` largest singular directions of the gradient, with exact Hessian-vector products (one SVD
     and as many products a layer, each about two gradients of what lies between it and the loss). It is measured on the
     batch of the step's closure, or on a fixed ``batch`` with ``loss_fn``; clamped to [0.5, 2.5], averaged
     exponentially, and 1 where R² < 0.8, which is logged. Fixed α need no closure: ``loss.backward()``, ``step()``.
@@ -61,25 +62,14 @@ class SpectralNewton(SavedState):
     Args:
         params: The network, or parameters in any form that :mod:`torch.optim` takes.
         lr: γ. Default: 0.01.
-        alpha: A number of at least 0; ``"online"``; or a dict of these for ``"conv"`` and ``"linear"``. Default: 2.
-        form: ``"scale_free"`` or ``"published"``. Default: ``"scale_free"``.
-        delta: δ ≥ 0. Default: 0.1.
+        coordinates: The transfer, :class:`hessopt.PowerLaw`. Default: ``PowerLaw(alpha=2, delta=0.1)``.
+        model: The network, if ``params`` is not the network itself.
         momentum: μ in [0, 1). Default: 0.95.
         nesterov: Default: True.
         weight_decay: λ, decoupled. Default: 0.
         maximize: Maximize the loss.
-        newton_schulz: For α = 1: Newton-Schulz iterations in place of the exact polar factor. Default: None.
-        adamw: Which matrices AdamW trains: names, patterns or a predicate; None: embeddings and the head. Needs the
-            network.
-        adamw_ratio: AdamW's learning rate in units of ``lr``. Default: 1.
-        betas: Of AdamW. Default: (0.9, 0.999).
-        eps: Of AdamW. Default: 1e-8.
-        model: The network, if ``params`` is not the network itself.
-        batch: Fixed batch ``(inputs, targets)`` for the online α. Default: None, that of the closure.
-        loss_fn: ``loss_fn(z, targets) -> scalar`` for ``batch``.
-        update_every: Steps from one measurement to the next. Default: 100.
-        directions: Most directions of a measurement. Default: 10.
-        alpha_decay: Weight of the past in the average. Default: 0.5.
+        adamw: What AdamW trains, and how, :class:`hessopt.AdamWPart`. Default: embeddings, the head and what is no
+            matrix, at the same rate.
 
     **Several processes.** Under DistributedDataParallel with ``loss.backward()``, and a fixed α, steps are those of one
     process. Under FSDP2 (``fully_shard``) α is 0 or 1, without ``newton_schulz``.
@@ -115,61 +105,47 @@ class SpectralNewton(SavedState):
     """
 
     _MARKED = False
-    _OWN = ("model", "newton_schulz", "update_every", "directions", "alpha_decay", "last_step", "_probe", "_adamw")
+    _OWN = ("model", "newton_schulz", "online", "last_step", "_adamw")
 
     def __init__(
         self,
         params: Params,
         lr: float | Tensor = 0.01,
-        alpha: Exponents = 2.0,
+        coordinates: PowerLaw | None = None,
         *,
-        form: Form = "scale_free",
-        delta: float = 0.1,
+        model: nn.Module | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        newton_schulz: NewtonSchulz | None = None,
-        adamw: Selection = None,
-        adamw_ratio: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        model: nn.Module | None = None,
-        batch: Any = None,
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        update_every: int = 100,
-        directions: int = 10,
-        alpha_decay: float = 0.5,
+        adamw: AdamWPart | None = None,
     ) -> None:
+        coordinates = PowerLaw() if coordinates is None else coordinates
+        adamw = AdamWPart() if adamw is None else adamw
+        for name, value, kind in (("coordinates", coordinates, PowerLaw), ("adamw", adamw, AdamWPart)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a hessopt.{kind.__name__}, got {type(value).__name__}.")
         network = params if isinstance(params, nn.Module) else model
         if network is not None and not isinstance(network, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(network).__name__}.")
         if isinstance(params, nn.Module) and model is not None and params is not model:
             raise ValueError("params and model are two different networks; pass one of them.")
-        if adamw is not None and network is None:
-            raise ValueError("adamw chooses by name, for which the network is needed: pass model=.")
-        if (batch is None) != (loss_fn is None) or (batch is not None and network is None):
-            raise ValueError("a fixed batch for the online alpha needs batch=, loss_fn= and the network (model=).")
-        for name, count, least in (("update_every", update_every, 1), ("directions", directions, 3)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}.")
-        if not 0 <= alpha_decay < 1:
-            raise ValueError(f"alpha_decay must lie in [0, 1), got {alpha_decay}.")
+        if adamw.select is not None and network is None:
+            raise ValueError("AdamWPart(select=) chooses by name, for which the network is needed: pass model=.")
+        self.online = OnlineExponent() if coordinates.online is None else coordinates.online
+        if self.online.batch is not None and network is None:
+            raise ValueError("a fixed batch for the online alpha needs the network: pass model=.")
         self.model = network
-        self.newton_schulz = newton_schulz
-        self.update_every = update_every
-        self.directions = directions
-        self.alpha_decay = alpha_decay
+        self.newton_schulz = coordinates.newton_schulz
         self.last_step: SpectralStep | None = None
-        self._probe = None if batch is None or network is None or loss_fn is None else Probe(network, batch, loss_fn)
-        self._adamw = _ids(network, adamw)
+        self._adamw = _ids(network, adamw.select)
         self._compared = False
         defaults = {
-            "lr": lr, "alpha": alpha, "form": form, "delta": delta, "momentum": momentum, "nesterov": nesterov,
-            "weight_decay": weight_decay, "maximize": maximize, "adamw_ratio": adamw_ratio, "betas": betas, "eps": eps,
-            "method": "auto",
+            "lr": lr, "alpha": coordinates.alpha, "form": coordinates.form, "delta": coordinates.delta,
+            "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize,
+            "adamw_ratio": adamw.ratio, "betas": adamw.betas, "eps": adamw.eps, "method": "auto",
         }  # fmt: skip
-        super().__init__(self._named_groups(params, lr, adamw_ratio), defaults)
+        super().__init__(self._named_groups(params, lr, adamw.ratio), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own if wanted."""
@@ -233,17 +209,17 @@ class SpectralNewton(SavedState):
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         due = self._due(trained)
         if due:
-            refuse_processes('SpectralNewton(alpha="online")', "exponents")
+            refuse_processes('SpectralNewton with alpha="online"', "exponents")
         if not self._compared and processes() > 1:
             check_alike("SpectralNewton", "the parameters", [p for _, p in trained])
             self._compared = True
-        if due and closure is None and self._probe is None:
+        if due and closure is None and self.online.batch is None:
             raise ClosureError(
                 'alpha="online" measures curvature, which cannot be had from `.grad` alone. Pass a closure, '
                 "`optimizer.step(lambda: loss_fn(model(x), y))`; or a fixed batch to measure on, "
-                'SpectralNewton(model, alpha="online", batch=(x, y), loss_fn=…); or a fixed alpha.'
+                'PowerLaw("online", online=OnlineExponent(batch=(x, y), loss_fn=…)); or a fixed alpha.'
             )
-        evaluation, gradients = self._evaluate(closure, trained, tape=bool(due) and self._probe is None)
+        evaluation, gradients = self._evaluate(closure, trained, tape=bool(due) and self.online.batch is None)
         moved = [(group, p, g) for (group, p), g in zip(trained, gradients, strict=True) if g is not None]
         norm = gradient_norm([g for *_, g in moved], [p for _, p, _ in moved], self.model)
         with AllOrNothing(state=self.state) as guard:
@@ -307,7 +283,7 @@ class SpectralNewton(SavedState):
             for group, p in trained
             if not self._left_to_adamw(group, p)
             and exponent_of(group["alpha"], p) == "online"
-            and (p not in self.state or int(self.state[p].get("step", 0)) % self.update_every == 0)
+            and (p not in self.state or int(self.state[p].get("step", 0)) % self.online.every == 0)
         ]
 
     def _evaluate(
@@ -343,17 +319,20 @@ class SpectralNewton(SavedState):
             return 0
         parameters = [p for _, p in due]
         signs = [-1.0 if group["maximize"] else 1.0 for group, _ in due]
-        if self._probe is not None:
-            fits = self._probe.measure(parameters, signs, self.directions)
+        online = self.online
+        if online.loss_fn is not None:
+            assert self.model is not None
+            probe = Probe(self.model, online.batch, online.loss_fn)
+            fits = probe.measure(parameters, signs, online.directions)
         else:
             assert evaluation is not None
-            fits = measure_on_tape(evaluation.loss, parameters, signs, self.directions)
+            fits = measure_on_tape(evaluation.loss, parameters, signs, online.directions)
         fallbacks = 0
         for p, fit in zip(parameters, fits, strict=True):
             state = self.state[p]
             before = state["alpha"] if state.get("alpha_good") else None
             name = f"a weight of shape {tuple(p.shape)}"
-            state["alpha"], state["alpha_good"] = smoothed(before, fit, self.alpha_decay, name)
+            state["alpha"], state["alpha_good"] = smoothed(before, fit, online.decay, name)
             state["alpha_r2"] = fit.r2
             fallbacks += not state["alpha_good"]
         return fallbacks

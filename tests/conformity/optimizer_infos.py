@@ -17,6 +17,7 @@ from hessopt.averages.options import MiniBatch
 from hessopt.banded.newton import BandedNewton
 from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.spectral.optimizer import SpectralNewton
+from hessopt.spectral.options import OnlineExponent, PowerLaw
 from hessopt.spectral.transfer import NewtonSchulz
 from hessopt.wrappers.null_boost import NullBoost
 from hessopt.wrappers.null_project import NullProject
@@ -67,10 +68,12 @@ def kronecker_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
 def spectral_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     return [
         *newton_inputs(device),
-        OptimizerInput(None, {"alpha": 1.0, "delta": 0.0}, "exact Muon"),
-        OptimizerInput(None, {"alpha": 1.0, "newton_schulz": NewtonSchulz(), "nesterov": False}, "Newton-Schulz"),
-        OptimizerInput(None, {"alpha": {"conv": 0.5, "linear": 1.5}, "form": "published", "delta": 1.0}, "by type"),
-        OptimizerInput(None, {"alpha": "online", "update_every": 4}, "online"),
+        OptimizerInput(None, {"coordinates": PowerLaw(1.0, 0.0)}, "exact Muon"),
+        OptimizerInput(
+            None, {"coordinates": PowerLaw(1.0, newton_schulz=NewtonSchulz()), "nesterov": False}, "Newton-Schulz"
+        ),
+        OptimizerInput(None, {"coordinates": PowerLaw({"conv": 0.5, "linear": 1.5}, 1.0, "published")}, "by type"),
+        OptimizerInput(None, {"coordinates": PowerLaw("online", online=OnlineExponent(every=4))}, "online"),
     ]
 
 
@@ -102,11 +105,9 @@ kronecker_errors = _own_errors(
 
 spectral_errors = _own_errors(
     *BAD_RATE,
-    ({"alpha": -1.0}, "alpha must be"),
-    ({"delta": -0.1}, "delta must be"),
+    ({"coordinates": PowerLaw(delta=-0.1)}, "delta must be"),
     ({"momentum": 1.0}, "momentum must lie in"),
-    ({"form": "free"}, "form must be"),
-    ({"update_every": 0}, "update_every must be"),
+    ({"coordinates": PowerLaw(form="free")}, "form must be"),  # type: ignore[arg-type]
 )
 
 

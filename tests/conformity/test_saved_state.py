@@ -20,7 +20,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from hessopt import BandedNewton, MiniBatch, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
+from hessopt import (
+    BandedNewton,
+    MiniBatch,
+    NewtonCG,
+    NullBoost,
+    NullProject,
+    OnlineExponent,
+    PowerLaw,
+    SaddleEscape,
+    SpectralNewton,
+)
 from tests.conformity.checks import same_state
 
 BATCH = MiniBatch(loss="cross_entropy", factor_every=2, inverse_every=3)
@@ -45,7 +55,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "BandedNewton(kronecker, 1)": lambda net: _kronecker(net, 1),
     "BandedNewton(kronecker, auto)": lambda net: _kronecker(net, "auto", bandwidth_every=6),
     "SpectralNewton": SpectralNewton,
-    "SpectralNewton(online)": lambda net: SpectralNewton(net, alpha="online", update_every=2),
+    "SpectralNewton(online)": lambda net: SpectralNewton(
+        net, coordinates=PowerLaw("online", online=OnlineExponent(every=2))
+    ),
     "SaddleEscape(SGD)": lambda net: SaddleEscape(SGD(net.parameters(), lr=0.1), model=net),
     "SaddleEscape(NewtonCG)": lambda net: SaddleEscape(NewtonCG(net), model=net, directions=2),
     "NullBoost(AdamW)": lambda net: NullBoost(AdamW(net.parameters()), every=3, model=net),

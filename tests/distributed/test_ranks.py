@@ -66,7 +66,7 @@ LOCAL: dict[str, Callable[[nn.Module], Optimizer]] = {
     ),
     "SaddleEscape": lambda net: hessopt.SaddleEscape(SGD(net.parameters(), lr=0.1)),
     "NullBoost": lambda net: hessopt.NullBoost(SGD(net.parameters(), lr=0.1)),
-    "SpectralNewton(online)": lambda net: hessopt.SpectralNewton(net, alpha="online"),
+    "SpectralNewton(online)": lambda net: hessopt.SpectralNewton(net, coordinates=hessopt.PowerLaw("online")),
 }
 """Optimizers whose steps are of the batch of one process."""
 
@@ -74,10 +74,10 @@ WRAPPED = ("NewtonCG(model)", "BandedNewton", "BandedNewton(kronecker)")
 """Those that are given the network."""
 
 SPECTRAL: dict[str, dict[str, Any]] = {
-    "alpha 0": {"alpha": 0.0},
-    "alpha 1": {"alpha": 1.0, "weight_decay": 0.1},
-    "alpha 2": {"alpha": 2.0},
-    "alpha 1 by Newton-Schulz": {"alpha": 1.0, "newton_schulz": NewtonSchulz()},
+    "alpha 0": {"coordinates": hessopt.PowerLaw(0.0)},
+    "alpha 1": {"coordinates": hessopt.PowerLaw(1.0), "weight_decay": 0.1},
+    "alpha 2": {},
+    "alpha 1 by Newton-Schulz": {"coordinates": hessopt.PowerLaw(1.0, newton_schulz=NewtonSchulz())},
 }
 SHARDED = ("alpha 0", "alpha 1")
 """Those that PyTorch's distributed tensors know."""
@@ -250,10 +250,10 @@ def scenarios() -> dict[str, Scenario]:
         "monitor of rank 0, ddp": _monitor_on_rank_0(False),
         "monitor of rank 0, ddp.module": _monitor_on_rank_0(True),
         "spectral, tensor parallel": lambda rank, processes: repr(
-            hessopt.SpectralNewton(_tensor_parallel(), alpha=1.0)
+            hessopt.SpectralNewton(_tensor_parallel(), coordinates=hessopt.PowerLaw(1.0))
         ),
         "spectral, tensor parallel parameters": lambda rank, processes: repr(
-            hessopt.SpectralNewton(_tensor_parallel().parameters(), alpha=1.0)
+            hessopt.SpectralNewton(_tensor_parallel().parameters(), coordinates=hessopt.PowerLaw(1.0))
         ),
         "sharded NewtonCG": lambda rank, processes: repr(hessopt.NewtonCG(_sharded().parameters())),
         "sharded SaddleEscape": lambda rank, processes: repr(hessopt.SaddleEscape(SGD(_sharded().parameters()))),

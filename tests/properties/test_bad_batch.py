@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessopt import BandedNewton, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
+from hessopt import (
+    BandedNewton,
+    NewtonCG,
+    NullBoost,
+    NullProject,
+    OnlineExponent,
+    PowerLaw,
+    SaddleEscape,
+    SpectralNewton,
+)
 from hessopt.errors import ClosureError, HessoptError, ModelError
 from tests.properties.test_interrupts import everything, projection, same, sgd
 
@@ -27,7 +36,9 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "hessian": lambda net: BandedNewton(net, curvature="hessian"),
     "newton-cg": NewtonCG,
     "spectral": SpectralNewton,
-    "spectral, online": lambda net: SpectralNewton(net, alpha="online", update_every=1, directions=3),
+    "spectral, online": lambda net: SpectralNewton(
+        net, coordinates=PowerLaw("online", online=OnlineExponent(every=1, directions=3))
+    ),
     "escape": lambda net: SaddleEscape(sgd(net), model=net),
     "escape, LBFGS": lambda net: SaddleEscape(torch.optim.LBFGS(net.parameters(), max_iter=3), model=net),
     "boost": lambda net: NullBoost(sgd(net), model=net, krylov=4),

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import hessopt
-from hessopt import BandedNewton, MiniBatch, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
+from hessopt import (
+    BandedNewton,
+    MiniBatch,
+    NewtonCG,
+    NullBoost,
+    NullProject,
+    OnlineExponent,
+    PowerLaw,
+    SaddleEscape,
+    SpectralNewton,
+)
 
 PACKAGE = os.path.dirname(hessopt.__file__)
 
@@ -73,7 +83,9 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "newton-cg": lambda net: NewtonCG(net, preconditioner="diagonal", warm_start=True),
     "levenberg-marquardt": lambda net: NewtonCG(net, method="levenberg-marquardt", weight_decay=0.01),
     "spectral": lambda net: SpectralNewton(net, weight_decay=0.01),
-    "spectral, online": lambda net: SpectralNewton(net, alpha="online", update_every=1, directions=3),
+    "spectral, online": lambda net: SpectralNewton(
+        net, coordinates=PowerLaw("online", online=OnlineExponent(every=1, directions=3))
+    ),
     "escape": lambda net: SaddleEscape(sgd(net), model=net),
     "escape from a saddle": lambda net: SaddleEscape(sgd(net), model=net),
     "boost": lambda net: NullBoost(sgd(net), model=net, krylov=4, every=1),

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hessopt
+from diagnostics import PowerLaw as Fit
 from diagnostics.alignment.exponents import curvature_exponents
-from diagnostics.results.power_law import PowerLaw
-from hessopt import SaddleEscape, SpectralNewton
+from hessopt import AdamWPart, NewtonSchulz, OnlineExponent, PowerLaw, SaddleEscape, SpectralNewton
 from hessopt.errors import ClosureError, ModelError
 from hessopt.spectral.exponent import smoothed
 from hessopt.spectral.groups import left_to_adamw
-from hessopt.spectral.transfer import NewtonSchulz, spectral_map
+from hessopt.spectral.transfer import spectral_map
 
 
 class Tied(nn.Module):
@@ -64,7 +64,13 @@ def test_steps_are_the_definition(alpha: float, form: Any, nesterov: bool, devic
     x, y = (t.to(device) for t in _data())
     other = copy.deepcopy(model)
     optimizer = SpectralNewton(
-        model, 0.03, alpha, form=form, delta=0.2, momentum=0.8, nesterov=nesterov, weight_decay=0.1, adamw_ratio=0.5
+        model,
+        0.03,
+        PowerLaw(alpha, 0.2, form),
+        momentum=0.8,
+        nesterov=nesterov,
+        weight_decay=0.1,
+        adamw=AdamWPart(ratio=0.5),
     )
     matrices = [p for name, p in other.named_parameters() if p.ndim > 1 and not name.startswith("9")]
     rest = [p for p in other.parameters() if all(p is not m for m in matrices)]
@@ -93,8 +99,7 @@ def test_muon_with_its_own_iterations_bit_for_bit() -> None:
     model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))  # wide: no rate factor
     other = copy.deepcopy(model)
     ours = SpectralNewton(
-        model.parameters(), 0.02, 1.0, delta=0.0, form="published", weight_decay=0.1,
-        newton_schulz=NewtonSchulz(dtype=torch.bfloat16),
+        model.parameters(), 0.02, PowerLaw(1.0, 0.0, "published", NewtonSchulz(dtype=torch.bfloat16)), weight_decay=0.1,
     )  # fmt: skip
     muon = torch.optim.Muon(other.parameters(), lr=0.02, weight_decay=0.1)
     x = torch.randn(16, 12)
@@ -116,8 +121,8 @@ def test_muon_is_the_limit_of_the_scale_free_form(shape: tuple[int, int]) -> Non
     steps = []
     makes: list[Any] = [
         lambda p: torch.optim.Muon([p], lr=1.0, weight_decay=0.0),
-        lambda p: SpectralNewton([p], 1.0, 1.0, delta=0.0),
-        lambda p: SpectralNewton([p], 1.0, 1.0, delta=1e-9),
+        lambda p: SpectralNewton([p], 1.0, PowerLaw(1.0, 0.0)),
+        lambda p: SpectralNewton([p], 1.0, PowerLaw(1.0, 1e-9)),
     ]
     for make in makes:
         p = nn.Parameter(weight.detach().clone())
@@ -134,7 +139,7 @@ def test_muon_is_the_limit_of_the_scale_free_form(shape: tuple[int, int]) -> Non
 
 def test_named_groups_and_their_rule() -> None:
     model = _network()
-    optimizer = SpectralNewton(model, lr=0.1, adamw_ratio=0.2)
+    optimizer = SpectralNewton(model, lr=0.1, adamw=AdamWPart(ratio=0.2))
     spectral, adamw = optimizer.param_groups
     assert (spectral["name"], adamw["name"]) == ("spectral", "adamw")
     assert spectral["param_names"] == ["0.weight", "2.weight", "5.weight", "7.weight"]
@@ -147,20 +152,20 @@ def test_named_groups_and_their_rule() -> None:
     chosen = left_to_adamw(model, ["0", "7.*"])
     assert [name for name, own in chosen.items() if own and name.endswith("weight")] == ["0.weight", "7.weight"]
     assert left_to_adamw(model, lambda name, p: p.ndim == 4)["2.weight"]
-    listed = SpectralNewton(model.parameters(), adamw=["0.weight"], model=model)
+    listed = SpectralNewton(model.parameters(), adamw=AdamWPart(["0.weight"]), model=model)
     assert len(listed.param_groups) == 1
     assert list(listed.alphas) == ["2.weight", "5.weight", "7.weight", "9.weight"]
     with pytest.raises(ValueError, match="matches 'nowhere'"):
-        SpectralNewton(model, adamw=["nowhere"])
+        SpectralNewton(model, adamw=AdamWPart(["nowhere"]))
 
 
 def test_one_group_is_as_good_as_two() -> None:
     x, y = _data()
     results = []
     for make in (
-        lambda m: SpectralNewton(m, adamw_ratio=0.3),
-        lambda m: SpectralNewton(m.parameters(), adamw_ratio=0.3, model=m),
-        lambda m: SpectralNewton(m.parameters(), adamw_ratio=0.3, adamw=["9"], model=m),
+        lambda m: SpectralNewton(m, adamw=AdamWPart(ratio=0.3)),
+        lambda m: SpectralNewton(m.parameters(), adamw=AdamWPart(ratio=0.3), model=m),
+        lambda m: SpectralNewton(m.parameters(), adamw=AdamWPart(["9"], 0.3), model=m),
     ):
         model = _network()
         optimizer = make(model)
@@ -193,7 +198,8 @@ def test_online_exponents_are_those_of_diagnostics(source: str) -> None:
     model = _network()
     x, y = _data()
     options: dict[str, Any] = {"batch": (x, y), "loss_fn": F.cross_entropy} if source == "batch" else {}
-    optimizer = SpectralNewton(model, alpha="online", update_every=3, directions=8, **options)
+    online = OnlineExponent(every=3, directions=8, **options)
+    optimizer = SpectralNewton(model, coordinates=PowerLaw("online", online=online))
     assert all(math.isnan(alpha) for alpha in optimizer.alphas.values())
 
     def closure() -> Tensor:
@@ -229,7 +235,7 @@ def test_online_exponents_are_those_of_diagnostics(source: str) -> None:
 def test_online_exponents_are_used() -> None:
     model, (x, y) = _network(), _data()
     before = copy.deepcopy(model)
-    optimizer = SpectralNewton(model, 0.05, "online", momentum=0.0)
+    optimizer = SpectralNewton(model, 0.05, PowerLaw("online"), momentum=0.0)
     optimizer.step(_closure(model, x, y))
     for name, alpha in optimizer.alphas.items():
         p, old = model.get_parameter(name), before.get_parameter(name)
@@ -243,7 +249,7 @@ def test_maximizing_measures_the_curvature_of_minus_the_loss() -> None:
     found = []
     for maximize, sign in ((False, 1), (True, -1)):
         net = copy.deepcopy(model)
-        optimizer = SpectralNewton(net, alpha="online", maximize=maximize)
+        optimizer = SpectralNewton(net, coordinates=PowerLaw("online"), maximize=maximize)
         optimizer.step(lambda net=net, sign=sign: sign * F.cross_entropy(net(x), y))
         found.append(optimizer.alphas)
     assert found[0] == pytest.approx(found[1])
@@ -251,8 +257,8 @@ def test_maximizing_measures_the_curvature_of_minus_the_loss() -> None:
 
 
 def test_smoothing(caplog: pytest.LogCaptureFixture) -> None:
-    def fit(exponent: float, r2: float) -> PowerLaw:
-        return PowerLaw(exponent, r2, 0.1, 0.0, 10)
+    def fit(exponent: float, r2: float) -> Fit:
+        return Fit(exponent, r2, 0.1, 0.0, 10)
 
     assert smoothed(None, fit(1.7, 0.9), 0.5, "w") == (1.7, True)
     assert smoothed(1.0, fit(2.0, 0.9), 0.25, "w") == (1.75, True)
@@ -267,7 +273,7 @@ def test_smoothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_online_needs_something_to_measure_on() -> None:
     model, (x, y) = _network(), _data()
     before = copy.deepcopy(model.state_dict())
-    optimizer = SpectralNewton(model, alpha="online")
+    optimizer = SpectralNewton(model, coordinates=PowerLaw("online"))
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(ClosureError, match=r"Pass a closure.*fixed batch.*fixed alpha"):
         optimizer.step()
@@ -275,14 +281,19 @@ def test_online_needs_something_to_measure_on() -> None:
     optimizer.step(_closure(model, x, y))
     F.cross_entropy(model(x), y).backward()
     optimizer.step()  # not due
-    with pytest.raises(ValueError, match="needs batch="):
-        SpectralNewton(model.parameters(), alpha="online", batch=(x, y), loss_fn=F.cross_entropy)
+    fixed = PowerLaw("online", online=OnlineExponent(batch=(x, y), loss_fn=F.cross_entropy))
+    with pytest.raises(ValueError, match="needs the network"):
+        SpectralNewton(model.parameters(), coordinates=fixed)
+
+
+def _every_four(alpha: Any) -> PowerLaw:
+    return PowerLaw(alpha, online=OnlineExponent(every=4) if "online" in str(alpha) else None)
 
 
 @pytest.mark.parametrize("alpha", [2.0, "online", {"conv": 1.0, "linear": "online"}])
 def test_state_resumes_bit_for_bit(alpha: Any) -> None:
     model, (x, y) = _network(torch.float32), _data(torch.float32)
-    optimizer = SpectralNewton(model, alpha=alpha, update_every=4)
+    optimizer = SpectralNewton(model, coordinates=_every_four(alpha))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for _ in range(6):
         optimizer.step(_closure(model, x, y))
@@ -292,7 +303,7 @@ def test_state_resumes_bit_for_bit(alpha: Any) -> None:
     buffer.seek(0)
     states = torch.load(buffer)
     other = _network(torch.float32)
-    resumed = SpectralNewton(other, alpha=alpha, update_every=4)
+    resumed = SpectralNewton(other, coordinates=_every_four(alpha))
     again = torch.optim.lr_scheduler.CosineAnnealingLR(resumed, 20)
     for part, state in zip((other, resumed, again), states, strict=True):
         part.load_state_dict(state)  # type: ignore[attr-defined]
@@ -336,26 +347,31 @@ def test_bad_gradients_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"alpha": "fast"}, ValueError, "alpha must be"),
-        ({"alpha": {"conv": 1.0}}, ValueError, "layer type has the keys"),
-        ({"alpha_decay": 1.0}, ValueError, "alpha_decay must lie"),
-        ({"directions": 2}, ValueError, "directions must be"),
-        ({"betas": (0.9, 1.0)}, ValueError, "betas must lie"),
-        ({"newton_schulz": NewtonSchulz()}, ValueError, "no layer has that exponent"),
-        ({"model": "net"}, ValueError, "two different networks"),
-        ({"batch": (1, 2)}, ValueError, "needs batch="),
+        (lambda: {"coordinates": PowerLaw("fast")}, ValueError, "alpha must be"),  # type: ignore[arg-type]
+        (lambda: {"coordinates": PowerLaw({"conv": 1.0})}, ValueError, "layer type has the keys"),
+        (lambda: {"coordinates": PowerLaw(1.0, online=OnlineExponent())}, ValueError, "no layer has that exponent"),
+        (lambda: {"coordinates": PowerLaw(newton_schulz=NewtonSchulz())}, ValueError, "no layer has that exponent"),
+        (lambda: {"coordinates": 1.0}, TypeError, "must be a hessopt.PowerLaw"),
+        (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(decay=1.0))}, ValueError, "decay must lie"),
+        (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(directions=2))}, ValueError, "directions"),
+        (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(every=0))}, ValueError, "every must be"),
+        (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(batch=(1, 2)))}, ValueError, "needs both"),
+        (lambda: {"adamw": AdamWPart(betas=(0.9, 1.0))}, ValueError, "betas must lie"),
+        (lambda: {"adamw": AdamWPart(ratio=-1.0)}, ValueError, "ratio must be"),
+        (lambda: {"adamw": ["0"]}, TypeError, "must be a hessopt.AdamWPart"),
+        (lambda: {"model": "net"}, ValueError, "two different networks"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_bad_arguments(options: Callable[[], dict[str, Any]], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        SpectralNewton(_network(), **options)
+        SpectralNewton(_network(), **options())
 
 
 def test_bad_model_and_method() -> None:
     with pytest.raises(TypeError, match="Module"):
         SpectralNewton(_network().parameters(), model="net")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass model="):
-        SpectralNewton(_network().parameters(), adamw=["0"])
+        SpectralNewton(_network().parameters(), adamw=AdamWPart(["0"]))
     with pytest.raises(ValueError, match="method must be"):
         SpectralNewton([{"params": _network().parameters(), "method": "sgd"}])
     assert hessopt.SpectralNewton is SpectralNewton

@@ -1,0 +1,101 @@
+"""The parts of SpectralNewton's rule that have options of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hessopt.spectral.groups import Exponents, Selection, check_exponents
+from hessopt.spectral.transfer import Form, NewtonSchulz
+
+
+@dataclass(frozen=True)
+class OnlineExponent:
+    """How exponents are measured while a network trains, for the matrices whose α is ``"online"``.
+
+    Args:
+        every: Steps from one measurement to the next. Default: 100.
+        directions: Most singular directions of a measurement, at least 3. Default: 10.
+        decay: Weight of the past in the average of measurements, in [0, 1). Default: 0.5.
+        batch: Fixed batch ``(inputs, targets)`` to measure on. Default: None, that of the closure.
+        loss_fn: ``loss_fn(z, targets) -> scalar`` for ``batch``; both or none.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    every: int = 100
+    directions: int = 10
+    decay: float = 0.5
+    batch: Any = None
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name, count, least in (("every", self.every, 1), ("directions", self.directions, 3)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}.")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}.")
+        if (self.batch is None) != (self.loss_fn is None):
+            raise ValueError("a fixed batch for the online alpha needs both batch= and loss_fn=.")
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """The transfer ``T(σ; α)`` of singular values (:func:`hessopt.spectral_map`).
+
+    Args:
+        alpha: A number of at least 0; ``"online"``; or a dict of these for ``"conv"`` and ``"linear"``. Default: 2.
+        delta: δ ≥ 0. Default: 0.1.
+        form: ``"scale_free"`` or ``"published"``. Default: ``"scale_free"``.
+        newton_schulz: For α = 1: Newton-Schulz iterations in place of the exact polar factor. Default: None.
+        online: How α is measured where it is ``"online"``. Default: None, :class:`OnlineExponent` with its defaults.
+
+    Raises:
+        ValueError: an option is out of range, or does nothing.
+    """
+
+    alpha: Exponents = 2.0
+    delta: float = 0.1
+    form: Form = "scale_free"
+    newton_schulz: NewtonSchulz | None = None
+    online: OnlineExponent | None = None
+
+    def __post_init__(self) -> None:
+        check_exponents(self.alpha)
+        exponents = self.alpha.values() if isinstance(self.alpha, Mapping) else [self.alpha]
+        if self.online is not None and "online" not in exponents:
+            raise ValueError('online= says how alpha="online" is measured; no layer has that exponent.')
+
+
+@dataclass(frozen=True)
+class AdamWPart:
+    """What AdamW trains beside the matrices, and how.
+
+    Args:
+        select: Which matrices: names, patterns or a predicate ``(name, parameter) -> bool``, for which the network is
+            needed; None: embeddings and the head (:func:`hessopt.left_to_adamw`). Default: None.
+        ratio: Its learning rate in units of the optimizer's. Default: 1.
+        betas: Default: (0.9, 0.999).
+        eps: Default: 1e-8.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    select: Selection = None
+    ratio: float = 1.0
+    betas: tuple[float, float] = field(default=(0.9, 0.999))
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas must lie in [0, 1), got {self.betas}.")
