@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -20,9 +20,16 @@ from diagnostics.autograd.kernels import (
     without_saved_tensor_hooks,
 )
 from diagnostics.autograd.lean_kernels import LeanKernels
+from diagnostics.autograd.loss_checks import (
+    check_loss,
+    check_tapes,
+    check_unmodified,
+    detached_output,
+    floating_tensors,
+)
 from diagnostics.autograd.refusals import check_inputs, check_loss_fn, check_model, check_tensor
 from diagnostics.autograd.substitution import run_model
-from diagnostics.autograd.tape import Function, ancestry, passes_through, rounding
+from diagnostics.autograd.tape import Function, ancestry, rounding
 from diagnostics.autograd.trees import flatten, map_tensors, tensors
 from diagnostics.errors import CaptureError
 from diagnostics.graph.graph import Graph, Node, WholeTape
@@ -181,12 +188,7 @@ class _Recipe:
 
     def _check_unmodified(self, cuts: _Cuts, loss: Tensor) -> None:
         """Refuse a run in which the cuts kept an operation in place from reaching other names of the same memory."""
-        for (name, parameter), version in zip(self.parameters.items(), self.versions, strict=True):
-            if parameter._version != version:
-                raise CaptureError(
-                    f"parameter {name!r} was changed in place by the forward pass or the loss (F.embedding with "
-                    "max_norm, a copy_ under no_grad?), so the model is not what it was. Do that outside of them."
-                )
+        check_unmodified((name, p, v) for (name, p), v in zip(self.parameters.items(), self.versions, strict=True))
         broken = cuts.modified_before()
         suspects = cuts.modified_behind()
         if not broken and suspects and any(module is not None for module in cuts.modules.values()):
@@ -247,16 +249,10 @@ class _Cuts:
 
     def cut_output(self, result: Any) -> tuple[Any, tuple[str, ...]]:
         """Cut the model's output where no chosen module has; returns it and the names of its nodes."""
-        leaves, _ = flatten(result)
-        if not any(_is_floating(t) for t in leaves):
-            raise CaptureError(
-                f"the model returned no floating-point tensor but {type(result).__name__}; the loss must be a "
-                "function of a floating-point output."
-            )
         already = {
             self._handed_on[t.grad_fn]
-            for t in leaves
-            if isinstance(t, Tensor) and t.grad_fn is not None and t.grad_fn in self._handed_on
+            for t in floating_tensors(result)
+            if t.grad_fn is not None and t.grad_fn in self._handed_on
         }
         before = set(self.values)
         name = f"{OUTPUT} of the model" if OUTPUT in self.values else OUTPUT
@@ -347,12 +343,12 @@ def _assemble(
         return tuple(parents), tuple(parameters)
 
     links = {name: sources(segment) for name, segment in cuts.segments.items()}
-    _check_loss(loss, model, cuts)
-    _check_tapes({**{f"node {name!r}": segment for name, segment in cuts.segments.items()}, "the loss": loss})
+    check_loss(loss, recipe.parameters.items(), lambda: _called_nodes(cuts.values))
+    check_tapes([*_called_nodes(cuts.segments), ("the loss", loss)])
     loss_parents, loss_parameters = sources(loss)
     if not loss_parents:
         raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")
-    _check_connected(model, links, loss_parents, cuts)
+    _check_connected(model, links, loss_parents)
     nodes = tuple(
         Node(
             name=name,
@@ -385,6 +381,10 @@ def _assemble(
     )
 
 
+def _called_nodes(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"node {name!r}", tensor) for name, tensor in tensors.items()]
+
+
 def _few_nodes(model: nn.Module, nodes: tuple[Node, ...]) -> str:
     """What to say where the rule has found next to nothing, and how to choose."""
     taken = {id(module) for node in nodes if node.module is not None for module in node.module.modules()}
@@ -409,61 +409,18 @@ def _check_all_called(modules: dict[str, nn.Module], cuts: _Cuts) -> None:
             )
 
 
-def _check_loss(loss: Tensor, model: nn.Module, cuts: _Cuts) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CaptureError(f"loss_fn must return a scalar tensor, got {got}. Reduce it, for example with .mean().")
-    check_tensor(loss, "the loss")
-    if not loss.is_floating_point():
-        raise CaptureError(f"the loss has dtype {loss.dtype}: it must be a differentiable floating-point scalar.")
-    if not torch.isfinite(loss):
-        raise CaptureError(f"the loss is {loss.item()}. {_first_non_finite(model, cuts)}")
-    if not loss.requires_grad:
-        raise CaptureError(
-            "the loss is detached: loss_fn must return a tensor computed from z, not .item() or .detach()."
-        )
-
-
-def _first_non_finite(model: nn.Module, cuts: _Cuts) -> str:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"Parameter {name!r} is not finite."
-    for name, value in cuts.values.items():
-        if not torch.isfinite(value).all():
-            return f"The first node that is not finite is {name!r}: check the inputs and the module behind it."
-    return "All nodes are finite, so the loss function itself (or its targets) makes it."
-
-
-def _check_tapes(ends: Mapping[str, Tensor]) -> None:
-    for where, end in ends.items():
-        if passes_through(end, "CheckpointFunctionBackward"):
-            raise CaptureError(
-                f"{where} is computed by reentrant checkpointing (torch.utils.checkpoint), which has no second "
-                "derivative. Turn checkpointing off for the capture (model.gradient_checkpointing_disable() in "
-                "transformers)."
-            )
-
-
 def _check_connected(
     model: nn.Module,
     links: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
     loss_parents: tuple[str, ...],
-    cuts: _Cuts,
 ) -> None:
     connected = any(parents or parameters for parents, parameters in (links[name] for name in loss_parents))
     expected = len(links) > len(loss_parents) or any(p.requires_grad for p in model.parameters())
     if expected and not connected:
-        raise CaptureError(
-            f"the model's output {loss_parents[0]!r} is detached from its nodes and parameters (.detach(), .data, "
-            "NumPy, or torch.no_grad inside forward), so no curvature flows back through it. Return it with its tape."
-        )
+        raise detached_output(f"the model's output {loss_parents[0]!r}", "its nodes and parameters")
 
 
 def _private_copy(value: Tensor) -> Tensor:
     """A copy without the caller's tape, so that the graph ends here and operations in place leave the original."""
     copy = value.detach().clone()
     return copy.requires_grad_(value.requires_grad) if copy.is_floating_point() else copy
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -18,10 +18,15 @@ from diagnostics.autograd.kernels import (
     twice_differentiable,
     without_saved_tensor_hooks,
 )
+from diagnostics.autograd.loss_checks import (
+    check_loss,
+    check_tapes,
+    check_unmodified,
+    detached_output,
+    floating_tensors,
+)
 from diagnostics.autograd.refusals import check_loss_fn, check_model, check_tensor
 from diagnostics.autograd.substitution import run_model
-from diagnostics.autograd.tape import passes_through
-from diagnostics.autograd.trees import tensors
 from diagnostics.errors import CaptureError, StaleGraphError
 from diagnostics.operators.data import Batch
 
@@ -118,40 +123,22 @@ class Replay:
         with _MadeBytes() as made:
             z = run_model(self.model, batch.inputs, self._copied_buffers())
         self.made_bytes = made.count
-        floating = [t for t in tensors(z) if t.is_floating_point() or t.is_complex()]
-        if not floating:
-            raise CaptureError(
-                f"the model returned no floating-point tensor but {type(z).__name__}; the loss must be a function of a "
-                "floating-point output."
-            )
+        floating = floating_tensors(z)
         for tensor in floating:
             check_tensor(tensor, "the model's output")
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in floating):
-            raise CaptureError(
-                "the model's output is detached from its parameters (.detach(), .data, NumPy, or torch.no_grad inside "
-                "forward), or none of those that it uses requires grad. Return it with its tape."
-            )
+            raise detached_output("the model's output", "its parameters")
         self._check_unmodified()
-        _refuse_checkpoints(floating)
+        check_tapes(("the model's output", tensor) for tensor in floating)
         return z
 
     def loss(self, z: Any, batch: Batch) -> Tensor:
         """The loss of the output, checked."""
         loss = self.loss_fn(z, batch.targets)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise CaptureError(f"loss_fn must return a scalar tensor, got {got}. Reduce it, for example with .mean().")
-        check_tensor(loss, "the loss")
-        if not loss.is_floating_point():
-            raise CaptureError(f"the loss has dtype {loss.dtype}: it must be a differentiable floating-point scalar.")
-        if not torch.isfinite(loss):
-            raise CaptureError(f"the loss is {loss.item()}. {self._first_non_finite(z)}")
-        if not loss.requires_grad:
-            raise CaptureError(
-                "the loss is detached: loss_fn must return a tensor computed from z, not .item() or .detach()."
-            )
+        parameters = ((name, parameter) for name, (parameter, _, _) in self._parameters.items())
+        check_loss(loss, parameters, lambda: (("the model's output", t) for t in floating_tensors(z)))
         self._check_unmodified()
-        _refuse_checkpoints([loss])
+        check_tapes([("the loss", loss)])
         return loss.reshape(())
 
     def changed_buffers(self, batch: Batch) -> list[str]:
@@ -165,28 +152,7 @@ class Replay:
         return {name: buffer.clone() for name, buffer in self._buffers.items()}
 
     def _check_unmodified(self) -> None:
-        for name, (parameter, version, _) in self._parameters.items():
-            if parameter._version != version:
-                raise CaptureError(
-                    f"parameter {name!r} was changed in place by the forward pass or the loss (F.embedding with "
-                    "max_norm, a copy_ under no_grad?), so the model is not what it was. Do that outside of them."
-                )
-
-    def _first_non_finite(self, z: Any) -> str:
-        for name, (parameter, _, _) in self._parameters.items():
-            if not torch.isfinite(parameter).all():
-                return f"Parameter {name!r} is not finite."
-        if all(torch.isfinite(t).all() for t in tensors(z) if t.is_floating_point()):
-            return "The model's output is finite, so the loss function itself (or its targets) makes it."
-        return "The model's output is not finite either: check the inputs and the modules."
-
-
-def _refuse_checkpoints(ends: Iterable[Tensor]) -> None:
-    if any(passes_through(end, "CheckpointFunctionBackward") for end in ends):
-        raise CaptureError(
-            "the model uses reentrant checkpointing (torch.utils.checkpoint), which hides its parameters from second "
-            "derivatives. Turn checkpointing off (model.gradient_checkpointing_disable() in transformers)."
-        )
+        check_unmodified((name, parameter, version) for name, (parameter, version, _) in self._parameters.items())
 
 
 @contextmanager

@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], object, Callable[[Tensor], obj
         r"loss is nan.*loss function itself",
     ),
     "NaN parameter": (_with_nan, X, _square, None, r"loss is nan\. Parameter '0\.0\.weight' is not finite"),
-    "NaN input": (lambda: Chain(5, 4, 3), X * torch.nan, _square, None, r"first node that is not finite is '0'"),
+    "NaN input": (lambda: Chain(5, 4, 3), X * torch.nan, _square, None, r"first tensor that is not finite is node '0'"),
     "unknown node": (
         ResidualCat,
         X,
