@@ -93,7 +93,7 @@ dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hoo
 	$(BIN)/pre-commit install
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: whatever follows finds it installed and cannot choose a larger build of it.
