@@ -18,7 +18,7 @@ from timing import median_seconds
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.blocks.pair_metrics import gn_gap, resonance
+from diagnostics.results.pair_formulas import gn_gap, resonance
 
 Norms = dict[tuple[int, int], tuple[Tensor, Tensor]]
 """By pair: ‖H‖_F and the GN-Gap of the batch means."""

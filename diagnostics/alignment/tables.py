@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diagnostics.alignment.kronecker import KroneckerAlignment
 from diagnostics.errors import DiagnosticsError
-from diagnostics.results.metric_table import format_table
 from diagnostics.results.power_law import ExponentFits, ExponentIdentity, PowerLaw
+from diagnostics.results.text_table import format_table
 
 if TYPE_CHECKING:
     import pandas as pd

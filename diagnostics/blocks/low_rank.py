@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diagnostics.blocks.containers import BlockMatrix, MeanBlocks
 from diagnostics.blocks.layout import Layout
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,31 +12,7 @@ from diagnostics.blocks.containers import BlockMatrix, HessianBlocks, MeanBlocks
 from diagnostics.blocks.layout import Layout
 from diagnostics.errors import DiagnosticsError
 from diagnostics.results.metric_table import MetricTable
-
-EPSILON = 1e-12
-"""Added to ‖H^GN‖ in the Gauss-Newton gap of a pair."""
-
-
-def resonance(block: Tensor) -> Tensor:
-    """R = ‖H[v,w]‖_F of blocks ``(…, d_v, d_w)``: the strength of the curvature between two nodes (Def. 23)."""
-    norm: Tensor = torch.linalg.matrix_norm(block, "fro")
-    return norm
-
-
-def coupling(between: Tensor, at_v: Tensor, at_w: Tensor) -> Tensor:
-    """C = R(v,w) / √(R(v,v) R(w,w)) from three resonances: invariant under rescaling of the nodes; 0/0 is NaN."""
-    return between / (at_v.sqrt() * at_w.sqrt())
-
-
-def stable_rank(block: Tensor) -> Tensor:
-    """D = ‖H‖_F² / ‖H‖₂² of blocks ``(…, d_v, d_w)``: the number of directions that carry the block; 0/0 is NaN."""
-    largest: Tensor = torch.linalg.matrix_norm(block, 2)
-    return (resonance(block) / largest).square()
-
-
-def gn_gap(tensor_norm: Tensor, gn_norm: Tensor) -> Tensor:
-    """Gap = ‖H^T‖_F / (‖H^GN‖_F + ε), ε = 1e-12: how far the Gauss-Newton part is from the Hessian."""
-    return tensor_norm / (gn_norm + EPSILON)
+from diagnostics.results.pair_formulas import resonance, spectral_norm
 
 
 def metrics(blocks: HessianBlocks, *, include_output: bool = False, per_sample: bool = False) -> MetricTable:
@@ -68,22 +44,13 @@ def metrics(blocks: HessianBlocks, *, include_output: bool = False, per_sample: 
     else:
         scale = 1.0
         blocks = blocks.mean()
-    parts = {"H": blocks.total, "G": blocks.gn, "T": blocks.tensor}
-    norms = {part: _over_pairs(names, matrix, resonance) * scale for part, matrix in parts.items()}
-    at = norms["H"].diagonal(dim1=0, dim2=1).movedim(-1, 0)  # (n, …)
     index = torch.tensor([layout.names.index(name) for name in names], dtype=torch.long)
-
-    def average(values: Tensor) -> Tensor:  # over samples, if any
-        return values.mean(-1) if per_sample else values
-
-    return MetricTable(
-        nodes=names,
-        resonance=average(norms["H"]),
-        coupling=average(coupling(norms["H"], at.unsqueeze(1), at.unsqueeze(0))),
-        stable_rank=average(_over_pairs(names, blocks.total, stable_rank)),
-        gn_gap=average(gn_gap(norms["T"], norms["G"])),
-        gn_norm=average(norms["G"]),
-        tensor_norm=average(norms["T"]),
+    return MetricTable.from_norms(
+        names,
+        total=_over_pairs(names, blocks.total, resonance) * scale,
+        gn=_over_pairs(names, blocks.gn, resonance) * scale,
+        tensor=_over_pairs(names, blocks.tensor, resonance) * scale,
+        spectral=_over_pairs(names, blocks.total, spectral_norm) * scale,
         distance=layout.distances[index][:, index],
     )
 

@@ -13,7 +13,7 @@ from diagnostics.blocks.containers import HessianBlocks
 from diagnostics.blocks.pair_metrics import tabled_nodes
 from diagnostics.blocks.spectrum import assemble, negligible
 from diagnostics.estimators.symmetric_eigen import eigh
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.results.metric_table import MetricTable, format_table
+from diagnostics.results.metric_table import MetricTable
+from diagnostics.results.text_table import format_table
 
 
 def interaction_radius(

@@ -17,7 +17,7 @@ from diagnostics.blocks.layout import Layout
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph.graph import Graph
 from diagnostics.graph.local import LOSS, LocalDerivatives, local_derivatives
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 AnyGraph: TypeAlias = "Graph | nx.DiGraph[str]"
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from diagnostics.blocks.containers import BlockMatrix, HessianBlocks, MeanBlocks
 from diagnostics.blocks.layout import Layout
-from diagnostics.blocks.pair_metrics import stable_rank
 from diagnostics.blocks.recursion import hessian_blocks
 from diagnostics.bounds.paths import loss_curvature
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph.graph import Graph
 from diagnostics.graph.local import LOSS, LocalDerivatives, local_derivatives
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.pair_formulas import stable_rank
+from diagnostics.results.text_table import format_table
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -17,7 +17,7 @@ from diagnostics.bounds.gains import Gains, sum_over_paths
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph.graph import Graph
 from diagnostics.graph.local import LOSS
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 Part: TypeAlias = Literal["total", "gn", "tensor"]
 

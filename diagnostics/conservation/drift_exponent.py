@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 _logger = logging.getLogger(__name__)
 

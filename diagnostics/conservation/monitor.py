@@ -13,7 +13,7 @@ from diagnostics.conservation.drift_identity import DriftIdentity, Trained
 from diagnostics.conservation.homogeneous_pairs import homogeneous_pairs
 from diagnostics.conservation.quantity import ConservedQuantity
 from diagnostics.errors import DiagnosticsError
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 _ROUNDINGS = 16  # of ‖θ‖² a step, that the measured C and the recursion may differ by
 

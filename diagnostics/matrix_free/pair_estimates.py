@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diagnostics.blocks.pair_metrics import coupling, gn_gap
 from diagnostics.errors import MemoryBudgetError
 from diagnostics.estimators.probes import Probe
 from diagnostics.matrix_free.pair_products import Pairs, Responses
 from diagnostics.matrix_free.shared_krylov import Leading, SharedKrylov, leading, without_products
 from diagnostics.matrix_free.square_norms import Extract, Samples, column_samples, jackknife, square_norm_samples
 from diagnostics.results.metric_table import MetricErrors, MetricTable
+from diagnostics.results.pair_formulas import metrics_of_norms
 
 _PARTS: dict[str, Extract] = {"H": Responses.total, "G": lambda r, v: r.gn[v], "T": lambda r, v: r.tensor[v]}
 
@@ -128,22 +128,17 @@ class PairEstimates:
 
     def table(self, distance: Tensor, products: int, passes: int) -> MetricTable:
         """The metrics and their standard errors, means over samples."""
-        full = _metrics({part: square.sqrt() for part, (square, _) in self.squares.items()}, self.spectral)
-        one_less = {part: square.sqrt() for part, (_, square) in self.squares.items()}
-        without = {name: v.mean(2) for name, v in _metrics(one_less, self.spectral.unsqueeze(-1)).items()}
-        means = {name: values.mean(2) for name, values in full.items()}
-        errors = {name: jackknife(means[name], without[name]) for name in full}
-        grown = (2 * self.missing * full["stable_rank"]).mean(2)
+        total, gn, tensor = (self.squares[part][0].sqrt() for part in _PARTS)
+        table = MetricTable.from_norms(self.names, total, gn, tensor, self.spectral, distance)
+        rest, gn_rest, tensor_rest = (self.squares[part][1].sqrt() for part in _PARTS)
+        one_less = metrics_of_norms(rest, gn_rest, tensor_rest, self.spectral.unsqueeze(-1))
+        without = {name: values.mean(2) for name, values in one_less.items()}
+        errors = {name: jackknife(getattr(table, name), values) for name, values in without.items()}
+        grown = (2 * self.missing * (total / self.spectral).square()).mean(2)
         errors["stable_rank"] = (errors["stable_rank"].square() + grown.square()).sqrt()
         kept = {name: without[name] for name in ("resonance", "gn_norm", "tensor_norm")}
-        return MetricTable(
-            nodes=self.names,
-            **means,
-            distance=distance,
-            standard_errors=MetricErrors(
-                **errors, probes=self.probes, products=products, passes=passes, leave_one_out=kept
-            ),
-        )
+        found = MetricErrors(**errors, probes=self.probes, products=products, passes=passes, leave_one_out=kept)
+        return replace(table, standard_errors=found)
 
 
 def estimate_pairs(
@@ -240,17 +235,3 @@ def _leading_directions(probed: Mapping[str, Responses], w: str, count: int) -> 
     rounding = sizes[..., :1] * torch.finfo(sizes.dtype).eps * max(stacked.shape[1:])
     kept: Tensor = directions[..., :count] * (sizes > rounding)[..., :count].unsqueeze(-2)
     return kept
-
-
-def _metrics(norms: Mapping[str, Tensor], spectral: Tensor) -> dict[str, Tensor]:
-    """The metrics from norms ``(n, n, S, …)`` of H, G and T, and from ‖H‖₂."""
-    total, gn, tensor = norms["H"], norms["G"], norms["T"]
-    at = total.diagonal(dim1=0, dim2=1).movedim(-1, 0)
-    return {
-        "resonance": total,
-        "coupling": coupling(total, at.unsqueeze(1), at.unsqueeze(0)),
-        "stable_rank": (total / spectral).square(),
-        "gn_gap": gn_gap(tensor, gn),
-        "gn_norm": gn,
-        "tensor_norm": tensor,
-    }

@@ -12,7 +12,7 @@ from diagnostics.estimators.spectral_density import spectral_density
 from diagnostics.operators.curvature import CurvatureOperator
 from diagnostics.operators.parameter_groups import GroupBlock, Groups, ParameterGroups
 from diagnostics.results.estimate import Estimate
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 
 @dataclass(frozen=True, eq=False, repr=False)

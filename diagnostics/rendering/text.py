@@ -8,7 +8,7 @@ from typing import Any
 
 from diagnostics.document.values import number
 from diagnostics.document.verdict import Verdict
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 WIDTH = 100
 _LONGEST_NAME = 20

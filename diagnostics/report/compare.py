@@ -19,7 +19,7 @@ from diagnostics.rendering.formats import IMAGES
 from diagnostics.rendering.text import WIDTH, figure, short, wrapped
 from diagnostics.report.report import Report, read_document
 from diagnostics.results.files import write_text
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnostics.blocks.pair_metrics import EPSILON, coupling, metrics
+from diagnostics.blocks.pair_metrics import metrics
 from diagnostics.blocks.sources import curvature_sources
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.graph.flatness import cannot_bend
@@ -21,6 +21,7 @@ from diagnostics.matrix_free.square_norms import jackknife
 from diagnostics.operators.replay import along_the_tape
 from diagnostics.report.workbench import Workbench
 from diagnostics.results.metric_table import MetricTable
+from diagnostics.results.pair_formulas import coupling, gn_gap
 
 _METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 
@@ -158,11 +159,10 @@ def _summary_errors(table: MetricTable, here: Tensor) -> dict[str, float]:
     errors = table.standard_errors
     assert errors is not None
     r, gn, t = (errors.leave_one_out[name] for name in ("resonance", "gn_norm", "tensor_norm"))
-    at = r.diagonal(dim1=0, dim2=1).mT  # (n, m)
     without = {
         "resonance": r[here].nanmean(0),
-        "coupling": coupling(r, at.unsqueeze(1), at.unsqueeze(0))[here].nanmean(0),
-        "gn_gap": (t / (gn + EPSILON))[here].nanmean(0),
+        "coupling": coupling(r)[here].nanmean(0),
+        "gn_gap": gn_gap(t, gn)[here].nanmean(0),
         "gap_ratio": t[here].sum(0) / gn[here].sum(0),
     }
     full = {name: getattr(table, name)[here].nanmean() for name in ("resonance", "coupling", "gn_gap")}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diagnostics.blocks.pair_metrics import coupling, gn_gap, stable_rank
 from diagnostics.estimators.lanczos import extreme_eigenpairs
 from diagnostics.estimators.spectral_density import SpectralDensity, basis_bytes, spectral_density
 from diagnostics.estimators.symmetric_eigen import eigh, eigvalsh
@@ -20,6 +19,7 @@ from diagnostics.operators.parameter_groups import ParameterGroups
 from diagnostics.report.node_sections import tabulated
 from diagnostics.report.workbench import Workbench
 from diagnostics.results.metric_table import MetricTable
+from diagnostics.results.pair_formulas import resonance, spectral_norm
 
 _OF_A_PRODUCT = 10
 """Vectors of the parameters that a product and its step hold beside the basis."""
@@ -187,21 +187,16 @@ def dense_group_metrics(bench: Workbench, groups: dict[str, Sequence[str]], dist
     index = {name: chosen.index(name) for name in chosen.names}
     n = len(index)
 
-    def norms(matrix: Tensor) -> Tensor:
+    def norms(matrix: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         blocks = [matrix[index[v]][:, index[w]] for v in index for w in index]
-        return torch.stack([torch.linalg.matrix_norm(block) for block in blocks]).reshape(n, n)
+        return torch.stack([norm(block) for block in blocks]).reshape(n, n)
 
     total, gn, tensor = bench.matrices
-    resonance, gn_norm, tensor_norm = norms(total), norms(gn), norms(tensor)
-    at = resonance.diagonal()
-    ranks = [[stable_rank(total[index[v]][:, index[w]]) for w in index] for v in index]
-    return MetricTable(
-        nodes=tuple(index),
-        resonance=resonance,
-        coupling=coupling(resonance, at.unsqueeze(1), at.unsqueeze(0)),
-        stable_rank=torch.stack([torch.stack(row) for row in ranks]),
-        gn_gap=gn_gap(tensor_norm, gn_norm),
-        gn_norm=gn_norm,
-        tensor_norm=tensor_norm,
+    return MetricTable.from_norms(
+        tuple(index),
+        total=norms(total, resonance),
+        gn=norms(gn, resonance),
+        tensor=norms(tensor, resonance),
+        spectral=norms(total, spectral_norm),
         distance=distance,
     )

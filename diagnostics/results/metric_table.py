@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from diagnostics.results.pair_formulas import metrics_of_norms
+from diagnostics.results.text_table import format_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +82,18 @@ class MetricTable:
     tensor_norm: Tensor
     distance: Tensor
     standard_errors: MetricErrors | None = None
+
+    @staticmethod
+    def from_norms(
+        nodes: tuple[str, ...], total: Tensor, gn: Tensor, tensor: Tensor, spectral: Tensor, distance: Tensor
+    ) -> MetricTable:
+        """The table from ‖H‖_F, ‖H^GN‖_F, ‖H^T‖_F and ‖H‖₂ of all pairs.
+
+        Norms are ``(n, n)``; or ``(n, n, S)`` of S samples, whose metrics are averaged.
+        """
+        found = metrics_of_norms(total, gn, tensor, spectral)
+        means = {name: values.mean(2) if values.ndim > 2 else values for name, values in found.items()}
+        return MetricTable(nodes, **means, distance=distance)  # type: ignore[arg-type]  # no name is standard_errors
 
     @property
     def gap_ratio(self) -> float:
@@ -194,10 +209,3 @@ def _ratio(numerator: float, denominator: float) -> float:
     if denominator == 0:
         return 0.0 if numerator == 0 else float("inf")
     return numerator / denominator
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns under a header and a rule."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

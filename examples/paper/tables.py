@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 from paper.comparison import TABLES, WITHIN, Published, compare, coverage
 
 

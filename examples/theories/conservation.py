@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diagnostics import ConservationMonitor, DiagnosticsError, SharpnessTracker, drift_exponent, predict_imbalance
-from diagnostics.results.metric_table import format_table
+from diagnostics.results.text_table import format_table
 from diagnostics.training.sharpness import softmax_curvature_bound
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.blocks import spectrum
-from diagnostics.blocks.pair_metrics import stable_rank
 from diagnostics.blocks.spectrum import effective_rank, eigenpairs, escape_direction, negative_curvature, symmetrise
 from diagnostics.graph.local import differentiate
+from diagnostics.results.pair_formulas import stable_rank
 from tests.helpers.networks import Chain, ResidualCat
 from tests.helpers.random_dags import Plan, build, plans
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.blocks.pair_metrics import EPSILON
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.matrix_free.discarded import discarded_share
 from diagnostics.matrix_free.node_metrics import estimate_metrics
@@ -20,6 +19,7 @@ from diagnostics.operators.curvature import CurvatureProducts, GaussNewtonOperat
 from diagnostics.operators.group_spectra import group_spectra
 from diagnostics.operators.parameter_groups import ParameterGroups
 from diagnostics.results.metric_table import MetricTable
+from diagnostics.results.pair_formulas import EPSILON
 from tests.helpers.curvature import CASES, Dense, dense
 from tests.helpers.networks import Chain
 
