@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -138,22 +137,16 @@ def gauss_newton_factors(
 
 def _roots(graph: Graph, layout: Layout, curvature: Curvature) -> tuple[dict[str, Tensor], Tensor]:
     """A_p = Sᵀ restricted to each node p that the loss reads, ``(S, d_p, k)``, and the signs Σ, ``(S, k)``."""
-    sizes = [layout.sizes[p] for p in graph.loss_parents]
-    starts = accumulate(sizes, initial=0)
-    rows = {p: slice(a, a + size) for p, a, size in zip(graph.loss_parents, starts, sizes, strict=False)}
-    whole = layout.like.new_zeros(layout.samples, sum(sizes), sum(sizes))
-    for (p, q), block in curvature.items():
-        whole[:, rows[p], rows[q]] = block
-        whole[:, rows[q], rows[p]] = block.mT
+    whole = layout.stacked(graph.loss_parents, curvature)
     values, vectors = eigh((whole + whole.mT) / 2)
     order = values.abs().argsort(-1, descending=True)
     values = values.gather(-1, order)
-    zero = sum(sizes) * torch.finfo(values.dtype).eps * values[:, :1].abs()
+    zero = whole.shape[1] * torch.finfo(values.dtype).eps * values[:, :1].abs()
     k = int((values.abs() > zero).sum(-1).max().item())
     values = values[:, :k]
     vectors = vectors.gather(-1, order.unsqueeze(1).expand_as(vectors))[:, :, :k]
     root = vectors * values.abs().sqrt().unsqueeze(1)
-    return {p: root[:, rows[p]] for p in graph.loss_parents}, values.sign()
+    return {p: root[:, rows] for p, rows in layout.rows(graph.loss_parents).items()}, values.sign()
 
 
 class _WalkBack:

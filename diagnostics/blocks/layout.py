@@ -72,6 +72,21 @@ class Layout:
         start = self.offsets[name]
         return slice(start, start + self.sizes[name])
 
+    def rows(self, names: Iterable[str]) -> dict[str, slice]:
+        """Rows of each of these nodes, which need not have blocks, where they are stacked in this order."""
+        names = tuple(names)
+        return {name: slice(start, start + self.sizes[name]) for name, start in _offsets(names, self.sizes).items()}
+
+    def stacked(self, names: Iterable[str], curvature: Mapping[tuple[str, str], Tensor]) -> Tensor:
+        """A local curvature, K[p, q] for p not before q, as one symmetric matrix over ``names``, ``(S, k, k)``."""
+        rows = self.rows(names)
+        size = sum(self.sizes[name] for name in rows)
+        whole = self.like.new_zeros(self.samples, size, size)
+        for (p, q), block in curvature.items():
+            whole[:, rows[p], rows[q]] = block
+            whole[:, rows[q], rows[p]] = block.mT
+        return whole
+
     def width(self, name: str) -> int:
         """Number of columns of the nodes that are not after node ``name``."""
         return sum(self.sizes[w] for w in self.up_to(name))

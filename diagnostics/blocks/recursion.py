@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -94,13 +93,9 @@ def _congruence(
     parents are carried back, ``Σ_u J[p←u] D[u,v]``.
     """
     parents = parents if curvature else ()  # nothing to carry back
-    starts = accumulate((layout.sizes[p] for p in parents), initial=0)
-    rows = {p: slice(start, start + layout.sizes[p]) for p, start in zip(parents, starts, strict=False)}
-    rank = sum(layout.sizes[p] for p in parents)
-    stacked = layout.like.new_zeros(layout.samples, rank, rank)
-    for (p, q), block in curvature.items():
-        stacked[:, rows[p], rows[q]] = block
-        stacked[:, rows[q], rows[p]] = block.mT
+    rows = layout.rows(parents)
+    stacked = layout.stacked(parents, curvature)
+    rank = stacked.shape[1]
     factors: dict[str, Tensor] = {}
     for node in reversed(graph.nodes):
         u = node.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 from typing import TypeAlias
 
 import networkx as nx
@@ -16,7 +16,7 @@ from diagnostics.blocks.containers import HessianBlocks, MeanBlocks
 from diagnostics.blocks.layout import Layout
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph.graph import Graph
-from diagnostics.graph.local import LOSS, LocalDerivatives, local_derivatives
+from diagnostics.graph.local import LOSS, local_derivatives
 from diagnostics.results.text_table import format_table
 
 AnyGraph: TypeAlias = "Graph | nx.DiGraph[str]"
@@ -225,7 +225,7 @@ def path_resonance(
     local = local_derivatives(graph)
     layout = Layout.of(graph)
     with torch.no_grad():
-        curvature = loss_curvature(graph, layout, local)
+        curvature = layout.stacked(graph.loss_parents, local.curvatures[LOSS])
         left, left_factors = _factors(graph, layout, v, limit)
         right, right_factors = _factors(graph, layout, w, limit)
         scale = None
@@ -268,25 +268,9 @@ def _contributions(left: Tensor, right: Tensor, scale: float | None) -> Tensor:
     return scale * einsum(left, right, "s k v, q s k w -> q v w")
 
 
-def loss_curvature(graph: Graph, layout: Layout, local: LocalDerivatives) -> Tensor:
-    """∇²ℓ over all tensors that the loss is computed from, ``(S, k, k)``."""
-    rows = _rows_of_outputs(graph, layout)
-    size = sum(layout.sizes[z] for z in graph.loss_parents)
-    curvature = layout.like.new_zeros(layout.samples, size, size)
-    for (p, q), block in local.curvatures[LOSS].items():
-        curvature[:, rows[p], rows[q]] = block
-        curvature[:, rows[q], rows[p]] = block.mT
-    return curvature
-
-
-def _rows_of_outputs(graph: Graph, layout: Layout) -> dict[str, slice]:
-    ends = list(accumulate((layout.sizes[z] for z in graph.loss_parents), initial=0))
-    return {z: slice(a, b) for z, (a, b) in zip(graph.loss_parents, pairwise(ends), strict=True)}
-
-
 def _factors(graph: Graph, layout: Layout, v: str, limit: int) -> tuple[tuple[Path, ...], Tensor]:
     """Paths from v to the loss and their Jacobians, ``(P, S, k, d_v)``, zero at the outputs where they do not end."""
-    rows = _rows_of_outputs(graph, layout)
+    rows = layout.rows(graph.loss_parents)
     size = sum(layout.sizes[z] for z in graph.loss_parents)
     found = tuple(path for z in graph.loss_parents for path in paths(graph, v, z, limit=limit))
     factors = layout.like.new_zeros(len(found), layout.samples, size, layout.sizes[v])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diagnostics.bounds.paths import AnyGraph
 from diagnostics.errors import DiagnosticsError
-from diagnostics.graph.graph import Graph
+from diagnostics.graph.graph import Graph, shortest_paths
 
 Distances: TypeAlias = NDArray[np.float64]
 _Score: TypeAlias = tuple[int, float, float]
@@ -83,7 +83,7 @@ def recommend_skips(
         for i, j in combinations(range(len(names)), 2)
         if not network.has_edge(names[i], names[j]) and (allowed is None or allowed(names[i], names[j]))
     ]
-    before = _distances(network, names)
+    before = shortest_paths(network, names)
     budget = min(budget, len(candidates))
     exhaustive = math.comb(len(candidates), budget) <= exhaustive_limit
     chosen, after = _search_all(before, candidates, budget) if exhaustive else _greedy(before, candidates, budget)
@@ -103,15 +103,6 @@ def _ordered(graph: AnyGraph) -> tuple[nx.DiGraph[str], list[str]]:
     if not nx.is_directed_acyclic_graph(graph):
         raise DiagnosticsError("the graph is not a directed acyclic graph: give edges from parent to child.")
     return graph, list(nx.topological_sort(graph))
-
-
-def _distances(network: nx.DiGraph[str], names: Sequence[str]) -> Distances:
-    at = {name: i for i, name in enumerate(names)}
-    distances = np.full((len(names), len(names)), np.inf)
-    for v, lengths in nx.all_pairs_shortest_path_length(network.to_undirected(as_view=True)):
-        for w, length in lengths.items():
-            distances[at[v], at[w]] = length
-    return distances
 
 
 def _add(distances: Distances, edge: tuple[int, int]) -> Distances:

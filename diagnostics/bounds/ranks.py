@@ -13,7 +13,6 @@ from torch import Tensor
 from diagnostics.blocks.containers import BlockMatrix, HessianBlocks, MeanBlocks
 from diagnostics.blocks.layout import Layout
 from diagnostics.blocks.recursion import hessian_blocks
-from diagnostics.bounds.paths import loss_curvature
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph.graph import Graph
 from diagnostics.graph.local import LOSS, LocalDerivatives, local_derivatives
@@ -194,7 +193,7 @@ def _split(
 
 def _rank_of_loss(graph: Graph, layout: Layout, local: LocalDerivatives, per_sample: bool) -> int:
     """Rank of ∇²ℓ, the largest of single samples or their sum."""
-    ranks = torch.linalg.matrix_rank(loss_curvature(graph, layout, local))
+    ranks = torch.linalg.matrix_rank(layout.stacked(graph.loss_parents, local.curvatures[LOSS]))
     return int(ranks.amax() if per_sample else ranks.sum())
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import networkx as nx
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diagnostics.autograd.sample_mixing import mixes_samples
@@ -190,12 +192,7 @@ class Graph:
     @cached_property
     def distances(self) -> Tensor:
         """Shortest undirected path length between every two nodes, ``(n, n)``; infinite when unconnected (Thm 77)."""
-        distance = torch.full((len(self), len(self)), torch.inf)
-        order = {name: i for i, name in enumerate(self._by_name)}
-        for v, lengths in nx.all_pairs_shortest_path_length(self.to_networkx().to_undirected(as_view=True)):
-            for w, length in lengths.items():
-                distance[order[v], order[w]] = length
-        return distance
+        return torch.from_numpy(shortest_paths(self.to_networkx(), list(self._by_name))).to(torch.get_default_dtype())
 
     def distance(self, v: str, w: str) -> float:
         """Length of the shortest undirected path between nodes ``v`` and ``w``; infinite when there is none."""
@@ -265,3 +262,13 @@ class Graph:
                 f"parameter {changed[0]!r} was changed after the capture (an optimizer step?), so the recorded graph "
                 "belongs to the network as it was. Capture again."
             )
+
+
+def shortest_paths(network: nx.DiGraph[str], names: Sequence[str]) -> NDArray[np.float64]:
+    """Length of the shortest undirected path between every two nodes, in the order of ``names``; infinite for none."""
+    at = {name: i for i, name in enumerate(names)}
+    distances = np.full((len(names), len(names)), np.inf)
+    for v, lengths in nx.all_pairs_shortest_path_length(network.to_undirected(as_view=True)):
+        for w, length in lengths.items():
+            distances[at[v], at[w]] = length
+    return distances
