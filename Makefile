@@ -22,7 +22,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-examples ## run the quickstart; writes quickstart.png
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python -m examples.gallery.quickstart
 
 test: $(VENV)/.stamp-test ## run the fast tests and every code block of README.md and docs/; TESTS=folder for a part
 	$(PYTEST) $(TESTS)
@@ -57,37 +57,37 @@ docs: $(VENV)/.stamp-docs ## build the documentation in docs/_build; warnings ar
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build
 
 bench: $(VENV)/.stamp-examples ## time the blocks and the parametric Hessian
-	$(BIN)/python examples/benchmark_blocks.py
-	$(BIN)/python examples/benchmark_parametric.py
-	$(BIN)/python examples/benchmark_growth.py
+	$(BIN)/python -m examples.benchmarks.blocks
+	$(BIN)/python -m examples.benchmarks.parametric
+	$(BIN)/python -m examples.benchmarks.growth
 
 bench-large: $(VENV)/.stamp-examples ## time products and estimates on ResNet-18 and GPTs; DEVICE=cuda on a GPU
-	$(BIN)/python examples/benchmark_hvp.py --device $(DEVICE)
-	$(BIN)/python examples/benchmark_resnet.py --device $(DEVICE)
-	$(BIN)/python examples/benchmark_resnet.py --device $(DEVICE) --batch 128
+	$(BIN)/python -m examples.benchmarks.hvp --device $(DEVICE)
+	$(BIN)/python -m examples.benchmarks.resnet --device $(DEVICE)
+	$(BIN)/python -m examples.benchmarks.resnet --device $(DEVICE) --batch 128
 
 ablation: $(VENV)/.stamp-ablation ## compare optimizers on small problems (minutes); writes docs/ablation.md
-	$(BIN)/python examples/ablation run examples/ablation/studies/quick.toml
-	$(BIN)/python examples/ablation report
+	$(BIN)/python -m examples.studies.ablation run examples/studies/ablation/studies/quick.toml
+	$(BIN)/python -m examples.studies.ablation report
 
 ablation-full: $(VENV)/.stamp-ablation ## the same on all problems (an hour); DATA is the folder of the data sets
-	$(BIN)/python examples/ablation run examples/ablation/studies/full.toml --data $(DATA)
-	$(BIN)/python examples/ablation report
+	$(BIN)/python -m examples.studies.ablation run examples/studies/ablation/studies/full.toml --data $(DATA)
+	$(BIN)/python -m examples.studies.ablation report
 
 paper-quick: $(VENV)/.stamp-examples ## the paper's tables at initialisation, on generated images
-	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick || exit 1; done
-	$(BIN)/python examples/paper/report.py --results paper-results --docs paper-results
+	for name in $(PAPER); do $(BIN)/python -m examples.studies.paper $$name --quick || exit 1; done
+	$(BIN)/python -m examples.studies.paper report --results paper-results --docs paper-results
 
 paper: $(VENV)/.stamp-examples ## the paper's tables and docs/paper.md (hours); DATA is the folder of the data sets
-	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --data $(DATA) || exit 1; done
-	$(BIN)/python examples/paper/report.py
+	for name in $(PAPER); do $(BIN)/python -m examples.studies.paper $$name --data $(DATA) || exit 1; done
+	$(BIN)/python -m examples.studies.paper report
 
 theories: $(VENV)/.stamp-examples ## the three other theories, with their controls; DATA is the folder of the data sets
-	$(BIN)/python examples/theories/alignment.py --data $(DATA)
-	$(BIN)/python examples/theories/spectral_newton.py --data $(DATA)
-	$(BIN)/python examples/theories/conservation.py
-	$(BIN)/python examples/theories/null_cone.py --data $(DATA)
-	$(BIN)/python examples/theories/continual.py --data $(DATA)
+	$(BIN)/python -m examples.studies.theories.alignment --data $(DATA)
+	$(BIN)/python -m examples.studies.theories.spectral_newton --data $(DATA)
+	$(BIN)/python -m examples.studies.theories.conservation
+	$(BIN)/python -m examples.studies.theories.null_cone --data $(DATA)
+	$(BIN)/python -m examples.studies.theories.continual --data $(DATA)
 
 dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
 	$(BIN)/pre-commit install

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation.budget import Budget
-from ablation.contender import Contender, Finished, GradientStep
-from ablation.study import Session, Study
-from ablation.table import Table
-from ablation.task import Problem, Task
+from examples.shared.task import Problem, Task
+from examples.studies.ablation.budget import Budget
+from examples.studies.ablation.contender import Contender, Finished, GradientStep
+from examples.studies.ablation.study import Session, Study
+from examples.studies.ablation.table import Table
 
 LONG = Budget(1e6, 1e6)
 

@@ -1,7 +1,7 @@
 """Residuals of the test functions once more, in NumPy and index by index as the paper writes them.
 
-They take complex numbers, for derivatives by complex steps, and share nothing with ``examples/problems``. ``x[j]`` of
-the paper is ``x(j)`` here, from 1.
+They take complex numbers, for derivatives by complex steps, and share nothing with
+``examples/shared/test_functions``. ``x[j]`` of the paper is ``x(j)`` here, from 1.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +12,10 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation.problems import pinn
-from ablation.problems import pinn_equations as equations
-from ablation.problems import pinn_references as references
-from ablation.problems.pinn_derivatives import autograd, taylor
+from examples.shared.problems import pinn
+from examples.shared.problems import pinn_equations as equations
+from examples.shared.problems import pinn_references as references
+from examples.shared.problems.pinn_derivatives import autograd, taylor
 
 CPU = torch.device("cpu")
 NAMES = [problem.name for problem in pinn.PROBLEMS]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation import runner
-from ablation.contender import ClosureStep, Finished
-from ablation.meter import Meter, Work, loss_of
-from ablation.task import Task
-
 import hessopt
+from examples.shared.task import Task
+from examples.studies.ablation import runner
+from examples.studies.ablation.contender import ClosureStep, Finished
+from examples.studies.ablation.meter import Meter, Work, loss_of
 from tests.examples.ablation_toys import BATCHES, FULL, LONG, contender, steps
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation import runner
-from ablation.budget import Budget
-from ablation.meter import loss_of
-from ablation.optimizers import CONTENDERS
-from ablation.task import Problem, Task
-
+from examples.shared.task import Problem, Task
+from examples.studies.ablation import runner
+from examples.studies.ablation.budget import Budget
+from examples.studies.ablation.meter import loss_of
+from examples.studies.ablation.optimizers import CONTENDERS
 from tests.examples.ablation_toys import build
 
 

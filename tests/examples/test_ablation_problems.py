@@ -15,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation.problems import PROBLEMS, autoencoder, common, data, images, language, recurrent, tabular
-from ablation.task import Task
-
+from examples.shared.problems import PROBLEMS, autoencoder, common, data, images, language, recurrent, tabular
+from examples.shared.task import Task
 from hessopt import LeastSquares
 
 every = pytest.mark.parametrize("name", PROBLEMS)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation import runner
-from ablation.budget import Budget, Checkpoints
-from ablation.contender import Finished, GradientStep, NotApplicable
-from ablation.optimizers import CONTENDERS
-from ablation.task import Problem, Task
-
+from examples.shared.task import Problem, Task
+from examples.studies.ablation import runner
+from examples.studies.ablation.budget import Budget, Checkpoints
+from examples.studies.ablation.contender import Finished, GradientStep, NotApplicable
+from examples.studies.ablation.optimizers import CONTENDERS
 from tests.examples.ablation_toys import BATCHES, FULL, LONG, contender
 
 
@@ -100,7 +95,7 @@ def test_budget_of_steps() -> None:
 
 def test_budget_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()  # a clock that goes one second a look: a step takes one
-    monkeypatch.setattr("ablation.budget.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("examples.studies.ablation.budget.time.perf_counter", lambda: float(next(now)))
     sgd = contender("sgd", lambda task: GradientStep(task, torch.optim.SGD(task.model.parameters(), lr=0.1)))
     result = runner.run(FULL, sgd, {}, 0, Budget(12, 1e6))
     assert all(point[0] <= 12 for point in result.curve)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # its scripts import each other by name
-
-from ablation import runner
-from ablation.optimizers import CONTENDERS
-from ablation.study import Session, Study
-from ablation.table import Table
-
+from examples.studies.ablation import runner
+from examples.studies.ablation.optimizers import CONTENDERS
+from examples.studies.ablation.study import Session, Study
+from examples.studies.ablation.table import Table
 from tests.examples.ablation_toys import session, timeless
 
 
@@ -56,7 +52,7 @@ def test_an_interrupted_study_goes_on_to_the_same_table(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("ablation.study.run", interrupted)
+    monkeypatch.setattr("examples.studies.ablation.study.run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session(path).run()
     with path.open("a") as file:
@@ -69,9 +65,9 @@ def test_an_interrupted_study_goes_on_to_the_same_table(tmp_path: Path, monkeypa
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("everything is there")
 
-    monkeypatch.setattr("ablation.study.run", forbidden)
+    monkeypatch.setattr("examples.studies.ablation.study.run", forbidden)
     session(path).run()
-    monkeypatch.setattr("ablation.study.run", real)
+    monkeypatch.setattr("examples.studies.ablation.study.run", real)
     more = session(path, seeds=[1, 2, 3, 4]).run().rows
     assert {row["seed"] for row in more[len(whole) :]} == {4}
 
@@ -103,7 +99,7 @@ def test_bad_studies(tmp_path: Path) -> None:
 )
 def test_studies_are_valid(path: Path) -> None:
     pytest.importorskip("sklearn")
-    from ablation.problems import PROBLEMS
+    from examples.shared.problems import PROBLEMS
 
     study = Study.load(path)
     runs, seconds = Session(study, Table(path.with_suffix(".none")), PROBLEMS, CONTENDERS).estimate()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import diagnostics
-from examples import models
+from examples.shared import models
 
 
 @pytest.fixture(autouse=True)

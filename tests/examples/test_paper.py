@@ -10,19 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from paper.comparison import TABLES, published_rows, within
-from paper.experiments import EXPERIMENTS, Experiment
-from paper.images import Data, generated, toy_regression
-from paper.measurement import Batch, by_index, log_linear, squared_second_derivative
-from paper.networks import ACTIVATIONS, ConvolutionalNetwork, Diamond, ToyAttention, plain_mlp, residual_mlp
-from paper.run import crop_and_flip, measure, run
-from paper.store import Store
-from paper.tables import table
-from paper.training import Schedule, train, train_alone
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import diagnostics
+from examples.studies.paper.comparison import TABLES, published_rows, within
+from examples.studies.paper.experiments import EXPERIMENTS, Experiment
+from examples.studies.paper.images import Data, generated, toy_regression
+from examples.studies.paper.measurement import Batch, by_index, log_linear, squared_second_derivative
+from examples.studies.paper.networks import (
+    ACTIVATIONS,
+    ConvolutionalNetwork,
+    Diamond,
+    ToyAttention,
+    plain_mlp,
+    residual_mlp,
+)
+from examples.studies.paper.run import crop_and_flip, measure, run
+from examples.studies.paper.store import Store
+from examples.studies.paper.tables import table
+from examples.studies.paper.training import Schedule, train, train_alone
 
 BRANCHES = ("R_within_A", "R_within_B", "R_cross_AB")
 
@@ -97,7 +104,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     before = path.read_text()
     with path.open("a") as file:
         file.write('{"experiment": "exp3", "vari')  # cut off
-    monkeypatch.setattr("paper.run.measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("examples.studies.paper.run.measure", lambda *_: pytest.fail("measured again"))
     run(experiment, (42,), Store(path))
     assert path.read_text() == before
 

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from paper.architecture_experiments import ARCHITECTURES, characters, measure_sources
-from paper.architecture_networks import ConvolutionalChain, Heads, SmallGPT, UNet
-from paper.experiments import EXPERIMENTS, grid
-from paper.images import Data, generated
-from paper.label_experiment import LABELS
-from paper.measurement import Batch
-from paper.networks import Network, plain_mlp
-from paper.run import only, run
-from paper.store import Store
-from paper.trained import Trained
-from paper.training import Schedule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import diagnostics
+from examples.studies.paper.architecture_experiments import ARCHITECTURES, characters, measure_sources
+from examples.studies.paper.architecture_networks import ConvolutionalChain, Heads, SmallGPT, UNet
+from examples.studies.paper.experiments import EXPERIMENTS, grid
+from examples.studies.paper.images import Data, generated
+from examples.studies.paper.label_experiment import LABELS
+from examples.studies.paper.measurement import Batch
+from examples.studies.paper.networks import Network, plain_mlp
+from examples.studies.paper.run import NAMES, only, run
+from examples.studies.paper.store import Store
+from examples.studies.paper.trained import Trained
+from examples.studies.paper.training import Schedule
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "paper"
+ROOT = Path(__file__).parents[2]
 
 
 class Curved(Network):
@@ -169,7 +169,7 @@ def test_trained_networks_are_found_again_by_what_decides_them(tmp_path: Path, m
     )
     first, second = Store(tmp_path / "a.jsonl"), Store(tmp_path / "b.jsonl")
     run(small, (1, 2), first, tmp_path, epochs=2, trained=tmp_path / "trained")
-    monkeypatch.setattr("paper.run.train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("examples.studies.paper.run.train", lambda *_: pytest.fail("trained again"))
     run(replace(small, name="ablation_probes"), (1, 2), second, tmp_path, epochs=2, trained=tmp_path / "trained")
     kept = [[(r["phase"], r["quantity"], r["distance"], r["value"]) for r in s.rows if r["quantity"] != "seconds"]
             for s in (first, second)]  # fmt: skip
@@ -214,11 +214,10 @@ def test_measured_batch_is_of_the_test_set() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*sorted(EXPERIMENTS), "architectures", "labels"])
+@pytest.mark.parametrize("name", NAMES)
 def test_script_runs_without_data(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--quick", "--seeds", "42", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1800, check=False,
-                            env={"PYTHONPATH": str(SCRIPTS.parents[1]), "PATH": ""})  # fmt: skip
+    command = [sys.executable, "-m", "examples.studies.paper", name, "--quick", "--seeds", "42", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1800, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / f"{name}.jsonl").exists()
     assert "seeds 42" in result.stdout

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paper.comparison import NOT_RUN, OUTSIDE, PUBLISHED, TABLES, WITHIN, compare, coverage, elsewhere
-from paper.facts import Facts
-from paper.figures import FIGURES
-from paper.page import tables
-from paper.report import main
-from paper.run import RESULTS
-from paper.store import Store, chosen, read
+
+from examples.studies.paper.comparison import NOT_RUN, OUTSIDE, PUBLISHED, TABLES, WITHIN, compare, coverage, elsewhere
+from examples.studies.paper.facts import Facts
+from examples.studies.paper.figures import FIGURES
+from examples.studies.paper.page import tables
+from examples.studies.paper.report import main
+from examples.studies.paper.run import RESULTS
+from examples.studies.paper.store import Store, chosen, read
 
 CIFAR = "CIFAR-10, 50000 training images"
 

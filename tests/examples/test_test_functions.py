@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq, least_squares
 from torch.autograd.functional import hessian, jacobian
 
-from examples.problems import PROBLEMS, Minimum, Problem
+from examples.shared.test_functions import PROBLEMS, Minimum, Problem
 from tests.examples import more_garbow_hillstrom as reference
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}

@@ -1,4 +1,4 @@
-"""The comparisons of ``examples/theories``: what they compute by themselves, and that a stopped one goes on."""
+"""The comparisons of ``examples/studies/theories``: what they compute by themselves, and that a stopped one goes on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from theories import conservation
-from theories.continual import ARMS, FAINTEST, STRONGEST, Outcome, Penalty, run, tuned
-from theories.continual_benchmarks import Benchmark, Task, digits, mlp, permuted
-from theories.rows import Rows
-from theories.spectral_newton import RATES, FlatMuon
-from theories.spectral_newton import tuned as tuned_rate
 from torch import Tensor, nn
 
 from diagnostics import predict_imbalance
+from examples.studies.theories import conservation
+from examples.studies.theories.continual import ARMS, FAINTEST, STRONGEST, Outcome, Penalty, run, tuned
+from examples.studies.theories.continual_benchmarks import Benchmark, Task, digits, mlp, permuted
+from examples.studies.theories.rows import Rows
+from examples.studies.theories.spectral_newton import RATES, FlatMuon
+from examples.studies.theories.spectral_newton import tuned as tuned_rate
 
 
 def task_of(seed: int, classes: int = 10) -> Task:
@@ -147,7 +147,7 @@ def test_the_grid_of_ewc_is_extended_to_have_the_best_inside(monkeypatch: pytest
             power = round(torch.tensor(strength).log10().item())
             return Outcome(-abs(power - best), 0.0, 0.0, 0.0)
 
-        monkeypatch.setattr("theories.continual.outcome", outcome)
+        monkeypatch.setattr("examples.studies.theories.continual.outcome", outcome)
         return tuned(small(), Rows())
 
     for best in (-1, 1, 4):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from verdict_calibration import diagnosed, table
-from verdict_networks import Case, cases, digits, mlp, train
 
 from diagnostics.document.judge import RULES
+from examples.studies.verdicts.calibration import diagnosed, table
+from examples.studies.verdicts.networks import Case, cases, digits, mlp, train
 
 DOCS = Path(__file__).parents[2] / "docs" / "verdicts.md"
 

@@ -386,7 +386,7 @@ def test_a_missing_library_is_named(
 
 def test_saving_numbers_imports_no_page(tmp_path: Path) -> None:
     code = f"""
-import sys, torch, diagnostics, diagnostics.report.report, diagnostics.compare, diagnostics.report.cli
+import sys, torch, diagnostics, diagnostics.report.report, diagnostics.report.compare, diagnostics.report.cli
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
 report = diagnostics.diagnose(model, (torch.randn(4, 3), torch.randn(4, 2)), torch.nn.functional.mse_loss)
 report.save({str(tmp_path / "a.json")!r})

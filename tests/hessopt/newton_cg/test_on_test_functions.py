@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from examples.problems import PROBLEMS
+from examples.shared.test_functions import PROBLEMS
 from hessopt.closure.protocol import LeastSquares
 from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.wrappers.saddle import SaddleEscape

@@ -1,0 +1,1 @@
+"""Gallery, benchmarks and studies; run them as modules, ``python -m examples.gallery.quickstart``."""

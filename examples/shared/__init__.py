@@ -1,0 +1,1 @@
+"""Networks and problems that several examples use."""

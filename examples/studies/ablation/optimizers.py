@@ -1,0 +1,192 @@
+"""The registry of contenders. A new one is a function ``build(task, **settings)`` and an entry in ``_ALL``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import hessopt
+from examples.shared.task import Task
+from examples.studies.ablation.baselines.gradient import adahessian, adamw, muon, psgd, sgd, shampoo, soap
+from examples.studies.ablation.baselines.kfac import kfac
+from examples.studies.ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
+from examples.studies.ablation.contender import (
+    ClosureStep,
+    Contender,
+    GradientStep,
+    NotApplicable,
+    Settings,
+    Stepper,
+    need_full_batch,
+    trained,
+)
+
+
+def newton_cg(task: Task, **settings: Any) -> Stepper:
+    return ClosureStep(task, hessopt.NewtonCG(task.model, **settings))
+
+
+def banded_newton(task: Task, **settings: Any) -> Stepper:
+    return ClosureStep(task, hessopt.BandedNewton(task.model, **settings))
+
+
+def banded_search(task: Task, **settings: Any) -> Stepper:
+    """With the line search: for full batches of residuals."""
+    need_full_batch(task)
+    return ClosureStep(task, hessopt.BandedNewton(task.model, line_search=True, **settings))
+
+
+def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
+    """The mini-batch form. Where the loss can be declared, by name or as a module, it needs no closure."""
+    names = [field.name for field in dataclasses.fields(hessopt.MiniBatch)]
+    options = {name: settings.pop(name) for name in names if name in settings}
+    if task.declared is not None:
+        options |= dict(zip(("loss", "reduction", "class_dim"), task.declared, strict=False))
+    optimizer = hessopt.BandedNewton(
+        task.model, factors="kronecker", mini_batch=hessopt.MiniBatch(**options), **settings
+    )
+    if "loss" in options:
+        return GradientStep(task, optimizer, schedule=schedule)
+    return ClosureStep(task, optimizer, schedule)
+
+
+def spectral_newton(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
+    """Matrices by the spectral map, the rest by AdamW."""
+    law = {name: settings.pop(name) for name in ("alpha", "delta", "form") if name in settings}
+    adamw = hessopt.AdamWPart(ratio=settings.pop("adamw_ratio", 1.0))
+    optimizer = hessopt.SpectralNewton(task.model, coordinates=hessopt.PowerLaw(**law), adamw=adamw, **settings)
+    if all(group["name"] != "spectral" for group in optimizer.param_groups):
+        raise NotApplicable("the network has no hidden matrices")
+    return ClosureStep(task, optimizer, schedule)
+
+
+def escape_adamw(task: Task, *, lr: float = 1e-3, **settings: Any) -> Stepper:
+    base = torch.optim.AdamW(trained(task.model), lr=lr, weight_decay=0.0)
+    return ClosureStep(task, hessopt.SaddleEscape(base, model=task.model, **settings))
+
+
+def escape_sgd(task: Task, *, lr: float = 0.01, momentum: float = 0.9, **settings: Any) -> Stepper:
+    base = torch.optim.SGD(trained(task.model), lr=lr, momentum=momentum, nesterov=True)
+    return ClosureStep(task, hessopt.SaddleEscape(base, model=task.model, **settings))
+
+
+def rates(*values: float) -> list[Settings]:
+    """Learning rates with a cosine schedule over the budget, then the same constant."""
+    scheduled: list[Settings] = [{"lr": lr, "schedule": "cosine"} for lr in values]
+    return [*scheduled, *({"lr": lr} for lr in values)]
+
+
+def each(**values: Sequence[Any]) -> list[Settings]:
+    """Settings of one kind each."""
+    return [{name: value} for name, options in values.items() for value in options]
+
+
+_KFAC = [(0.01, 1e-2), (0.1, 1.0), (0.001, 1e-3), (0.01, 1e-1), (0.03, 3e-2), (0.1, 1e-1)]
+_ADAM_LBFGS = [(1e-3, 0.2), (1e-2, 0.2), (1e-3, 0.5), (1e-2, 0.5), (3e-3, 0.1), (3e-3, 0.3)]
+
+_ALL = [
+    Contender("sgd", "SGD, Nesterov", sgd, rates(0.1, 0.01, 1.0)),
+    Contender("adamw", "AdamW", adamw, rates(1e-2, 1e-3, 3e-3)),
+    Contender("lbfgs", "LBFGS", lbfgs, each(history_size=[100, 20, 10, 50, 200, 5])),
+    Contender("muon", "Muon + AdamW", muon, rates(1e-2, 1e-3, 3e-3)),
+    Contender("adahessian", "Adahessian", adahessian, rates(0.15, 0.015, 0.05), packages=("torch-optimizer",)),
+    Contender("shampoo", "Shampoo", shampoo, rates(0.1, 1.0, 0.01), packages=("torch-optimizer",)),
+    Contender("soap", "SOAP", soap, rates(3e-3, 1e-2, 1e-3), packages=("pytorch-optimizer",)),
+    Contender("psgd", "PSGD (Kron)", psgd, rates(1e-2, 1e-3, 3e-2), packages=("pytorch-optimizer",)),
+    Contender(
+        "kfac",
+        "K-FAC",
+        kfac,
+        [{"lr": lr, "damping": damping} for lr, damping in _KFAC],
+        packages=("curvlinops-for-pytorch",),
+    ),
+    Contender(
+        "adam_lbfgs",
+        "Adam, then LBFGS",
+        adam_then_lbfgs,
+        [{"lr": lr, "adam_share": share} for lr, share in _ADAM_LBFGS],
+    ),
+    Contender(
+        "scipy_lbfgsb", "L-BFGS-B (scipy)", scipy_lbfgsb, each(maxcor=[10, 100, 30, 50, 5, 20]), packages=("scipy",)
+    ),
+    Contender(
+        "scipy_trust_ncg",
+        "trust-ncg (scipy)",
+        scipy_trust_ncg,
+        each(initial_trust_radius=[1.0, 0.1, 10.0, 0.01, 100.0, 0.3]),
+        packages=("scipy",),
+    ),
+    Contender(
+        "newton_cg",
+        "NewtonCG",
+        newton_cg,
+        [
+            {},
+            {"preconditioner": "diagonal"},
+            {"curvature": "ggn", "method": "levenberg-marquardt"},
+            {"curvature": "ggn"},
+            {"curvature": "hessian"},
+            {"max_products": 50},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "banded_newton",
+        "BandedNewton",
+        banded_newton,
+        [
+            {},
+            {"damping": 1.0},
+            {"bandwidth": 0},
+            {"bandwidth": 1},
+            {"bandwidth": "full"},
+            {"bandwidth": 2},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "banded_search",
+        "BandedNewton, line search",
+        banded_search,
+        [{}, {"bandwidth": 0}, {"damping": 1e-6}, {"damping": 1e-3}, {"bandwidth": 1}, {"bandwidth": "full"}],
+        ours=True,
+    ),
+    Contender(
+        "banded_kronecker",
+        "BandedNewton, Kronecker",
+        banded_kronecker,
+        [
+            {"trust": 2e-2},
+            {"schedule": "cosine", "damping_unit": "layer", "trust": 2e-2},
+            {"schedule": "cosine"},
+            {},
+            {"schedule": "cosine", "trust": 1e-3, "momentum": 0.9},
+            {"schedule": "cosine", "bandwidth": "full"},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "spectral_newton",
+        "SpectralNewton",
+        spectral_newton,
+        [
+            {"lr": 0.01, "adamw_ratio": 1.0, "schedule": "cosine"},
+            {},
+            {"lr": 0.003, "adamw_ratio": 1.0, "schedule": "cosine"},
+            {"lr": 0.03, "adamw_ratio": 0.3, "schedule": "cosine"},
+            {"lr": 0.01, "alpha": 1.0, "adamw_ratio": 1.0, "schedule": "cosine"},
+            {"lr": 0.05, "adamw_ratio": 0.15, "schedule": "cosine"},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "escape_adamw", "SaddleEscape(AdamW)", escape_adamw, each(lr=[1e-2, 1e-3, 3e-3, 3e-4, 3e-2, 1e-4]), ours=True
+    ),
+    Contender("escape_sgd", "SaddleEscape(SGD)", escape_sgd, each(lr=[0.1, 0.01, 1.0, 0.03, 0.3, 3e-3]), ours=True),
+]
+
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
+"""By name; figures give colours in this order."""

@@ -1,0 +1,1 @@
+"""The three other theories beside their controls."""

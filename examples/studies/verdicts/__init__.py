@@ -1,0 +1,1 @@
+"""How often each verdict fires, on networks of many kinds."""
