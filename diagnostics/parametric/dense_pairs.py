@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from diagnostics.parametric.maps import ParameterMap, PatchMap
+from diagnostics.parametric.maps import ParameterMap
+from diagnostics.parametric.patch_map import PatchMap
 
 
 class Target(Protocol):

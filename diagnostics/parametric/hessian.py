@@ -17,9 +17,11 @@ from diagnostics.blocks.recursion import assemble_blocks
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
 from diagnostics.graph.graph import Graph, Part
 from diagnostics.graph.local import differentiate
+from diagnostics.parametric.dense_map import dense_map
 from diagnostics.parametric.dense_pairs import Workspace, add_dense_pair, is_dense
-from diagnostics.parametric.maps import ParameterMap, TotalJacobian, dense_map, parameter_map
+from diagnostics.parametric.maps import ParameterMap, TotalJacobian
 from diagnostics.parametric.patch_pairs import add_patch_pair, is_patched
+from diagnostics.parametric.recognise import parameter_map
 
 
 class ParameterBlocks(Mapping[tuple[str, str], Tensor]):

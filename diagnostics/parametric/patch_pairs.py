@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import TypeIs
 
 from diagnostics.parametric.dense_pairs import Target, Workspace
-from diagnostics.parametric.maps import ParameterMap, PatchMap
+from diagnostics.parametric.maps import ParameterMap
+from diagnostics.parametric.patch_map import PatchMap
 
 
 def is_patched(layer: ParameterMap) -> TypeIs[PatchMap]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.parametric import maps as parameter_maps
+from diagnostics.parametric import recognise
 from tests.helpers.networks import (
     Attention,
     CalledTwice,
@@ -216,7 +216,7 @@ def test_structured_layers_equal_the_entry_by_entry_map(name: str, monkeypatch: 
     make, inputs = CASES[name]
     graph = diagnostics.capture(make().double(), inputs(), _wavy)
     structured = {part: diagnostics.parameter_hessian(graph, part) for part in ("total", "gn", "tensor")}
-    monkeypatch.setattr(parameter_maps, "_patch_map", lambda *_: None)
+    monkeypatch.setattr(recognise, "_patch_map", lambda *_: None)
     for part, matrix in structured.items():
         assert relative_error(matrix, diagnostics.parameter_hessian(graph, part)) < 1e-12
 
