@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError
-from diagnostics.estimators.symmetric_eigen import eigh
 from diagnostics.graph.graph import Graph
 
 
@@ -44,6 +43,12 @@ class Injections:
         node = self.graph[name]
         return node.value.numel() // (self.graph.batch_size if self.graph.is_batched(node) else 1)
 
+    def signs(self, name: str, generator: torch.Generator) -> Tensor:
+        """A Rademacher probe at the node, the same for all samples, ``(1, d, 1)``."""
+        value = self.graph[name].value
+        signs = torch.empty(1, self.size(name), 1, dtype=value.dtype)
+        return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(value.device)
+
     def spread(self, name: str, vectors: Tensor) -> Tensor:
         """Tangents ``(k, *shape)`` of the node for vectors ``(S, d, k)``."""
         shape = self.graph[name].shape
@@ -58,17 +63,3 @@ class Injections:
         if self.samples == 1 and self.graph.is_batched(self.graph[name]):
             responses = responses.sum(1)
         return responses.reshape(k, self.samples, -1).permute(1, 2, 0) * self.scale
-
-
-def whiten(vectors: Tensor) -> Tensor:
-    """C ``(…, k, k)`` such that the columns of ``X C`` are orthonormal or zero, for X ``(…, d, k)``.
-
-    Directions whose share in X is rounding get a zero column.
-    """
-    gram = vectors.mT @ vectors
-    values, rotation = eigh(gram)
-    floor = values[..., -1:] * (vectors.shape[-1] * torch.finfo(vectors.dtype).eps)
-    kept = values > floor
-    scale = torch.where(kept, values, 1).rsqrt() * kept
-    result: Tensor = rotation * scale.unsqueeze(-2)
-    return result

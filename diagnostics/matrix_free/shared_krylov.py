@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diagnostics.estimators.symmetric_eigen import eigh
-from diagnostics.matrix_free.injections import whiten
 
 Multiply = Callable[[str, Tensor], Mapping[str, Tensor]]
 """``(w, X) -> {v: H[v,w] X}`` for vectors X ``(S, d_w, k)`` at node w and all nodes v."""
@@ -126,3 +125,17 @@ def rest(span: Tensor, vectors: Tensor) -> Tensor:
     for _ in range(2):
         vectors = vectors - known @ (known.mT @ vectors)
     return vectors
+
+
+def whiten(vectors: Tensor) -> Tensor:
+    """C ``(…, k, k)`` such that the columns of ``X C`` are orthonormal or zero, for X ``(…, d, k)``.
+
+    Directions whose share in X is rounding get a zero column.
+    """
+    gram = vectors.mT @ vectors
+    values, rotation = eigh(gram)
+    floor = values[..., -1:] * (vectors.shape[-1] * torch.finfo(vectors.dtype).eps)
+    kept = values > floor
+    scale = torch.where(kept, values, 1).rsqrt() * kept
+    result: Tensor = rotation * scale.unsqueeze(-2)
+    return result

@@ -12,7 +12,6 @@ import torch
 from diagnostics.matrix_free.injections import Injections
 from diagnostics.matrix_free.pair_products import PairProducts
 from diagnostics.matrix_free.routing import route
-from diagnostics.report.node_sections import signs
 from diagnostics.report.parameter_sections import by_node
 from diagnostics.report.workbench import Workbench
 
@@ -185,16 +184,14 @@ class Costs:
         graph = self.bench.graph
         injections = Injections(graph)
         name = graph.chosen[0]
-        vectors = signs(graph, injections, name, torch.Generator()).expand(-1, -1, _COLUMNS)
+        vectors = injections.signs(name, torch.Generator()).expand(-1, -1, _COLUMNS)
         with torch.no_grad():
             PairProducts(graph, graph.chosen, injections, None, 2**30).respond(name, vectors)
 
     def _route(self) -> None:
         graph = self.bench.graph
         injections = Injections(graph)
-        tangents = {
-            name: injections.spread(name, signs(graph, injections, name, torch.Generator())) for name in graph.chosen
-        }
+        tangents = {name: injections.spread(name, injections.signs(name, torch.Generator())) for name in graph.chosen}
         route(graph, tangents, by_source=True)
 
     def _product(self, columns: int) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from diagnostics.blocks.pair_metrics import metrics
 from diagnostics.blocks.sources import curvature_sources
-from diagnostics.errors import DiagnosticsError, MemoryBudgetError
+from diagnostics.errors import MemoryBudgetError
 from diagnostics.graph.flatness import cannot_bend
 from diagnostics.graph.graph import Graph
 from diagnostics.matrix_free.injections import Injections
 from diagnostics.matrix_free.node_metrics import estimate_metrics
+from diagnostics.matrix_free.node_sources import estimated_sources
 from diagnostics.matrix_free.pair_estimates import Sampling
-from diagnostics.matrix_free.routing import route
 from diagnostics.matrix_free.square_norms import jackknife
 from diagnostics.operators.replay import along_the_tape
 from diagnostics.report.workbench import Workbench
@@ -195,52 +195,16 @@ def sources(bench: Workbench) -> dict[str, Any]:
             f"the shares of {len(graph)} sources at {len(graph.chosen)} nodes take {needed / 2**20:.3g} MiB, more than "
             f"the limit of {limit / 2**20:.3g} MiB. Use fewer nodes, a smaller batch or a larger memory_limit."
         )
-    return estimated_sources(graph, bench.probes_of("sources"), bench.generator("sources"))
-
-
-def estimated_sources(graph: Graph, probes: int, generator: torch.Generator) -> dict[str, Any]:
-    """Shares ⟨H^T(u), H^T⟩ / ‖H^T‖_F² of the assembled batch-mean blocks of the chosen nodes, from products.
-
-    For a probe r at all nodes at once, ``E ⟨H^T(u) r, H^T r⟩ = ⟨H^T(u), H^T⟩``; :func:`diagnostics.route` gives the
-    shares of all nodes from one product. Standard errors are the jackknife's over the probes.
-    """
-    injections = Injections(graph)
-    products: dict[str, list[float]] = {}
-    squares: dict[str, list[float]] = {}
-    norms: list[float] = []
-    for k in range(probes):
-        tangents = {name: injections.spread(name, signs(graph, injections, name, generator)) for name in graph.chosen}
-        routed = route(graph, tangents, by_source=True)
-        if routed.tensor_by_source is None:
-            raise DiagnosticsError("the tensor part did not come apart by source.")
-        whole = {v: injections.gather(v, routed.tensor[v]) for v in graph.chosen}
-        norms.append(sum(column.double().square().sum().item() for column in whole.values()))
-        for u, share in routed.tensor_by_source.items():
-            own = {v: injections.gather(v, share[v]).double() for v in graph.chosen if v in share}
-            products.setdefault(u, [0.0] * probes)[k] = sum((c * whole[v]).sum().item() for v, c in own.items())
-            squares.setdefault(u, [0.0] * probes)[k] = sum(c.square().sum().item() for c in own.values())
-    order = [node.name for node in graph if node.name in products and any(squares[node.name])]
-    rows = torch.tensor([products[u] for u in order], dtype=torch.float64).reshape(len(order), probes)
-    whole_norm = torch.tensor(norms, dtype=torch.float64)
-    shares = rows.sum(1) / whole_norm.sum()
-    without = (rows.sum(1, keepdim=True) - rows) / (whole_norm.sum() - whole_norm)
-    own_norm = torch.tensor([squares[u] for u in order], dtype=torch.float64).reshape(len(order), probes)
+    shares = estimated_sources(graph, bench.probes_of("sources"), bench.generator("sources"))
     return {
         "exact": False,
-        "sources": order,
-        "share": shares,
-        "share_error": jackknife(shares, without),
-        "norm_ratio": (own_norm.sum(1) / whole_norm.sum()).sqrt(),
+        "sources": list(shares.sources),
+        "share": shares.share,
+        "share_error": shares.share_error,
+        "norm_ratio": shares.norm_ratio,
         "negative_share": None,
         "gn_negative_share": None,
         "negative_mass": None,
-        "tensor_norm": whole_norm.mean().sqrt().item(),
-        "probes": probes,
+        "tensor_norm": shares.tensor_norm,
+        "probes": shares.probes,
     }
-
-
-def signs(graph: Graph, injections: Injections, name: str, generator: torch.Generator) -> Tensor:
-    """A probe at a node, the same for all samples, ``(1, d, 1)``."""
-    value = graph[name].value
-    signs = torch.empty(1, injections.size(name), 1, dtype=value.dtype)
-    return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(value.device)
