@@ -136,8 +136,8 @@ from .results.power_law import zeta_reference as zeta_reference
 from .training.change_points import Change as Change
 from .training.change_points import ChangeDetector as ChangeDetector
 from .training.exponent_recorder import ExponentRecorder as ExponentRecorder
-from .training.monitor import Measurement as Measurement
 from .training.monitor import Monitor as Monitor
 from .training.sharpness import SharpnessTracker as SharpnessTracker
 from .training.sharpness import softmax_curvature_bound as softmax_curvature_bound
 from .training.sharpness import stability_threshold as stability_threshold
+from .training.writers import Measurement as Measurement

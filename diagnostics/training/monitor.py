@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +22,8 @@ from diagnostics.matrix_free.node_metrics import estimate_metrics
 from diagnostics.matrix_free.pair_estimates import Sampling
 from diagnostics.operators.curvature import HessianOperator
 from diagnostics.results.metric_table import MetricTable
-from diagnostics.training.change_points import Change, ChangeDetector
+from diagnostics.training.change_points import ChangeDetector
+from diagnostics.training.writers import Measurement, Writer, writer_to
 
 Metric: TypeAlias = Literal["resonance", "coupling", "stable_rank", "gn_gap", "sharpness", "negative"]
 METRICS: tuple[Metric, ...] = ("resonance", "coupling", "stable_rank", "gn_gap", "sharpness", "negative")
@@ -35,47 +33,6 @@ FREE_SECONDS = 30.0
 AUTOMATIC_OVERHEAD = 0.1
 """The share of the time that they may take from there on."""
 _logger = logging.getLogger(__name__)
-
-
-class ScalarWriter(Protocol):
-    """What is used of ``torch.utils.tensorboard.SummaryWriter``."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Write one number."""
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """What a :class:`Monitor` found at one step.
-
-    Attributes:
-        step: Number of steps before it.
-        due: The step at which it was due. An earlier one than ``step`` where it was put off, see ``overhead``;
-            measurements that would have been due between the two were not made.
-        seconds: How long the measurement took.
-        values: Summaries by name: ``resonance``, ``coupling`` (between different nodes) and ``stable_rank`` as means
-            over pairs, ``gn_gap`` as the ratio of sums Σ‖H^T‖ / Σ‖H^GN‖, ``sharpness`` (λ_max of the Hessian with
-            respect to the parameters), ``sharpness_to_limit`` (λ_max · lr / 2, where lr is known), ``negative``
-            (−λ_min, or 0). Where iterations have not converged, ``sharpness`` and ``negative`` are lower bounds.
-        relative_errors: Standard errors divided by values, for values that are estimates from random probes.
-        changes: Which of them have changed abruptly.
-        notes: What was put off, not converged, or left out to fit into the memory, in words.
-        table: All pairs of nodes, if asked for.
-    """
-
-    step: int
-    due: int
-    seconds: float
-    values: dict[str, float]
-    relative_errors: dict[str, float]
-    changes: tuple[Change, ...]
-    notes: tuple[str, ...]
-    table: MetricTable | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Steps, seconds, values, changes and notes, ready for JSON (but for NaN and infinity)."""
-        numbers = {"step": self.step, "due": self.due, "seconds": self.seconds, **self.values}
-        return {**numbers, "changes": [vars(change) for change in self.changes], "notes": list(self.notes)}
 
 
 class Monitor:
@@ -143,7 +100,7 @@ class Monitor:
         lr: float | None = None,
         memory_limit: int = 4 * 2**30,
         keep_tables: bool = True,
-        writers: Sequence[str | pathlib.Path | ScalarWriter | Callable[[Measurement], Any]] = (),
+        writers: Sequence[Writer] = (),
         detector: ChangeDetector | None = None,
     ) -> None:
         if every < 1:
@@ -170,7 +127,7 @@ class Monitor:
         self.keep_tables = keep_tables
         self.detector = ChangeDetector() if detector is None else detector
         self.history: list[Measurement] = []
-        self._writers = [_writer(writer) for writer in writers]
+        self._writers = [writer_to(writer) for writer in writers]
         self._optimizer: torch.optim.Optimizer | None = None
         self.waiting = 0
         self._start: Tensor | None = None  # the last eigenvectors, added up
@@ -368,26 +325,3 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _writer(target: Any) -> Callable[[Measurement], Any]:
-    if isinstance(target, (str, pathlib.Path)):
-        path = pathlib.Path(target)
-        if not path.parent.is_dir():
-            raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to.")
-
-        def append(measurement: Measurement) -> None:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(measurement.to_dict()) + "\n")
-
-        return append
-    if hasattr(target, "add_scalar"):
-
-        def add_scalars(measurement: Measurement) -> None:
-            for name, value in measurement.values.items():
-                target.add_scalar(f"curvature/{name}", value, measurement.step)
-
-        return add_scalars
-    if callable(target):
-        return target  # type: ignore[no-any-return]
-    raise TypeError(f"a writer is a path, a SummaryWriter or a function, got {type(target).__name__}.")
