@@ -41,8 +41,8 @@ class AffineLayer:
     received: Tensor
     parent: Tensor
 
-    @staticmethod
-    def recognise(node: Node, parents: Sequence[Node]) -> AffineLayer | None:
+    @classmethod
+    def recognise(cls, node: Node, parents: Sequence[Node]) -> AffineLayer | None:
         """The layer, if the node is the output of such a module and its input has exactly that tape; otherwise None."""
         if len(parents) != 1 or not is_plain_layer(node.module) or not node.received:
             return None
@@ -51,9 +51,9 @@ class AffineLayer:
             return None
         if received.shape[:1] != parent.shape[:1] or node.shape[:1] != parent.shape[:1]:
             return None
-        return AffineLayer(_matrix(node.module, received), received, parent)
+        return cls(_matrix(node.module, received), received, parent)
 
-    def slope(self, _output: Tensor) -> Tensor | None:
+    def slope(self, output: Tensor) -> Tensor | None:
         """σ′ at every entry, ``(B, d_in)``, on the tape; None for the identity."""
         if is_same(self.received, self.parent):
             return None

@@ -35,8 +35,8 @@ class DenseLayer:
     weight: Tensor
     activation: GradientEdge | None
 
-    @staticmethod
-    def recognise(node: Node, parents: Sequence[Node]) -> DenseLayer | None:
+    @classmethod
+    def recognise(cls, node: Node, parents: Sequence[Node]) -> DenseLayer | None:
         """The layer, if the tape of ``node`` is exactly that; otherwise None."""
         if len(parents) != 1 or parents[0].value.ndim != 2:
             return None
@@ -46,7 +46,7 @@ class DenseLayer:
             if inner is not None:
                 function, activation = inner, GradientEdge(inner, index)
         weight = None if function is None else _weight_of_linear(function, parents[0])
-        return None if weight is None else DenseLayer(weight, activation)
+        return None if weight is None else cls(weight, activation)
 
     def slope(self, output: Tensor) -> Tensor | None:
         """σ′ at every entry, ``(B, d_out)``, on the tape; None for the identity."""

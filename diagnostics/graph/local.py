@@ -13,6 +13,7 @@ from torch import Tensor
 from diagnostics.autograd.kernels import plain_autograd, twice_differentiable
 from diagnostics.autograd.tape import batched_vjp, checked_symmetric, named_errors, slopes_of
 from diagnostics.graph.affine_layer import AffineLayer
+from diagnostics.graph.closed_form import ClosedForm
 from diagnostics.graph.dense_layer import DenseLayer
 from diagnostics.graph.flatness import cannot_bend
 from diagnostics.graph.graph import Graph, Node
@@ -94,14 +95,14 @@ def differentiate(graph: Graph) -> LocalDerivatives:
     return local
 
 
-def _closed_form(node: Node, parents: Sequence[Node]) -> DenseLayer | AffineLayer | None:
+def _closed_form(node: Node, parents: Sequence[Node]) -> ClosedForm | None:
     return DenseLayer.recognise(node, parents) or AffineLayer.recognise(node, parents)
 
 
 def _differentiate_layer(
     graph: Graph,
     local: LocalDerivatives,
-    layer: DenseLayer | AffineLayer,
+    layer: ClosedForm,
     node: Node,
     parent: Node,
     signals: dict[str, Tensor],
