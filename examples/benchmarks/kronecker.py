@@ -25,13 +25,13 @@ from examples.shared.task import Task
 from examples.studies.ablation.optimizers import CONTENDERS
 from hessopt import BandedNewton, MiniBatch
 from hessopt.averages.averages import KroneckerAverages
-from hessopt.averages.gathering import Gathering
-from hessopt.averages.inverse import KroneckerInverse
+from hessopt.averages.observer import PassObserver
+from hessopt.kronecker.inverse import KroneckerInverse
 
 Step = Callable[[Any], None]
 BANDWIDTHS: tuple[Any, ...] = (0, 1, 2, "full", "auto")
 PARTS = {
-    "columns and their back-propagation": (Gathering, "_arrive"),
+    "columns and their back-propagation": (PassObserver, "_arrive"),
     "averaging": (KroneckerAverages, "moments"),
     "inversion": (KroneckerInverse, "refresh"),
     "solve": (KroneckerInverse, "solve"),

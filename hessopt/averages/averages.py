@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from hessopt.averages.blocks import Block, Rows
 
 Matrices = list[Tensor]
 """A step: for each :class:`Stack` a tensor ``(m, o, a)``."""
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -152,6 +155,22 @@ class KroneckerAverages:
         parts = [t for stack in self.stacks for t in stack.factors]
         return parts + [t for pairs in self.pairs for t in (pairs.inputs, pairs.outputs)]
 
+    def split(self, parts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+        """What is in the order of :attr:`tensors`: that of single blocks, and that of pairs."""
+        count = 2 * len(self.stacks)
+        return parts[:count], parts[count:]
+
+    def named(self, what: str, tensors: Sequence[Tensor] | None = None) -> list[tuple[str, Tensor]]:
+        """Tensors in the order of :attr:`tensors`, by default these, with what to call them in messages."""
+        names: list[str] = []
+        for number in range(len(self.stacks)):
+            blocks = [repr(b.name) for b, (n, _) in zip(self.blocks, self.place, strict=True) if n == number]
+            names += [f"the {what} {side} of {', '.join(blocks[:3])}" for side in ("A", "G")]
+        for pairs in self.pairs:
+            between = [f"{self.blocks[v].name!r} and {self.blocks[w].name!r}" for v, w in pairs.blocks[:2]]
+            names += [f"the {what} {side} between {', '.join(between)}" for side in ("A", "G")]
+        return list(zip(names, self.tensors if tensors is None else tensors, strict=True))
+
     def adopt(self, other: KroneckerAverages) -> None:
         """Copy the averages of the same blocks with another band, where this one has them."""
         for stack, theirs in zip(self.stacks, other.stacks, strict=True):
@@ -185,7 +204,7 @@ class KroneckerAverages:
             found.update(zip(block.parameters, block.views(part), strict=True))
         return found
 
-    def moments(self, rows: Sequence[Rows | None], samples: int, cross: bool = True) -> Moments:
+    def moments(self, rows: Sequence[Rows | None], samples: int) -> Moments:
         """The same matrices of the rows of one batch alone.
 
         ``A = Σ x xᵀ / (number of rows)``, ``G = Σ ĵ ĵᵀ``: the mean over samples of the curvature is in ĵ's scale.
@@ -193,7 +212,6 @@ class KroneckerAverages:
         Args:
             rows: Of each block; None for one that was not called.
             samples: B.
-            cross: Whether to gather cross factors.
         """
         found = Moments([torch.zeros_like(t) for t in self.tensors], [1.0] * len(self.stacks), [])
         for number in range(len(self.stacks)):
@@ -208,7 +226,7 @@ class KroneckerAverages:
                 if row is not None:
                     _moments(self.blocks[i], row, inputs[part], outputs[part])
         found.excluded = [v for v, row in enumerate(rows) if row is None or _positions(row, samples) is None]
-        if self.pairs and cross:
+        if self.pairs:
             self._pair_moments(rows, samples, found.tensors[2 * len(self.stacks) :])
         return found
 
@@ -252,7 +270,7 @@ class KroneckerAverages:
     def product(self, x: Matrices) -> Matrices:
         """``(t ∘ M) x``, undamped: ``(M X)_v = Σ_w t_vw G_vw X_w A_wv``."""
         y = [
-            _right(_left(stack.outputs, part, stack.diagonal[0]), stack.inputs, stack.diagonal[1])
+            times_right(times_left(stack.outputs, part, stack.diagonal[0]), stack.inputs, stack.diagonal[1])
             for stack, part in zip(self.stacks, x, strict=True)
         ]
         for pairs in self.pairs:
@@ -263,11 +281,13 @@ class KroneckerAverages:
         return y
 
 
-def _left(factor: Tensor, x: Tensor, diagonal: bool) -> Tensor:
+def times_left(factor: Tensor, x: Tensor, diagonal: bool) -> Tensor:
+    """Factors ``(m, o, o)``, or ``(m, o)`` if diagonal, times matrices ``(m, o, a)``."""
     return factor.unsqueeze(2) * x if diagonal else factor @ x
 
 
-def _right(x: Tensor, factor: Tensor, diagonal: bool) -> Tensor:
+def times_right(x: Tensor, factor: Tensor, diagonal: bool) -> Tensor:
+    """Matrices ``(m, o, a)`` times factors ``(m, a, a)``, or ``(m, a)`` if diagonal."""
     return x * factor.unsqueeze(1) if diagonal else x @ factor
 
 

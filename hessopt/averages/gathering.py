@@ -1,362 +1,352 @@
-"""When curvature is gathered: in the backward pass that follows a call of the network or of the declared loss."""
+"""What gathers: inputs of a network's layers and columns of its output curvature, of one batch at a time, by hooks."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
 
-from diagnostics.autograd.tape import Function, ancestry
-from hessopt.averages.blocks import Block
-from hessopt.averages.causes import Seen
-from hessopt.averages.passes import Choice, current_backward
-from hessopt.averages.recorder import Call, Recorder, on_arrival
+from hessopt.averages.blocks import Rows, plan_blocks
+from hessopt.averages.causes import SEE_LOSS, cause
+from hessopt.averages.observer import Columns, PassObserver
+from hessopt.averages.options import MiniBatch
+from hessopt.averages.recorder import Call, back_propagate
+from hessopt.averages.saved import check_entries
 from hessopt.averages.seeds import Seeds
 from hessopt.errors import ClosureError, HessoptError, ModelError
-from hessopt.network.layer_graph import layer_distances
-from hessopt.network.weak_hooks import WeakHooks
+
+Curvature = Literal["fisher", "ggn", "empirical"]
+
+T = TypeVar("T")
+
+NOT_CALLED = "its layer was not called at the first step"
 
 
-@dataclass(eq=False)
-class Columns:
-    """What is to be back-propagated, and to where.
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Which blocks there are, as a batch shows it.
 
     Attributes:
+        called: Numbers of the blocks that were called, ascending.
+        distances: Of all blocks, ``(n, n)``: :func:`hessopt.network.layer_graph.layer_distances`.
+    """
+
+    called: list[int]
+    distances: NDArray[np.float64]
+
+    @property
+    def inside(self) -> NDArray[np.float64]:
+        """Distances of the blocks that were called."""
+        found: NDArray[np.float64] = self.distances[np.ix_(self.called, self.called)]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a backward pass brought.
+
+    Attributes:
+        structure: Of the network; None once :meth:`Gathering.settle` was called.
         calls: Of layers, in their order.
-        before: Blocks that the output comes from, until distances are known.
-        output: Tensor or place to start from.
+        cotangents: ĵ at each call's output, ``(K, *its shape)``; None where the network's output does not depend on it.
+        squares: Of every parameter without a block that the output depends on: ``(Σ_b ĵ_b)²``, summed over columns.
         samples: B.
-        values: ``(K, B, …)``.
+        scale: Trace of the loss's output curvature, without dimensions; None with ``"empirical"``.
     """
 
+    structure: Structure | None
     calls: list[Call]
-    before: frozenset[int]
-    output: Tensor | GradientEdge
+    cotangents: Sequence[Tensor | None]
+    squares: dict[Tensor, Tensor]
     samples: int
-    values: Tensor
+    scale: Tensor | None
 
 
-@dataclass(eq=False)
-class Backward:
-    """What an ordinary backward brought (``curvature="empirical"``).
+class Gathering(Generic[T]):
+    """Gathers the curvature of a network's layers from its backward passes, and hands it on.
 
-    Attributes:
-        calls: Of layers, with their cotangents.
-        samples: B; None where no output of the network was met.
-        slope: Derivative of what was back-propagated in the loss; None where the loss was not met.
-        before: Blocks that the output comes from, until distances are known.
-    """
+    **Use.** Name a taker (:meth:`hand_to`), call the network, back-propagate the loss; :meth:`release` then gives what
+    the taker made of the batch. It is made in the backward pass, by a hook at the network's output (or at the declared
+    loss module's value) that back-propagates the columns before the ordinary backward goes on, so on a tape that is
+    whole; this is a re-entrant call of autograd, from the thread that executes the backward. Hooks of the user's own on
+    the tape see the columns as well. With a loss that is not declared, call :meth:`gather` on the loss's tape. Which
+    pass counts where there are several is at :class:`hessopt.averages.passes.Choice`: not one that no backward follows.
 
-    calls: list[Call] = field(default_factory=list)
-    samples: int | None = None
-    slope: Tensor | None = None
-    before: frozenset[int] = frozenset()
-    orders: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Evaluation:
-    """An output of the network, or a call of the loss, that a backward may arrive at.
-
-    It lies on the tape there, so it holds nothing that was computed from it.
-
-    Attributes:
-        order: Among all calls.
-        given: The detached output; or arguments of the loss.
-        watched: The tensor among these that must still be what it was, and its version.
-    """
-
-    order: int
-    given: tuple[Any, ...]
-    watched: tuple[Tensor, int]
-
-
-class Gathering:
-    """Watches the network and the declared loss, and hands over columns when a backward arrives there.
-
-    In the forward pass nothing is computed: calls are noted on the tape. The first thing that a backward does at the
-    output (or at the loss's value) is to hand the columns to ``take``, which may use the tape behind it.
+    **Layers.** Linear on any leading dimensions (also transformers' ``Conv1D``), convolutions (all options, one pair
+    of factors a group), embeddings (frequency of tokens ⊗ features), affine maps of normalisations and lone biases
+    (exact blocks of the per-sample gradients). A layer that is called several times, or whose parameters several layers
+    share: calls count as positions. Of every other parameter the squared column of the batch is gathered.
 
     Args:
         model: The network.
-        blocks: Its blocks.
-        parameters: The trained parameters.
-        seeds: Of the columns.
-        empirical: No columns: keep the cotangents of the ordinary backward.
-        take: Takes :class:`Columns`; a method, whose object is not kept alive.
+        parameters: Parameters to precondition; all on one device.
+        curvature: ``"fisher"``: Monte-Carlo columns; ``"ggn"``: root of the output Hessian times random signs, or
+            exact; ``"empirical"``: the gradients of the samples, for which no extra backward pass is needed.
+        options: Of the loss, the columns and the layers.
 
     Attributes:
-        recorder: Notes the calls.
-        choice: Which pass counts.
-        seen: What happened since :meth:`start`, for messages.
-        error: What kept the chosen pass from being gathered.
+        blocks: Of the layers, whether called or not.
+        others: Parameters without a block that was called, with the reason.
+        structure: Of the last batch until :meth:`settle`; then what was settled. None before.
+        dtype: Of what is gathered: the parameters', at least float32.
+
+    Raises:
+        ModelError: no parameter to train, or parameters on several devices.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        parameters: Sequence[Tensor],
-        seeds: Seeds,
-        empirical: bool,
-        take: Callable[[Columns], None],
+        self, model: nn.Module, parameters: Iterable[Tensor], curvature: Curvature, options: MiniBatch
     ) -> None:
-        self.seeds, self.empirical = seeds, empirical
-        self.recorder = Recorder(blocks, self._catch if empirical else None)
-        self.choice = Choice(parameters)
-        self._parameters, self._blocks = parameters, blocks
-        self._take = weakref.WeakMethod(take)
-        self._device = parameters[0].device.type
-        self._hooks = WeakHooks(self, "_see_output")
-        self._hooks.attach(model)
-        self._loss_hooks = WeakHooks(self, "_see_loss")
-        if isinstance(seeds.loss, nn.Module):
-            self._loss_hooks.attach(seeds.loss)
-        self._random: Tensor | None = None
-        self.start()
+        self.model, self.options = model, options
+        self.empirical = curvature == "empirical"
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise ModelError("none of the parameters requires grad, so there is nothing to train.")
+        self.device = self.parameters[0].device
+        if any(p.device != self.device for p in self.parameters):
+            raise ModelError("the trained parameters are on several devices; move the network to one.")
+        self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
+        generator = torch.Generator(self.device).manual_seed(options.seed)
+        self.seeds = Seeds(
+            options.loss, options.reduction, options.class_dim, options.columns, curvature == "fisher", generator
+        )
+        self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size)
+        self.others = dict(self._planned)
+        self.structure: Structure | None = None
+        self.observer = PassObserver(model, self.blocks, self.parameters, self.seeds, self.empirical, self._receive)
+        self._taker: weakref.WeakMethod[Callable[[Batch], T]] | None = None
+        self._made: T | None = None
 
-    def start(self) -> None:
-        """Gather from the next pass on that a backward follows."""
-        self.recorder.start()
-        self.seen = Seen()
-        self._clear()
-
-    def stop(self) -> None:
-        """Gather nothing more."""
-        self.recorder.active = False
-        self._clear()
-
-    def forget(self) -> None:
-        """Undo what was gathered since the start, draws of random numbers included, and start anew."""
-        if self._random is not None:
-            self.seeds.generator.set_state(self._random)
-        if self.recorder.active:
-            self.start()
-
-    def _clear(self) -> None:
-        self.choice.reset()
-        self.error: HessoptError | None = None
-        self._backwards: dict[int, Backward] = {}
-        self._random = None
+    def hand_to(self, taker: Callable[[Batch], T]) -> None:
+        """Whom to hand a batch to, within the backward pass: a method, whose object is not kept alive."""
+        self._taker = weakref.WeakMethod(taker)
 
     @property
-    def random_state(self) -> Tensor:
-        """Of the generator, without the draws that belong to no step yet."""
-        return self.seeds.generator.get_state() if self._random is None else self._random
+    def names(self) -> dict[Tensor, str]:
+        """Of the network's parameters."""
+        return {p: name for name, p in self.model.named_parameters()}
 
     @property
-    def backward(self) -> Backward | None:
-        """The ordinary backward that was chosen; of a network without blocks, the last one."""
-        last = next(reversed(self._backwards), None) if not self._blocks else None
-        task = last if self.choice.task is None else self.choice.task
-        return None if task is None else self._backwards.get(task)
+    def active(self) -> bool:
+        """Whether to gather in the next backward pass."""
+        return self.observer.recorder.active
+
+    @property
+    def waits(self) -> bool:
+        """Whether :meth:`gather` has to be called, as no backward pass did."""
+        return self.active and self._made is None and not self.empirical
 
     @property
     def slope_is_missing(self) -> bool:
         """Whether a backward was chosen whose loss was not met, so that a factor on it is not known."""
-        return self.backward is not None and self.backward.slope is None
+        return self.observer.slope_is_missing
 
-    def remove(self) -> None:
-        """Take all hooks away."""
-        self.recorder.remove()
-        self._hooks.remove()
-        self._loss_hooks.remove()
+    def cause(self) -> HessoptError:
+        """Why nothing was gathered since :meth:`start`."""
+        return cause(self.observer.seen, self.observer.recorder, self.seeds.loss, self.empirical)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def detach(self) -> None:
+        """Remove all hooks from the network."""
+        self.observer.remove()
+
+    def begin(self) -> None:
+        """Forget what was gathered in passes that were not followed by a step."""
+        self._made = None
+        self.observer.forget()
+
+    def start(self) -> None:
+        """Gather in the next backward pass."""
+        self._made = None
+        self.observer.start()
+
+    def stop(self) -> None:
+        """Gather nothing until :meth:`start`."""
+        self._made = None
+        self.observer.stop()
+
+    def paused(self) -> AbstractContextManager[None]:
         """Gather nothing inside of this context."""
-        active, self.recorder.active = self.recorder.active, False
-        try:
-            yield
-        finally:
-            self.recorder.active = active
+        return self.observer.paused()
 
-    def take_loss(self, loss: Tensor, output: Tensor) -> None:
-        """Hand over columns now, for a loss on its tape."""
-        if isinstance(self.seeds.loss, nn.Module):
-            raise ClosureError(self.seen.uncalled(self.seeds.loss))
-        columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
-        function = output.grad_fn
-        calls = [] if function is None else self.recorder.on_tape(function)[0]
-        self._hand_over(calls, function, output, output, columns)
+    def gather(self, loss: Tensor, output: Tensor) -> None:
+        """Gather from a loss on its tape, if that is waited for. The tape is retained.
 
-    def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
-        """After the network's forward pass."""
-        if not self.recorder.active:
-            return
-        if not torch.is_grad_enabled():
-            self.seen.without_gradients = True
-            return
-        self.seen.network = True
-        if self.empirical:
-            self._watch_output(output)
-        elif self.seeds.name is not None:
-            if not isinstance(output, Tensor):
-                self.seen.returned = type(output).__name__
-            elif output.grad_fn is not None:
-                # The output itself would keep its tape alive. Its place on the tape stays, whatever is done to it.
-                value = output.detach()
-                noted = _Evaluation(self.recorder.next_order(), (value,), (value, value._version))
-                on_arrival(output, weakref.WeakMethod(self._arrive), noted)
-                self.seen.noted = True
-
-    def _see_loss(self, _: None, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        """After the declared loss module, which may serve other networks as well."""
-        if not self.recorder.active or not torch.is_grad_enabled():
-            return
-        self.seen.loss = True
-        one = isinstance(value, Tensor) and value.numel() == 1 and value.grad_fn is not None
-        if self.empirical:
-            if one:
-                on_arrival(value, weakref.WeakMethod(self._meet), self.recorder.next_order(), "slope", None)
-            return
-        given, output = self.seeds.arguments(args, kwargs)
-        if output is None:
-            return
-        if not one or output.grad_fn is value.grad_fn:
-            self.seen.misfit = True
-            return
-        noted = _Evaluation(self.recorder.next_order(), given, (output, output._version))
-        on_arrival(value, weakref.WeakMethod(self._arrive), noted)
-        self.seen.noted = True
-
-    def _arrive(self, noted: _Evaluation, place: GradientEdge, _: Tensor) -> None:
-        """In a backward pass, at an output or a loss."""
-        if not self.recorder.active or self.choice.excludes(noted.order):
-            return
-        calls, leaves = self.recorder.on_tape(place.node)
-        if self._blocks and not calls:
-            self.seen.bare = True  # another network's, or one whose hooks did not run
-            return
-        if not self.choice.takes(noted.order, leaves):
-            return
-        self.error = None
-        if self._random is None:
-            self._random = self.seeds.generator.get_state()
-        else:  # in the place of another pass
-            self.seeds.generator.set_state(self._random)
-        try:
-            with self.paused(), _no_autocast(self._device):
-                output, version = noted.watched
-                if output._version != version:
-                    raise ModelError(
-                        "what the declared loss's curvature is taken at, the network's output, was changed in place "
-                        "before backward(). Use an operation that is not in place (`z = z - c`)."
-                    )
-                if self.seeds.name is not None:
-                    columns = self.seeds.of_output(output)
-                    self._hand_over(calls, place.node, place, output, columns)
-                else:
-                    with torch.enable_grad():
-                        z, columns = self.seeds.of_call(noted.given, output, place)
-                    self._hand_over(calls, z.grad_fn, z, z, columns)
-        except HessoptError as error:
-            self.error = error  # for step(), where the user expects errors of an optimizer
-
-    def _hand_over(
-        self,
-        calls: list[Call],
-        place: Function | None,
-        output: Tensor | GradientEdge,
-        like: Tensor,
-        columns: Tensor,
-    ) -> None:
-        take = self._take()
-        assert take is not None
-        samples = like.shape[0] if like.ndim else 1
-        take(Columns(calls, self._before(place), output, samples, columns.to(like.dtype)))
-
-    def _before(self, place: Function | None) -> frozenset[int]:
-        return self.recorder.blocks_before(place) if self.recorder.linking else frozenset()
-
-    def distances(self, calls: Sequence[Call], before: Iterable[int]) -> NDArray[np.float64]:
-        """Of the blocks, by the calls of a pass, and of blocks that are in none by whatever calls they had.
-
-        A block is next to those whose outputs reach an input of it on the tape without passing through a third block.
-        A block with several calls is one vertex.
+        Not needed where the loss is declared or the curvature is the empirical one, and the network itself was called;
+        nor ever where it was declared as a module.
 
         Args:
-            calls: Of the pass.
-            before: Blocks that the network's output comes from, likewise.
+            loss: A sum or mean over samples.
+            output: ``(B, …)``, what the loss is a function of.
         """
-        count = len(self._blocks)
-        links = {(call.block, v) for call in calls for v in call.note.before}
-        rest = self.recorder.links.keys() - {call.block for call in calls}
-        links.update((w, v) for w in rest for v in self.recorder.links[w])
-        return layer_distances(count, [*links, *((v, count) for v in before)])
+        if self.waits:
+            self._raise()
+            with self.paused():
+                self.observer.take_loss(loss, output)
 
-    def _watch_output(self, output: Any) -> None:
-        """Empirical: the batch's size and the loss, if the network returns it, when a backward arrives there."""
-        leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
-        rows = next((t for t in leaves if t.ndim), None)
-        loss = _returned_loss(output, rows)
-        order = self.recorder.next_order()
-        for leaf in leaves:
-            kind = "slope" if leaf is loss else "samples"
-            on_arrival(leaf, weakref.WeakMethod(self._meet), order, kind, None if rows is None else len(rows))
+    def release(self, gradients: Sequence[Tensor | None] = ()) -> T | None:
+        """What the taker made of the batch whose gradients these are, once; None if nothing was gathered.
 
-    def _meet(self, order: int, kind: str, samples: int | None, place: GradientEdge, gradient: Tensor) -> None:
-        """Empirical, in a backward pass, at an output or a loss."""
-        if not self.recorder.active:
+        Args:
+            gradients: Of ``parameters``, in that order.
+
+        Raises:
+            ClosureError: ``"empirical"``, and the factor on the loss is not known.
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse.
+            NotConvexError: the loss is not convex in the output.
+        """
+        self._raise()
+        if self.active and self.empirical:
+            self._collect(gradients)
+        made, self._made = self._made, None
+        return made
+
+    def settle(self, structure: Structure | None = None) -> None:
+        """Keep to one structure from here on: the one given, or else that of the last batch."""
+        if structure is not None:
+            self._follow(structure)
+        self.observer.recorder.linking = False
+
+    def unsettle(self) -> None:
+        """Find the structure anew at the next batch."""
+        self.structure, self.others = None, dict(self._planned)
+        self.observer.recorder.linking = True
+
+    def others_of(self, called: Collection[int]) -> dict[Tensor, str]:
+        """Parameters without a block among those called, with the reason; in the order of ``parameters``."""
+        found = dict(self._planned)
+        for number, block in enumerate(self.blocks):
+            if number not in called:
+                found.update(dict.fromkeys(block.parameters, NOT_CALLED))
+        return {p: found[p] for p in self.parameters if p in found}
+
+    def rows(self, batch: Batch, gram: bool) -> list[Rows | None]:
+        """Of each block of the structure; None for one that was not called, or that the output does not depend on.
+
+        Args:
+            batch: The batch.
+            gram: Whether Gram matrices of the inputs are enough, where they are less work.
+        """
+        assert self.structure is not None
+        called = self.structure.called
+        found: dict[int, list[Rows]] = {}
+        times = Counter(call.block for call in batch.calls)
+        for call, j in zip(batch.calls, batch.cotangents, strict=True):
+            if call.block in called and j is not None:
+                block, alone = self.blocks[call.block], times[call.block] == 1
+                row = block.rows(call.module, call.input, j, self.options.sharing, self.dtype, gram and alone)
+                found.setdefault(call.block, []).append(row)
+        return [_merge(found[i]) if i in found else None for i in called]
+
+    def _raise(self) -> None:
+        """The error that gathering met, if there was one."""
+        error = self.observer.error
+        if error is not None:
+            self.begin()
+            raise error
+
+    def _receive(self, found: Columns) -> None:
+        """Columns to the layers: in a backward pass, or in :meth:`gather`."""
+        self._made = None
+        calls, columns = found.calls, found.values
+        apart = all(call.input.shape[:1] == columns.shape[1:2] for call in calls)
+        scale = columns.square().sum()
+        structure = self._structure(calls, found.before)
+        others = list(self.others)
+        if others or not apart:
+            # So that columns of different rows are independent and centred, where these meet: in the squared sum, and
+            # in layers whose rows are not the output's (its rows may be positions of a sequence).
+            signs = torch.randint(0, 2, columns.shape[:2], generator=self.seeds.generator, device=self.device)
+            columns = columns * signs.mul_(2).sub_(1).view(*signs.shape, *[1] * (columns.ndim - 2))
+        cotangents, slopes = back_propagate(found.output, columns, calls, others)
+        with torch.no_grad():
+            squares = {
+                p: slope.to(self.dtype).square().sum(0)
+                for p, slope in zip(others, slopes, strict=True)
+                if slope is not None
+            }
+            self._hand_on(Batch(structure, calls, cotangents, squares, found.samples, scale))
+
+    @torch.no_grad()
+    def _collect(self, gradients: Sequence[Tensor | None]) -> None:
+        """From the cotangents that the ordinary backward pass left; a mean loss has 1/B in them, times its slope."""
+        found, further = self.observer.backward, self.observer.choice.further
+        if found is None or (self.blocks and not found.calls):
             return
-        found = self._current()
-        if order < found.orders.get(kind, order + 1):
-            found.orders[kind] = order
-            if kind == "slope":
-                found.slope = gradient.detach().reshape(())
-        if samples is not None and order < found.orders.get("B", order + 1):
-            found.orders["B"], found.samples = order, samples
-        found.before |= self._before(place.node)
+        if found.slope is None and further:
+            raise ClosureError(
+                'the gradients of several backward passes were accumulated, and curvature="empirical" does not know '
+                f"the factor that each loss had. Call backward() once before each step, or {SEE_LOSS}."
+            )
+        calls = sorted(found.calls, key=lambda call: call.note.order)
+        inputs = [c.input for c in calls if c.input.ndim]
+        samples = found.samples or (len(inputs[0]) if inputs else 1)
+        structure = self._structure(calls, found.before)
+        summed = getattr(self.options.loss, "reduction", self.options.reduction) == "sum"
+        scale = 1.0 if summed else float(samples)
+        factor = scale**0.5 if found.slope is None else scale**0.5 / found.slope.to(self.dtype)
+        cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0).to(self.dtype) * factor for c in calls]
+        whole = scale if summed else scale * (1 + len(further))
+        squares = {
+            p: g.to(self.dtype).square() * whole
+            for p, g in zip(self.parameters, gradients, strict=False)
+            if p in self.others and g is not None
+        }
+        self._hand_on(Batch(structure, calls, cotangents, squares, samples, None))
 
-    def _catch(self, call: Call) -> None:
-        """Empirical, in a backward pass, at the output of a layer."""
-        if not self.recorder.active:
-            return
-        found, task = self._current(), current_backward()
-        if task != self.choice.task:
-            if task in self.choice.further:
-                return
-            own = [p for p in self._blocks[call.block].parameters if p.requires_grad]
-            if not self.choice.takes(call.note.order, [torch.autograd.graph.get_gradient_edge(p).node for p in own]):
-                return
-        found.calls.append(call)
+    def _hand_on(self, batch: Batch) -> None:
+        taker = None if self._taker is None else self._taker()
+        assert taker is not None
+        self._made = taker(batch)
 
-    def _current(self) -> Backward:
-        task = current_backward()
-        if task not in self._backwards:
-            kept = self.choice.task
-            self._backwards = {t: b for t, b in self._backwards.items() if t == kept}
-            self._backwards[task] = Backward()
-        return self._backwards[task]
+    def _structure(self, calls: Sequence[Call], before: frozenset[int]) -> Structure | None:
+        """Until it is settled: which blocks there are."""
+        recorder = self.observer.recorder
+        if not recorder.linking:
+            return None
+        called = {call.block for call in calls} | recorder.links.keys()
+        self._follow(Structure(sorted(called), self.observer.distances(calls, before)))
+        return self.structure
+
+    def _follow(self, structure: Structure) -> None:
+        self.structure, self.others = structure, self.others_of(structure.called)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the random numbers stand, and whether the next pass is gathered from."""
+        return {"generator": self.observer.random_state, "active": self.active}
+
+    def check_state(self, state: Any) -> None:
+        """Raise a ValueError unless the state can be taken up."""
+        check_entries("gathering", state, ("generator", "active"))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state.
+
+        Raises:
+            ValueError: it is incomplete; nothing has changed then.
+        """
+        self.check_state(state)
+        saved, generator = state["generator"].cpu(), self.seeds.generator
+        if saved.shape == generator.get_state().shape:
+            generator.set_state(saved)
+        else:
+            generator.manual_seed(self.options.seed)  # of another kind of device: no state of this one's
+        if state["active"]:
+            self.start()
+        else:
+            self.stop()
 
 
-def _returned_loss(output: Any, rows: Tensor | None) -> Tensor | None:
-    """The loss among what a network returns beside its output, as those of Hugging Face do when they are given labels.
-
-    It is called so, or comes first, and is computed from the output.
-    """
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif isinstance(output, (tuple, list)) and output:
-        loss = output[0]
-    else:
-        loss = None
-    if rows is None or not isinstance(loss, Tensor) or loss.ndim or loss.grad_fn is None:
-        return None
-    function = rows.grad_fn
-    assert function is not None  # the caller's leaves have one
-    return loss if loss.grad_fn is function or ancestry(loss, {function})[1] else None
-
-
-def _no_autocast(device: str) -> Any:
-    """Products of factors are formed in the factors' precision."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _merge(rows: Sequence[Rows]) -> Rows:
+    """Rows of several calls: their positions, one after the other."""
+    if len(rows) == 1:
+        return rows[0]
+    return Rows(torch.cat([row.inputs for row in rows], dim=2), torch.cat([row.cotangents for row in rows], dim=3))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hessopt.averages.accounting import step_operations
 from hessopt.averages.averages import KroneckerAverages
-from hessopt.averages.inverse import KroneckerInverse
+from hessopt.averages.running import Probe
 from hessopt.kronecker.band import KroneckerBand
+from hessopt.kronecker.inverse import KroneckerInverse
 from hessopt.search.gain import Candidate, most_gain
 
 _log = logging.getLogger(__name__)
@@ -58,25 +59,27 @@ class KroneckerBandwidth:
 
     def watch(self, band: KroneckerBand, gradients: Sequence[Tensor | None]) -> None:
         """Before the solve of every step: decide or open the window, if it is time."""
-        if band.factors is None or not band.factors.updates:
+        averages = band.averages
+        if not averages.updates:
             return
-        if self.decides(band.steps) and band.probe is not None and band.last:
-            self._decide(band, band.probe, gradients)
-            band.probe, band.last = None, []
-        reach = self.window * band.factor_every
-        if band.probe is None and any(self.decides(band.steps + i) for i in range(1, reach + 1)):
-            band.probe = band.blank_factors(*self.candidates)
+        if self.decides(band.steps) and averages.probe is not None and averages.probe.last:
+            self._decide(band, averages.probe, gradients)
+            averages.probe = None
+        reach = self.window * band.options.factor_every
+        if averages.probe is None and any(self.decides(band.steps + i) for i in range(1, reach + 1)):
+            averages.open_probe(band.taper.of(self.candidates))
 
     @torch.no_grad()
-    def _decide(self, band: KroneckerBand, probe: KroneckerAverages, gradients: Sequence[Tensor | None]) -> None:
+    def _decide(self, band: KroneckerBand, probe: Probe, gradients: Sequence[Tensor | None]) -> None:
+        options, damping = band.options, band.inverse.absolute_damping
         made: dict[int, tuple[KroneckerAverages, KroneckerInverse]] = {}
         for k in reversed(self.candidates):
-            factors = band.blank_factors(k)
-            factors.adopt(probe)
-            made[k] = factors, band.inverse_of(factors)
+            factors = band.averages.blank_factors(band.taper.of([k]))
+            factors.adopt(probe.factors)
+            made[k] = factors, band.inverse.of(factors)
         widest = made[self.candidates[-1]][1]
-        widest.refresh(band.absolute_damping)
-        gradient = band.flat(gradients)
+        widest.refresh(damping)
+        gradient = band.inverse.flat(gradients)
         found = []
         for k in self.candidates:
             factors, inverse = made[k]
@@ -86,9 +89,11 @@ class KroneckerBandwidth:
                 if inverse is not widest:
                     inverse.share(widest)
                 step = inverse.solve(gradient)[0]
-            bend = band.measured(step) + widest.penalty(step, band.absolute_damping)
+            bend = probe.curvature(step) + widest.penalty(step, damping)
             reduction = (gradient @ step).square() / (2 * bend).clamp_min(torch.finfo(bend.dtype).tiny)
-            cost = step_operations(factors, band.rows, band.factor_every, band.inverse_every, band.iterations)
+            cost = step_operations(
+                factors, band.averages.rows, options.factor_every, options.inverse_every, options.iterations
+            )
             found.append(Candidate(k, float(reduction), cost))
         assert not isinstance(band.bandwidth, str)
         chosen = most_gain(found, band.bandwidth, self.hysteresis)
@@ -96,4 +101,4 @@ class KroneckerBandwidth:
         _log.info("bandwidth %d at step %d; reduction for operations %s", chosen, band.steps, evidence)
         if chosen != band.bandwidth:
             factors, inverse = made[chosen]
-            band.take(chosen, factors, inverse if inverse.ready else band.inverse_of(factors))
+            band.take(chosen, factors, inverse if inverse.ready else band.inverse.of(factors))

@@ -16,8 +16,9 @@ from hessopt.closure.finite import gradient_norm
 from hessopt.closure.loss_curvature import LOSSES
 from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
 from hessopt.errors import ClosureError
-from hessopt.kronecker.band import Direction, KroneckerBand
+from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
+from hessopt.kronecker.damped_inverse import Direction
 from hessopt.network.cliques import Bandwidth
 
 Groups = Sequence[dict[str, Any]]
@@ -84,9 +85,7 @@ class KroneckerStep:
 
     def _engine(self, groups: Groups) -> KroneckerBand:
         bandwidth = 0 if self.bandwidth == "auto" else self.bandwidth
-        band = KroneckerBand(
-            self.model, _all(groups), bandwidth, curvature=self.curvature, damping=self.damping, **self.options.engine
-        )
+        band = KroneckerBand(self.model, _all(groups), bandwidth, self.curvature, self.damping, self.options)
         band.seeds.sign = -1 if groups[0]["maximize"] else 1
         return band
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from hessopt.kronecker.band import KroneckerBand
+from hessopt.averages.blocks import Block
 
 _log = logging.getLogger(__name__)
 
@@ -17,39 +16,40 @@ MANY = 0.1
 """Share of the parameters that may be without Kronecker factors in silence."""
 
 
-def treatment(band: KroneckerBand) -> dict[str, str]:
-    """How each parameter is treated, by its name in the network."""
-    names: dict[Tensor, str] = {p: name for name, p in band.model.named_parameters()}
-    found = {names.get(p, "?"): f"diagonal: {why}" for p, why in band.others.items()}
-    for number, block in enumerate(band.blocks):
+def treatment(
+    names: Mapping[Tensor, str], blocks: Sequence[Block], others: Mapping[Tensor, str], notes: Mapping[int, str]
+) -> dict[str, str]:
+    """How each parameter is treated, by its name in the network.
+
+    Args:
+        names: Of the network's parameters.
+        blocks: Of parameters with factors.
+        others: Parameters with a diagonal, with the reason.
+        notes: What is to be added about a block, by its number.
+    """
+    found = {names.get(p, "?"): f"diagonal: {why}" for p, why in others.items()}
+    for number, block in enumerate(blocks):
         g, o, a = block.shape
         sides = [f"diagonal {n}" if d else f"{n}×{n}" for n, d in zip((a, o), block.diagonal[::-1], strict=True)]
-        text = f"{block.kind}: {' ⊗ '.join(sides)}" + (f", {g} groups" if g > 1 else "")
-        if band.factors is not None and band.bandwidth != 0 and number in band.called:
-            if not block.coupled:
-                text += "; not coupled to other layers"
-            elif band.called.index(number) in band.excluded:
-                text += "; not coupled to other layers: its rows are not those of the batch's samples"
+        text = f"{block.kind}: {' ⊗ '.join(sides)}" + (f", {g} groups" if g > 1 else "") + notes.get(number, "")
         for p in block.parameters:
             found.setdefault(names[p], text)
     return found
 
 
-def without_factors(band: KroneckerBand) -> dict[str, float]:
+def without_factors(model: nn.Module, parameters: Collection[Tensor], others: Collection[Tensor]) -> dict[str, float]:
     """The share of the parameters that have a diagonal in place of Kronecker factors, by their module's class."""
-    owners: dict[Tensor, str] = {
-        p: type(m).__name__ for m in band.model.modules() for p in m._parameters.values() if p is not None
-    }
-    total = sum(p.numel() for p in band.parameters)
+    owners: dict[Tensor, str] = {p: type(m).__name__ for m in model.modules() for p in m.parameters(recurse=False)}
+    total = sum(p.numel() for p in parameters)
     counts: Counter[str] = Counter()
-    for p in band.others:
+    for p in others:
         counts[owners.get(p, "no module")] += p.numel()
     return {name: count / total for name, count in counts.most_common()}
 
 
-def warn_of_diagonals(band: KroneckerBand) -> None:
+def warn_of_diagonals(model: nn.Module, parameters: Collection[Tensor], others: Collection[Tensor]) -> None:
     """Log a warning if more than ``MANY`` of the parameters are without factors."""
-    shares = without_factors(band)
+    shares = without_factors(model, parameters, others)
     if sum(shares.values()) > MANY:
         named = [f"{name} ({_percent(share)})" for name, share in list(shares.items())[:5]]
         more = ["…"] if len(shares) > 5 else []

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from hessopt import BandedNewton, LeastSquares
+from hessopt import BandedNewton, LeastSquares, MiniBatch
 from hessopt.closure.output_curvature import curvature_roots, output_hessians
 from hessopt.closure.protocol import Evaluation
 from hessopt.factors.exact_curvature import ExactCurvature, Structure
 from hessopt.factors.layer_factors import layer_factors
 from hessopt.factors.sample_factors import Factor
 from hessopt.kronecker.band import KroneckerBand
+from hessopt.network.cliques import Bandwidth
 from hessopt.network.layers import Layer
 from hessopt.network.parameter_uses import Use
 from tests.conformity.checks import same_state
@@ -86,6 +87,20 @@ class Dag(nn.Module):
         for w in range(count + 1):
             lengths = torch.minimum(lengths, lengths[:, w, None] + lengths[None, w])
         return lengths[:count, :count]
+
+
+def kronecker_band(
+    net: nn.Module,
+    bandwidth: Bandwidth = 0,
+    *,
+    parameters: Iterable[Tensor] | None = None,
+    curvature: Any = "fisher",
+    damping: float = 2e-3,
+    **options: Any,
+) -> KroneckerBand:
+    """The engine for all parameters of a network, with options by name."""
+    trained = net.parameters() if parameters is None else parameters
+    return KroneckerBand(net, trained, bandwidth, curvature, damping, MiniBatch(**options))
 
 
 def gather(band: KroneckerBand, loss: Tensor) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagnostics.autograd.patches import patch_gram, patches_of
-from hessopt.kronecker.band import KroneckerBand
-from tests.helpers.kronecker_reference import gather
+from tests.helpers.kronecker_reference import gather, kronecker_band
 
 SHAPES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "same": (nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 6, 5)),
@@ -92,10 +91,10 @@ def test_factors_with_and_without_unfolding(dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"curvature": "ggn", "columns": "exact", "loss": "mse"}
     found = []
     for bandwidth in (0, 1):
-        band = KroneckerBand(net, net.parameters(), bandwidth, **options)
+        band = kronecker_band(net, bandwidth, **options)
         gather(band, net(x))
-        assert band.factors is not None
-        found.append([stack.inputs.clone() for stack in band.factors.stacks])
+        assert band.averages.factors is not None
+        found.append([stack.inputs.clone() for stack in band.averages.factors.stacks])
         band.detach()
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-12 if dtype == torch.float64 else 1e-4, atol=1e-6)

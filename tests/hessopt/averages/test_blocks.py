@@ -14,7 +14,7 @@ from torch.nn import functional
 from hessopt import BandedNewton, MiniBatch
 from hessopt.averages.blocks import plan_blocks
 from hessopt.kronecker.band import KroneckerBand
-from tests.helpers.kronecker_reference import gather
+from tests.helpers.kronecker_reference import gather, kronecker_band
 
 RTOL = 1e-10
 
@@ -22,16 +22,16 @@ RTOL = 1e-10
 def gathered(net: nn.Module, x: Tensor, **options: object) -> tuple[KroneckerBand, Tensor]:
     """An engine that has seen one batch, with exact Gauss-Newton columns of ``½ Σ z²``, and the output."""
     settings = {"curvature": "ggn", "columns": "exact", "loss": "mse", "reduction": "sum", **options}
-    band = KroneckerBand(net, net.parameters(), **settings)  # type: ignore[arg-type]
+    band = kronecker_band(net, **settings)  # type: ignore[arg-type]
     z = net(x)
     gather(band, z)
     return band, z
 
 
 def factors(band: KroneckerBand, block: int = 0) -> tuple[Tensor, Tensor]:
-    assert band.factors is not None
-    number, start = band.factors.place[block]
-    stack, count = band.factors.stacks[number], band.factors.blocks[block].shape[0]
+    assert band.averages.factors is not None
+    number, start = band.averages.factors.place[block]
+    stack, count = band.averages.factors.stacks[number], band.averages.factors.blocks[block].shape[0]
     return stack.inputs[start : start + count], stack.outputs[start : start + count]
 
 
@@ -59,7 +59,7 @@ def matrix(a: Tensor, g: Tensor) -> Tensor:
 
 def in_blocks_order(band: KroneckerBand, curvature: Tensor, block: int = 0) -> Tensor:
     """A matrix over the block's own parameters, flattened one after the other, in the order of ``(o, a)``."""
-    own = band.blocks[block]
+    own = band.gathering.blocks[block]
     count = math.prod(own.shape)
     order = torch.empty(own.shape, dtype=torch.long)
     start = 0
@@ -80,7 +80,7 @@ def test_linear_block_of_one_sample_is_exact(frozen: str | None, device: torch.d
         getattr(net[0], frozen).requires_grad_(False)
     x = torch.randn(1, 3, dtype=torch.float64, device=device)
     band, _ = gathered(net, x)
-    own = list(band.blocks[0].parameters)
+    own = list(band.gathering.blocks[0].parameters)
     (j,) = jacobians(net, x, own)
     a, g = factors(band)
     expected = in_blocks_order(band, 2 * j.mT @ j)
@@ -96,7 +96,7 @@ def test_exact_columns_of_the_loss(loss: str) -> None:
     band, z = gathered(net, x, loss=loss, reduction="mean")
     name = {"bce_with_logits": "binary_cross_entropy_with_logits"}.get(loss, loss)
     hessian = torch.autograd.functional.hessian(lambda t: getattr(functional, name)(t, y), z.detach())
-    (j,) = jacobians(net, x, list(band.blocks[0].parameters))
+    (j,) = jacobians(net, x, list(band.gathering.blocks[0].parameters))
     a, g = factors(band)
     expected = in_blocks_order(band, j.mT @ hessian.view(3, 3) @ j)
     assert torch.allclose(matrix(a[0], g[0]), expected, rtol=RTOL, atol=1e-14)
@@ -129,7 +129,7 @@ def test_normalisation_is_exact(name: str, max_size: int) -> None:
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     band, _ = gathered(net, x, max_size=max_size)
     a, g = factors(band)
-    j = jacobians(net, x, list(band.blocks[0].parameters)).flatten(0, 1)
+    j = jacobians(net, x, list(band.gathering.blocks[0].parameters)).flatten(0, 1)
     expected = in_blocks_order(band, 2 * j.mT @ j)
     assert torch.equal(a.flatten(), torch.ones(1, dtype=torch.float64))
     if max_size == 1:
@@ -175,7 +175,7 @@ def test_convolution_factors_are_those_of_its_patches(name: str) -> None:
     net = nn.Sequential(conv, nn.Flatten())
     x = torch.randn(2, *shape, dtype=torch.float64)
     band, z = gathered(net, x)
-    block = band.blocks[0]
+    block = band.gathering.blocks[0]
     rows = block.rows(conv, x, torch.randn(1, *conv(x).shape, dtype=torch.float64), "expand", torch.float64)
     j = rows.cotangents  # (g, 1, n, T, o)
     gradient = torch.einsum("gknto,gnta->goa", j, rows.inputs)
@@ -304,9 +304,9 @@ def test_what_has_no_rule_is_diagonal_and_reported() -> None:
     direction = band.direction(gradients)
     assert direction.decrement > 0
     for p, g, d in zip(band.parameters, gradients, direction.steps, strict=True):
-        if p in band.diagonals and g is not None:
-            assert torch.allclose(d, g / (band.diagonals[p] + band.absolute_damping), rtol=RTOL)
-    assert band.diagonals[net.scale].min() > 0
+        if p in band.averages.diagonals and g is not None:
+            assert torch.allclose(d, g / (band.averages.diagonals[p] + band.inverse.absolute_damping.value), rtol=RTOL)
+    assert band.averages.diagonals[net.scale].min() > 0
 
 
 def test_diagonal_of_the_rest_is_unbiased() -> None:
@@ -328,7 +328,7 @@ def test_diagonal_of_the_rest_is_unbiased() -> None:
     total = torch.zeros(3, dtype=torch.float64)
     for seed in range(400):
         band, _ = gathered(net, x, seed=seed)
-        total += band.diagonals[net.scale] / 400
+        total += band.averages.diagonals[net.scale] / 400
     assert torch.allclose(total, expected, rtol=0.25)  # standard error about 5 %
 
 
@@ -371,7 +371,7 @@ def test_transposed_linear_layer_takes_the_step_of_a_linear_one(
     steps = []
     for net in (one, two):
         band, z = gathered(net, x, bandwidth=bandwidth, max_size=max_size)
-        assert not band.others
+        assert not band.gathering.others
         z.square().sum().backward()
         direction = band.direction([p.grad for p in band.parameters])
         steps.append([step.clone() for step in direction.steps])

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessopt import BandedNewton, MiniBatch
 from hessopt.errors import ClosureError, ModelError
-from hessopt.kronecker.band import KroneckerBand
+from tests.helpers.kronecker_reference import kronecker_band
 
 KINDS = ["name", "module", "empirical", "empirical, module"]
 
@@ -49,9 +49,9 @@ def build(net: nn.Module, kind: str, **options: Any) -> tuple[BandedNewton, nn.M
 
 
 def averages(optimizer: BandedNewton) -> list[Tensor]:
-    band = optimizer.band
-    assert band.factors is not None
-    return [*band.factors.tensors, *band.diagonals.values()]
+    found = optimizer.band.averages
+    assert found.factors is not None
+    return [*found.factors.tensors, *found.diagonals.values()]
 
 
 def train(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module, seed: int) -> None:
@@ -197,7 +197,7 @@ def test_tapes_that_no_step_follows_are_freed(kind: str) -> None:
         del token, z
     gc.collect()
     assert [ref() for ref in tokens] == [None] * 3
-    assert optimizer.band.recorder.active
+    assert optimizer.band.gathering.active
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,7 +321,7 @@ def test_empirical_curvature_does_not_depend_on_factors_of_the_loss(way: str) ->
     for p in net.parameters():
         p.grad = p.grad / scale  # type: ignore[operator]
     optimizer.band.commit([p.grad for p in optimizer.band.parameters])
-    factors = optimizer.band.factors
+    factors = optimizer.band.averages.factors
     assert factors is not None
     for block, (number, start) in zip(factors.blocks, factors.place, strict=True):
         if block.kind != "linear":
@@ -512,15 +512,15 @@ def test_half_precision_networks_have_the_averages_of_their_rounding(kind: str, 
     found = []
     for precision in (torch.float64, dtype):
         net = network(precision)
-        band = KroneckerBand(
-            net, net.parameters(), 1, curvature="ggn", columns="exact",
+        band = kronecker_band(
+            net, 1, curvature="ggn", columns="exact",
             loss=nn.CrossEntropyLoss() if kind == "module" else "cross_entropy",
         )  # fmt: skip
         criterion = band.seeds.loss if isinstance(band.seeds.loss, nn.Module) else nn.CrossEntropyLoss()
         x, y = data(0, dtype=precision)
         criterion(net(x), y).backward()
         band.commit()
-        assert band.factors is not None
-        found.append([t.double() for t in band.factors.tensors])
+        assert band.averages.factors is not None
+        found.append([t.double() for t in band.averages.factors.tensors])
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, atol=30 * torch.finfo(dtype).eps * float(a.abs().max()))

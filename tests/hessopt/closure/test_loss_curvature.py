@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from hessopt import BandedNewton, MiniBatch
 from hessopt.closure.loss_curvature import criterion_curvature
 from hessopt.errors import ClosureError, ModelError, NotConvexError
-from hessopt.kronecker.band import KroneckerBand
-from tests.helpers.kronecker_reference import batch, chain, gather
+from tests.helpers.kronecker_reference import batch, chain, gather, kronecker_band
 
 F64 = torch.float64
 WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=F64)
@@ -175,8 +174,8 @@ def test_predicted_variances_reach_both_heads() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert optimizer.band.factors is not None
-    assert len(optimizer.band.factors.blocks) == 3
+    assert optimizer.band.averages.factors is not None
+    assert len(optimizer.band.averages.factors.blocks) == 3
     assert losses[-1] < losses[0] - 1
 
 
@@ -199,17 +198,17 @@ def test_a_module_gives_the_factors_of_an_undeclared_loss(name: str) -> None:
     net, (x, y, labels) = chain(), batch()
     target = labels if labelled else y[:, :1] if name == "broadcast" else y
     options: dict[str, Any] = {"curvature": "ggn", "columns": "exact"}
-    declared = KroneckerBand(net, net.parameters(), 1, loss=criterion, **options)
+    declared = kronecker_band(net, 1, loss=criterion, **options)
     gather(declared, criterion(net(x), target))
     assert not declared.waits
-    undeclared = KroneckerBand(net, net.parameters(), 1, **options)
+    undeclared = kronecker_band(net, 1, **options)
     z = net(x)
     undeclared.gather(criterion(z, target), z)
     undeclared.commit()
-    assert declared.factors is not None
-    assert undeclared.factors is not None
+    assert declared.averages.factors is not None
+    assert undeclared.averages.factors is not None
     assert declared.scale == pytest.approx(undeclared.scale, rel=1e-10)
-    for a, b in zip(declared.factors.tensors, undeclared.factors.tensors, strict=True):
+    for a, b in zip(declared.averages.factors.tensors, undeclared.averages.factors.tensors, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-13)
 
 
@@ -220,15 +219,13 @@ def test_positions_as_rows_are_those_of_the_class_dimension(curvature: Any) -> N
     twin = copy.deepcopy(net)
     tokens, target = torch.randint(0, 7, (3, 6)), torch.randint(0, 7, (3, 6))
     criterion = nn.CrossEntropyLoss()
-    by_name = KroneckerBand(
-        net, net.parameters(), 0, curvature=curvature, loss="cross_entropy", class_dim=-1, columns=2000
-    )
-    module = KroneckerBand(twin, twin.parameters(), 0, curvature=curvature, loss=criterion, columns=2000)
+    by_name = kronecker_band(net, 0, curvature=curvature, loss="cross_entropy", class_dim=-1, columns=2000)
+    module = kronecker_band(twin, 0, curvature=curvature, loss=criterion, columns=2000)
     gather(by_name, net(tokens))
     gather(module, criterion(twin(tokens).flatten(0, 1), target.flatten()))
-    assert by_name.factors is not None
-    assert module.factors is not None
-    for a, b in zip(by_name.factors.tensors, module.factors.tensors, strict=True):
+    assert by_name.averages.factors is not None
+    assert module.averages.factors is not None
+    for a, b in zip(by_name.averages.factors.tensors, module.averages.factors.tensors, strict=True):
         assert torch.allclose(a, b, atol=0.1 * float(a.abs().max()))
 
 
@@ -250,12 +247,12 @@ def test_exact_columns_of_positions_that_mix() -> None:
     x, y = torch.randn(1, 5, 2, dtype=F64), torch.zeros(5, 2, dtype=F64)
     mean: Any = 0.0
     for seed in range(400):
-        band = KroneckerBand(net, net.parameters(), 0, curvature="ggn", loss=criterion, columns="exact", seed=seed)
+        band = kronecker_band(net, 0, curvature="ggn", loss=criterion, columns="exact", seed=seed)
         gather(band, criterion(net(x).flatten(0, 1), y))
-        assert band.factors is not None
-        block = [b.modules[0] for b in band.factors.blocks].index(net.first)
-        number, start = band.factors.place[block]
-        mean = mean + band.factors.stacks[number].outputs[start] / 400
+        assert band.averages.factors is not None
+        block = [b.modules[0] for b in band.averages.factors.blocks].index(net.first)
+        number, start = band.averages.factors.place[block]
+        mean = mean + band.averages.factors.stacks[number].outputs[start] / 400
         band.detach()
     mixing = torch.eye(5, dtype=F64) + 3 / 5
     expected = 2 * mixing.square().sum() * (net.last.weight.mT @ net.last.weight).detach()
@@ -307,10 +304,10 @@ def test_other_networks_and_validation_are_not_gathered() -> None:
     with torch.no_grad():
         criterion(net(x), y)
     band = optimizer.band
-    assert band.factors is None
+    assert band.averages.factors is None
     assert band.waits
     step(optimizer, criterion, net, x, y)
-    assert band.factors is not None
+    assert band.averages.factors is not None
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
@@ -419,7 +416,7 @@ def test_subclasses_with_a_forward_of_their_own_have_no_closed_form() -> None:
     net, (x, y, _) = chain(), batch()
     scales = []
     for criterion in (Doubled(), nn.MSELoss()):
-        band = KroneckerBand(net, net.parameters(), 0, curvature="ggn", columns="exact", loss=criterion)
+        band = kronecker_band(net, 0, curvature="ggn", columns="exact", loss=criterion)
         gather(band, criterion(net(x), target=y))
         scales.append(band.scale)
         band.detach()

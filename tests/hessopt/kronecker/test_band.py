@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessopt.averages.inverse import triangular_inverse
+from hessopt.averages.averages import Moments
 from hessopt.averages.seeds import hessian_columns
 from hessopt.closure.loss_curvature import named_curvature
 from hessopt.errors import ClosureError, ModelError
 from hessopt.kronecker.band import KroneckerBand, due
-from tests.helpers.kronecker_reference import Dag, batch, chain, dags, dense, gather, skip
+from hessopt.kronecker.inverse import triangular_inverse
+from tests.helpers.kronecker_reference import Dag, batch, chain, dags, dense, gather, kronecker_band, skip
 
 EXACT = {"curvature": "ggn", "columns": "exact", "loss": "mse", "reduction": "sum"}
 BANDWIDTHS = st.sampled_from([0, 1, 2, "full"])
@@ -26,11 +27,11 @@ BANDWIDTHS = st.sampled_from([0, 1, 2, "full"])
 
 def order(band: KroneckerBand) -> Tensor:
     """For each entry of the engine's vector its place among the parameters, weight before bias, block by block."""
-    assert band.factors is not None
-    flat, _ = band.factors.blank()
-    views = band.factors.views(band.factors.matrices(flat))
+    assert band.averages.factors is not None
+    flat, _ = band.averages.factors.blank()
+    views = band.averages.factors.views(band.averages.factors.matrices(flat))
     start = 0
-    for block in band.factors.blocks:
+    for block in band.averages.factors.blocks:
         for p in block.parameters:
             views[p].copy_(torch.arange(start, start + p.numel()).view(p.shape))
             start += p.numel()
@@ -39,8 +40,8 @@ def order(band: KroneckerBand) -> Tensor:
 
 def as_dense(band: KroneckerBand, tapered: bool = True) -> Tensor:
     """``t ∘ M`` in the order of the engine's vector, by Kronecker products of the averages."""
-    assert band.factors is not None
-    f = band.factors
+    assert band.averages.factors is not None
+    f = band.averages.factors
     sizes = [math.prod(stack.shape) for stack in f.stacks]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     found = torch.zeros(sum(sizes), sum(sizes), dtype=f.dtype)
@@ -67,17 +68,17 @@ def as_dense(band: KroneckerBand, tapered: bool = True) -> Tensor:
 
 def damped(band: KroneckerBand) -> Tensor:
     """``t ∘ M + blockdiag(E_v)``, E_v by its definition."""
-    assert band.factors is not None
-    f, found, start = band.factors, as_dense(band), 0
+    assert band.averages.factors is not None
+    f, found, start = band.averages.factors, as_dense(band), 0
     for stack in f.stacks:
         m, o, a = stack.shape
         for i in range(m):
             g = stack.outputs[i].diag() if stack.diagonal[0] else stack.outputs[i]
             x = stack.inputs[i].diag() if stack.diagonal[1] else stack.inputs[i]
             pi = ((x.trace() / a) / (g.trace() / o)).sqrt() if x.trace() > 0 and g.trace() > 0 else 1.0
-            root = band.absolute_damping**0.5
+            root = band.inverse.absolute_damping.value**0.5
             extra_g, extra_x = root / pi, pi * root
-            if band.per_layer:
+            if band.inverse.per_layer:
                 extra_g, extra_x = (root * m.diagonal().mean() if m.trace() > 0 else root for m in (g, x))
             one_o, one_a = (torch.eye(n, dtype=f.dtype) for n in (o, a))
             whole = torch.kron(g + extra_g * one_o, x + extra_x * one_a)
@@ -88,7 +89,7 @@ def damped(band: KroneckerBand) -> Tensor:
 
 
 def engine(net: nn.Module, x: Tensor, bandwidth: object, **options: object) -> KroneckerBand:
-    band = KroneckerBand(net, net.parameters(), bandwidth, **{**EXACT, **options})  # type: ignore[arg-type]
+    band = kronecker_band(net, bandwidth, **{**EXACT, **options})  # type: ignore[arg-type]
     gather(band, net(x))
     return band
 
@@ -98,8 +99,10 @@ def engine(net: nn.Module, x: Tensor, bandwidth: object, **options: object) -> K
 def test_full_bandwidth_on_one_sample_is_the_gauss_newton_matrix(net: Dag) -> None:
     x = batch(size=1)[0]
     band = engine(net, x, "full")
-    assert band.factors is not None
-    expected = dense(net, x, lambda z: z.square().sum(), [m for b in band.factors.blocks for m in b.modules]).ggn
+    assert band.averages.factors is not None
+    expected = dense(
+        net, x, lambda z: z.square().sum(), [m for b in band.averages.factors.blocks for m in b.modules]
+    ).ggn
     index = order(band)
     assert torch.allclose(as_dense(band), expected[index][:, index], rtol=1e-10, atol=1e-12)
 
@@ -129,25 +132,25 @@ def test_averages_are_second_moments(net: Dag, bandwidth: object) -> None:
         j = torch.stack([torch.zeros_like(output) if p is None else p for p in parts])
         moments[layer] = rows, j.flatten(0, 1)
     band = engine(net, x, bandwidth)
-    assert band.factors is not None
-    for block, (number, start) in zip(band.factors.blocks, band.factors.place, strict=True):
+    assert band.averages.factors is not None
+    for block, (number, start) in zip(band.averages.factors.blocks, band.averages.factors.place, strict=True):
         rows, j = moments[block.modules[0]]
         if not j.any():
             continue  # the output does not depend on this layer
-        stack = band.factors.stacks[number]
+        stack = band.averages.factors.stacks[number]
         assert torch.allclose(stack.inputs[start], rows.mT @ rows / len(x), rtol=1e-10, atol=1e-13)
         assert torch.allclose(stack.outputs[start], j.mT @ j, rtol=1e-10, atol=1e-13)
-    inside = {pair for pairs in band.factors.pairs for pair in pairs.blocks}
+    inside = {pair for pairs in band.averages.factors.pairs for pair in pairs.blocks}
     near = net.distances()
     reach = float("inf") if bandwidth == "full" else bandwidth
-    positions = [list(net.layers).index(block.modules[0]) for block in band.factors.blocks]
+    positions = [list(net.layers).index(block.modules[0]) for block in band.averages.factors.blocks]
     for v in range(len(positions)):
         for w in range(v):
             if near[positions[v], positions[w]] <= reach:
                 assert (w, v) in inside
-    for pairs in band.factors.pairs:
+    for pairs in band.averages.factors.pairs:
         for i, (v, w) in enumerate(pairs.blocks):
-            (left, j), (right, k) = (moments[band.factors.blocks[u].modules[0]] for u in (v, w))
+            (left, j), (right, k) = (moments[band.averages.factors.blocks[u].modules[0]] for u in (v, w))
             if not (j.any() and k.any()):
                 continue
             assert torch.allclose(pairs.inputs[i], left.mT @ right / len(x), rtol=1e-10, atol=1e-13)
@@ -165,17 +168,17 @@ def test_product_and_solution_against_dense_matrices(net: Dag, bandwidth: object
     rounding = 1e-12 * tapered.diagonal().sum()
     assert torch.linalg.eigvalsh(tapered).min() > -rounding
     if unit == "loss":
-        assert torch.linalg.eigvalsh(whole).min() > band.absolute_damping - rounding
-    assert band.factors is not None
+        assert torch.linalg.eigvalsh(whole).min() > band.inverse.absolute_damping.value - rounding
+    assert band.averages.factors is not None
     direction = band.direction(gradients)
-    flat = band._gradient.clone()
+    flat = band.inverse.flat(gradients)
     step = direction.flat[0]
     # In units of each parameter's own curvature: layers may differ by any factor, and so may the rounding errors.
     units = whole.diagonal().sqrt()
     assert ((whole @ step - flat) / units).norm() <= 1e-8 * (flat / units).norm()
     assert not direction.failed
     assert torch.allclose(direction.decrement, flat @ step, rtol=1e-8)
-    y = torch.cat([part.flatten() for part in band.factors.product(band.factors.matrices(flat))])
+    y = torch.cat([part.flatten() for part in band.averages.factors.product(band.averages.factors.matrices(flat))])
     assert torch.allclose(y, tapered @ flat, rtol=1e-10, atol=1e-10 * y.norm())
     assert torch.allclose(band.quadratic(gradients), flat @ tapered @ flat, rtol=1e-10)
 
@@ -225,19 +228,19 @@ def test_rescaled_layers_take_the_rescaled_step(bandwidth: object, unit: str) ->
 def test_penalty_is_the_dampings_share_of_the_diagonal(unit: str) -> None:
     """``Σ λ_v ‖d_v‖²``, with λ_v the number given or that times the mean of the layer's diagonal."""
     band = engine(chain(), batch()[0], 0, damping=0.1, damping_unit=unit)
-    assert band.factors is not None
-    flat, _ = band.factors.blank()
+    assert band.averages.factors is not None
+    flat, _ = band.averages.factors.blank()
     flat.normal_(generator=torch.Generator().manual_seed(0))
     expected, start = 0.0, 0
-    for stack in band.factors.stacks:
+    for stack in band.averages.factors.stacks:
         m, o, a = stack.shape
         for i in range(m):
             part = flat[start : start + o * a]
             means = stack.outputs[i].diagonal().mean() * stack.inputs[i].diagonal().mean()
-            expected += band.absolute_damping * (1 if unit == "loss" else means) * part.square().sum()
+            expected += band.inverse.absolute_damping.value * (1 if unit == "loss" else means) * part.square().sum()
             start += o * a
-    assert band.inverse is not None
-    assert torch.allclose(band.inverse.penalty(flat, band.absolute_damping), torch.as_tensor(expected), rtol=1e-10)
+    found = band.inverse.factored.penalty(flat, band.inverse.absolute_damping)
+    assert torch.allclose(found, torch.as_tensor(expected), rtol=1e-10)
 
 
 def test_limits() -> None:
@@ -246,8 +249,8 @@ def test_limits() -> None:
     for bandwidth in (4, 17, "full"):
         assert torch.equal(as_dense(engine(net, x, bandwidth)), whole)
     diagonal = engine(net, x, 0)
-    assert diagonal.factors is not None
-    assert not diagonal.factors.pairs
+    assert diagonal.averages.factors is not None
+    assert not diagonal.averages.factors.pairs
     found = as_dense(diagonal)
     assert torch.equal(found, torch.where(found != 0, whole, 0.0))
     tapered = as_dense(engine(net, x, 1))
@@ -283,35 +286,37 @@ def test_positive_semidefinite_with_positions(bandwidth: object, sharing: str) -
     net = Positions().double()
     band = engine(net, torch.randn(3, 1, 4, 4, dtype=torch.float64), bandwidth, sharing=sharing, iterations=300)
     tapered = as_dense(band)
-    assert band.excluded == []
+    assert band.averages.excluded == []
     assert torch.linalg.eigvalsh(tapered).min() > -1e-12 * tapered.diagonal().sum()
-    assert band.factors is not None
-    assert all(pairs.inputs.abs().sum() > 0 for pairs in band.factors.pairs)
+    assert band.averages.factors is not None
+    assert all(pairs.inputs.abs().sum() > 0 for pairs in band.averages.factors.pairs)
     gradients = [torch.ones_like(p) for p in band.parameters]
     direction = band.direction(gradients)
-    assert torch.allclose(damped(band) @ direction.flat[0], band._gradient, atol=1e-7)
+    assert torch.allclose(damped(band) @ direction.flat[0], band.inverse.flat(gradients), atol=1e-7)
 
 
 def test_running_averages_and_windows_stay_positive_semidefinite() -> None:
     net = chain(depth=4)
     band = engine(net, batch(seed=0)[0], "full", decay=0.5, factor_every=1)
-    assert band.factors is not None
+    assert band.averages.factors is not None
     gradients = [torch.ones_like(p) for p in band.parameters]
     first = as_dense(band)
     band.direction(gradients)
     gather(band, net(batch(seed=5)[0]))
     second = as_dense(band)
-    whole = engine(net, batch(seed=5)[0], "full", decay=0.5)
-    a, b = band.factors.stacks[0], whole.factors.stacks[0]  # type: ignore[union-attr]
+    whole = engine(net, batch(seed=5)[0], "full", decay=0.5).averages.factors
+    assert whole is not None
+    a, b = band.averages.factors.stacks[0], whole.stacks[0]
     assert not torch.equal(first, second)
     # The first update has weight one, the second one half.
-    previous = engine(net, batch(seed=0)[0], "full").factors.stacks[0]  # type: ignore[union-attr]
+    previous = engine(net, batch(seed=0)[0], "full").averages.factors.stacks[0]  # type: ignore[union-attr]
     assert torch.allclose(a.inputs, (previous.inputs + b.inputs) / 2, rtol=1e-12)
-    band.cross = False
-    kept = [pairs.inputs.clone() for pairs in band.factors.pairs]
-    band.direction(gradients)
-    gather(band, net(batch(seed=6)[0]))
-    for pairs, before in zip(band.factors.pairs, kept, strict=True):
+    # Cross factors that a batch does not show decay, as if they were zero.
+    kept = [pairs.inputs.clone() for pairs in band.averages.factors.pairs]
+    own, cross = whole.split(whole.tensors)
+    moments = Moments([*own, *map(torch.zeros_like, cross)], [1.0] * len(whole.stacks), [])
+    band.averages.factors.average(moments, 0.5, torch.tensor(True))
+    for pairs, before in zip(band.averages.factors.pairs, kept, strict=True):
         assert torch.allclose(pairs.inputs, before / 2, rtol=1e-12)
     third = as_dense(band)
     assert torch.linalg.eigvalsh(third).min() > -1e-12 * third.diagonal().sum()
@@ -336,23 +341,24 @@ def test_in_place_activations_and_frozen_parts() -> None:
 def test_distances_are_those_of_the_tape() -> None:
     net = skip()
     band = engine(net, batch()[0], 1)
-    assert band.distances is not None
-    assert torch.equal(torch.from_numpy(band.distances), net.distances().double())
-    assert sorted(p for pairs in band.factors.pairs for p in pairs.blocks) != []  # type: ignore[union-attr]
+    structure = band.gathering.structure
+    assert structure is not None
+    assert torch.equal(torch.from_numpy(structure.distances), net.distances().double())
+    assert sorted(p for pairs in band.averages.factors.pairs for p in pairs.blocks) != []  # type: ignore[union-attr]
 
 
 def test_empirical_fisher_from_the_ordinary_backward() -> None:
     net, (x, y, _) = chain(in_place=True), batch()
-    band = KroneckerBand(net, net.parameters(), "full", curvature="empirical")
+    band = kronecker_band(net, "full", curvature="empirical")
     functional.mse_loss(net(x), y).backward()
     direction = band.direction([p.grad for p in band.parameters])
     assert direction.decrement > 0
-    assert band.factors is not None
+    assert band.averages.factors is not None
     last = net.layers[-1]
     residual = (net(x) - y).detach()
     j = 2 / residual.numel() * residual * len(x) ** 0.5
-    number, start = band.factors.place[[b.modules[0] for b in band.factors.blocks].index(last)]
-    assert torch.allclose(band.factors.stacks[number].outputs[start], j.mT @ j, rtol=1e-10)
+    number, start = band.averages.factors.place[[b.modules[0] for b in band.averages.factors.blocks].index(last)]
+    assert torch.allclose(band.averages.factors.stacks[number].outputs[start], j.mT @ j, rtol=1e-10)
     tapered = as_dense(band)
     assert torch.linalg.eigvalsh(tapered).min() > -1e-12 * tapered.diagonal().sum()
 
@@ -385,7 +391,7 @@ def test_columns_have_the_output_curvature_as_second_moment(loss: str, shape: tu
 def test_undeclared_loss() -> None:
     net, (x, _, labels) = chain(), batch()
     declared = engine(net, x, 1, loss="cross_entropy", reduction="mean")
-    given_loss = KroneckerBand(net, net.parameters(), 1, curvature="ggn", columns="exact")
+    given_loss = kronecker_band(net, 1, curvature="ggn", columns="exact")
     z = net(x)
     given_loss.gather(functional.cross_entropy(z, labels), z)
     given_loss.commit()
@@ -418,20 +424,20 @@ def test_dimension_of_the_classes(columns: Any, curvature: Any) -> None:
     tokens = torch.randint(0, 7, (3, 6))
     twin = Second()
     options = {"curvature": curvature, "columns": columns, "loss": "cross_entropy"}
-    last = KroneckerBand(body, body.parameters(), 1, class_dim=-1, **options)
-    second = KroneckerBand(twin, twin.parameters(), 1, **options)
+    last = kronecker_band(body, 1, class_dim=-1, **options)
+    second = kronecker_band(twin, 1, **options)
     gather(last, body(tokens)), gather(second, twin(tokens))
-    assert last.factors is not None
-    assert second.factors is not None
+    assert last.averages.factors is not None
+    assert second.averages.factors is not None
     assert last.scale == pytest.approx(second.scale, rel=1e-12)
-    for a, b in zip(last.factors.tensors, second.factors.tensors, strict=True):
+    for a, b in zip(last.averages.factors.tensors, second.averages.factors.tensors, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("place", [0, -3, 3])
 def test_dimension_that_is_not_of_the_classes(place: int) -> None:
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
-    band = KroneckerBand(net, net.parameters(), 0, loss="cross_entropy", class_dim=place)
+    band = kronecker_band(net, 0, loss="cross_entropy", class_dim=place)
     with pytest.raises(ModelError, match=rf"class_dim={place} is no dimension of the classes"):
         gather(band, net(torch.zeros(2, 3, dtype=torch.long)))
     band.detach()
@@ -444,13 +450,13 @@ def test_random_state_is_untouched_and_columns_reproducible(columns: int, device
     torch.manual_seed(3)
     expected = torch.rand(3), torch.rand(3, device=device)
     torch.manual_seed(3)
-    bands = [KroneckerBand(net, net.parameters(), 1, loss="cross_entropy", columns=columns, seed=s) for s in (0, 0, 1)]
+    bands = [kronecker_band(net, 1, loss="cross_entropy", columns=columns, seed=s) for s in (0, 0, 1)]
     net(x).sum().backward()
     assert torch.equal(torch.rand(3), expected[0])
     assert torch.equal(torch.rand(3, device=device), expected[1])
     for band in bands:
         band.commit()
-    found = [band.factors.tensors[1] for band in bands if band.factors is not None]
+    found = [band.averages.factors.tensors[1] for band in bands if band.averages.factors is not None]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
@@ -470,9 +476,8 @@ def test_memory_is_as_stated(bandwidth: object) -> None:
 
     net = Net()
     band = engine(net, torch.randn(3, 2, 4, 4), bandwidth, max_size=9)
-    assert band.factors is not None
-    assert band.inverse is not None
-    held = [*band.factors.tensors, *band.inverse.tensors, *band.diagonals.values()]
+    assert band.averages.factors is not None
+    held = [*band.averages.factors.tensors, *band.inverse.factored.tensors, *band.averages.diagonals.values()]
     assert band.memory() == sum(t.numel() * t.element_size() for t in held)
     assert all(t.dtype == torch.float32 for t in held)
     coupled = {name: "not coupled" not in text for name, text in band.report().items()}
@@ -483,7 +488,7 @@ def test_memory_is_as_stated(bandwidth: object) -> None:
 
 def test_bfloat16_parameters_have_float32_factors() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).bfloat16()
-    band = KroneckerBand(net, net.parameters(), 1, loss="mse")
+    band = kronecker_band(net, 1, loss="mse")
     net(torch.randn(5, 3).bfloat16()).square().mean().backward()
     direction = band.direction([p.grad for p in band.parameters])
     assert all(d.dtype == torch.float32 for d in direction.steps)
@@ -492,21 +497,21 @@ def test_bfloat16_parameters_have_float32_factors() -> None:
 
 def test_hooks_do_nothing_when_nothing_is_due() -> None:
     net, (x, y, _) = chain(), batch()
-    band = KroneckerBand(net, net.parameters(), 0, loss="mse", factor_every=4)
+    band = kronecker_band(net, 0, loss="mse", factor_every=4)
     with torch.no_grad():
         net(x)
-    assert band.factors is None
+    assert band.averages.factors is None
     updates = []
     for _ in range(9):
         functional.mse_loss(net(x), y).backward()
         band.direction([p.grad for p in band.parameters])
-        assert band.factors is not None
-        updates.append(band.factors.updates)
+        assert band.averages.factors is not None
+        updates.append(band.averages.factors.updates)
     assert updates == [1, 2, 3, 3, 4, 4, 4, 4, 5]
     assert [step for step in range(20) if due(step, 8)] == [0, 1, 2, 4, 8, 16]
     band.detach()
     net(x)
-    assert band.factors.updates == 5
+    assert band.averages.factors.updates == 5
 
 
 def test_triangular_inverse() -> None:
@@ -520,14 +525,13 @@ def test_triangular_inverse() -> None:
 def test_nonfinite_factors_keep_the_inverse() -> None:
     net = chain()
     band = engine(net, batch()[0], 1)
-    assert band.inverse is not None
-    assert band.factors is not None
-    band.inverse.refresh(0.1)
-    before = [t.clone() for t in band.inverse.tensors[: 2 * len(band.factors.stacks)]]
-    for stack in band.factors.stacks:
+    assert band.averages.factors is not None
+    band.inverse.refresh()
+    before = [t.clone() for t in band.inverse.factored.tensors]
+    for stack in band.averages.factors.stacks:
         stack.inputs.fill_(float("nan"))
-    band.inverse.refresh(0.1)
-    assert torch.equal(before[0], band.inverse.tensors[0])
+    band.inverse.refresh()
+    assert torch.equal(before[0], band.inverse.factored.tensors[0])
 
 
 def test_conjugate_gradients_that_fail_give_the_block_diagonal_step() -> None:
@@ -538,11 +542,10 @@ def test_conjugate_gradients_that_fail_give_the_block_diagonal_step() -> None:
     gradients = [torch.ones_like(p) for p in band.parameters]
     expected = block.direction(gradients)
     band.direction(gradients)
-    assert band.inverse is not None
-    for cross in band.inverse.cross:
+    for cross in band.inverse.factored.cross:
         cross.outputs.mul_(-1e3)
     band.steps = 3  # no refresh
-    band.inverse.iterations = 20
+    band.inverse.factored.iterations = 20
     found = band.direction(gradients)
     assert found.failed
     for a, b in zip(found.steps, expected.steps, strict=True):
@@ -568,19 +571,19 @@ def test_conjugate_gradients_that_fail_give_the_block_diagonal_step() -> None:
 def test_bad_arguments(options: dict[str, object], message: str) -> None:
     net = chain()
     with pytest.raises(ValueError, match=message):
-        KroneckerBand(net, net.parameters(), **options)  # type: ignore[arg-type]
+        kronecker_band(net, **options)  # type: ignore[arg-type]
 
 
 def test_bad_use() -> None:
     net = chain()
-    band = KroneckerBand(net, net.parameters())
+    band = kronecker_band(net)
     with pytest.raises(ClosureError, match="declare the loss"):
         band.direction([None for _ in band.parameters])
     z = torch.randn(2, 300, requires_grad=True)
     with pytest.raises(ModelError, match="300 outputs"):
         hessian_columns(z.square().sum(), z, 1, torch.Generator())
     with pytest.raises(ModelError, match="nothing to train"):
-        KroneckerBand(net, [])
+        kronecker_band(net, parameters=[])
 
     class Pair(nn.Module):
         def __init__(self) -> None:
@@ -591,11 +594,11 @@ def test_bad_use() -> None:
             return self.fc(x), x
 
     pair = Pair()
-    band = KroneckerBand(pair, pair.parameters(), loss="mse")
+    band = kronecker_band(pair, loss="mse")
     pair(torch.randn(3, 2))[0].sum().backward()
     with pytest.raises(ModelError, match="the network returns tuple"):
         band.direction([p.grad for p in band.parameters])
     band.detach()
-    band = KroneckerBand(pair, pair.parameters(), curvature="empirical")
+    band = kronecker_band(pair, curvature="empirical")
     pair(torch.randn(3, 2))[0].sum().backward()
     assert band.direction([p.grad for p in band.parameters]).decrement > 0

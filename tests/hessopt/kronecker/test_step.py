@@ -164,7 +164,7 @@ def test_trust_region_bounds_the_model_before_the_learning_rate(lr: float) -> No
     change = [(p.detach() - b) / lr for p, b in zip(net.parameters(), before, strict=True)]
     bound = 1e-3 * optimizer.band.scale
     measured = optimizer.band.quadratic(change)
-    damping = optimizer.band.absolute_damping * sum(c.square().sum() for c in change)
+    damping = optimizer.band.inverse.absolute_damping.value * sum(c.square().sum() for c in change)
     assert 0 < measured + damping <= bound * 1.0001
     gradient = torch.cat([p.grad.flatten() for p in net.parameters()])  # type: ignore[union-attr]
     # The bound is attained by the damped model: step = -σ d with σ² g'd = bound.
@@ -463,16 +463,18 @@ def test_auto_decides_by_the_predicted_reduction_per_operation(caplog: pytest.Lo
             functional.cross_entropy(net(x), y).backward()
             if i == 4:
                 band.commit([p.grad for p in net.parameters()])  # as step() begins
-                assert band.probe is not None
-                gradient = band.flat([p.grad for p in net.parameters()]).clone()
-                rows = list(band.rows)
+                probe, own = band.averages.probe, band.averages.factors
+                assert probe is not None
+                assert own is not None
+                gradient = band.inverse.flat([p.grad for p in net.parameters()]).clone()
+                rows = list(band.averages.rows)
                 curvature = _gauss_newton(net, x)
-                probe_updates = band.probe.updates
+                probe_updates = probe.factors.updates
                 for k in (0, 1, 2):
-                    factors = band.blank_factors(k)
-                    factors.adopt(band.probe)
+                    factors = band.averages.blank_factors(band.taper.of([k]))
+                    factors.adopt(probe.factors)
                     seen.append(factors)
-                views = band.factors.views(band.factors.matrices(torch.arange(len(gradient))))  # type: ignore[union-attr]
+                views = own.views(own.matrices(torch.arange(len(gradient))))
                 order = torch.cat([views[p].flatten() for p in net.parameters()])
                 placed = torch.zeros_like(curvature)
                 placed[order[:, None], order] = curvature
@@ -482,8 +484,8 @@ def test_auto_decides_by_the_predicted_reduction_per_operation(caplog: pytest.Lo
     for k, factors in enumerate(seen):
         assert factors.updates == probe_updates >= 2
         assert bool(factors.pairs) == (k > 0)
-        d = torch.linalg.solve(_dense(factors) + _extra(factors, band.absolute_damping), gradient)
-        reduction = (gradient @ d) ** 2 / (d @ placed @ d + band.absolute_damping * d @ d) / 2
+        d = torch.linalg.solve(_dense(factors) + _extra(factors, band.inverse.absolute_damping.value), gradient)
+        reduction = (gradient @ d) ** 2 / (d @ placed @ d + band.inverse.absolute_damping.value * d @ d) / 2
         cost = step_operations(factors, rows, 2, 40, 60)
         assert f"{k}: {reduction:.3g} for {cost:.3g}" in record.message
         gains.append(reduction / cost)
@@ -528,21 +530,22 @@ def test_measured_curvature_of_all_kinds_of_layers(columns: Any) -> None:
     optimizer = declared(net, curvature="ggn", columns=columns)
     band = optimizer.band
     gather(band, net(tokens))
-    band.probe = band.blank_factors(0, 1)
-    band.start()
-    generator = torch.Generator().set_state(band.generator.get_state())
+    band.averages.open_probe(band.taper.of([0, 1]))
+    band.gathering.start()
+    generator = torch.Generator().set_state(band.seeds.generator.get_state())
     z = net(tokens)
     gather(band, z)
     shift = {p: torch.randn_like(p) for p in net.parameters()}
-    step = band.flat([shift[p] for p in net.parameters()]).clone()
-    assert len(band.diagonals) == 0
+    step = band.inverse.flat([shift[p] for p in net.parameters()]).clone()
+    assert len(band.averages.diagonals) == 0
     seeds = named_curvature("cross_entropy", "mean", z.detach()).columns(columns, False, generator)
     probe = z.detach().clone().requires_grad_()
     pull = torch.autograd.grad(net(tokens), list(net.parameters()), probe, create_graph=True)
     inner = sum((g * shift[p]).sum() for g, p in zip(pull, net.parameters(), strict=True))
     (forward,) = torch.autograd.grad(inner, probe)  # J s
     expected = (seeds * forward).sum(-1).square().sum()
-    assert torch.allclose(band.measured(step), expected, rtol=1e-10)
+    assert band.averages.probe is not None
+    assert torch.allclose(band.averages.probe.curvature(step), expected, rtol=1e-10)
 
 
 def _dense(factors: Any) -> Tensor:
@@ -582,8 +585,8 @@ def test_auto_takes_a_band_where_steps_are_cheap_and_leaves_it_where_they_are_no
         steps(optimizer, net, x, y, 1, i)
         chosen.append(optimizer.band.bandwidth)
         # Off-diagonal averages are there in the band that is used, and in the window.
-        assert optimizer.band.factors is not None
-        assert bool(optimizer.band.factors.pairs) == (chosen[-1] != 0)
+        assert optimizer.band.averages.factors is not None
+        assert bool(optimizer.band.averages.factors.pairs) == (chosen[-1] != 0)
     assert chosen == [0] * 10 + [2] * 30 + [0] * 2  # decisions at 10, 20 and 40
 
 
@@ -597,7 +600,7 @@ def test_window_before_a_decision() -> None:
     there = []
     for i in range(165):
         steps(optimizer, net, x, y, 1, i)
-        there.append(optimizer.band.probe is not None)
+        there.append(optimizer.band.averages.probe is not None)
     window = KroneckerBandwidth().window * 2
     before = [i for decision in (40, 160) for i in range(decision - window, decision)]
     assert [i for i, is_there in enumerate(there) if is_there] == before

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessopt.averages.averages import KroneckerAverages, Matrices, Pairs, Stack, _left
+from hessopt.averages.averages import KroneckerAverages, Matrices, Pairs, Stack, times_left
+from hessopt.kronecker.damping import Damping
 
 
 @dataclass(eq=False)
@@ -21,9 +22,9 @@ class _Inverse:
 class KroneckerInverse:
     """Solves ``(t ∘ M + blockdiag(E_v)) d = g`` with ``E_v = A_v' ⊗ G_v' − A_v ⊗ G_v``, the factored damping.
 
-    ``A_v' = A_v + π √λ I``, ``G_v' = G_v + (√λ / π) I`` with ``π² = (tr A_v / a) / (tr G_v / o)``, so the diagonal
-    blocks are ``A_v' ⊗ G_v'`` and the matrix is at least λI. Without pairs the solution is ``G_v'⁻¹ X_v A_v'⁻¹``. With
-    pairs, the system is written in coordinates in which the diagonal blocks are the identity::
+    The damping is :class:`hessopt.kronecker.damping.Damping`, so the diagonal blocks are ``A_v' ⊗ G_v'``. Without pairs
+    the solution is ``G_v'⁻¹ X_v A_v'⁻¹``. With pairs, the system is written in coordinates in which the diagonal blocks
+    are the identity::
 
         A_v' = L Lᵀ, G_v' = R Rᵀ, X̃_v = R⁻¹ X_v L⁻ᵀ, Ã_vw = L_v⁻¹ A_vw L_w⁻ᵀ, G̃_vw = R_v⁻¹ G_vw R_w⁻ᵀ
         Σ_w: X̃_v + Σ_{w≠v} t_vw G̃_vw X̃_w Ã_vwᵀ = g̃_v
@@ -31,35 +32,24 @@ class KroneckerInverse:
     and solved by a few conjugate-gradient iterations from zero: that is the block-diagonal preconditioner, applied once
     and not once an iteration, and the first iterate is the block-diagonal step, optimally scaled.
 
-    With ``per_layer`` each layer has its own damping, λ times the mean of its diagonal: ``A_v' = A_v + √λ ā_v I`` and
-    ``G_v' = G_v + √λ ḡ_v I`` with ``ā_v = tr A_v / a``, ``ḡ_v = tr G_v / o``. Then a layer whose inputs or gradients
-    are rescaled takes the rescaled step. Where the loss is nearly zero, so is its curvature, but not the rounding error
-    of its gradient: the two additions multiply to ``floor`` at least.
-
     Memory: as much as the factors have.
 
     Args:
         factors: The averages.
         iterations: Of conjugate gradients, if there are pairs.
-        per_layer: In what units λ is.
-        floor: See above.
 
-    Source:
-        Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015), section
-        6.3, for π; docs/banded.md.
+    Attributes:
+        parts: The last solution, as matrices.
+        ready: Whether the factors were inverted.
     """
 
-    def __init__(
-        self, factors: KroneckerAverages, iterations: int, per_layer: bool = False, floor: float = 0.0
-    ) -> None:
+    def __init__(self, factors: KroneckerAverages, iterations: int) -> None:
         self.factors = factors
-        self.floor = floor
-        self.per_layer = per_layer
         self.iterations = iterations
         self.inverses = [_Inverse(torch.zeros_like(s.inputs), torch.zeros_like(s.outputs)) for s in factors.stacks]
         self.cross = [_Inverse(torch.zeros_like(p.inputs), torch.zeros_like(p.outputs)) for p in factors.pairs]
         self.ready = False
-        self._step, self._parts = factors.blank()
+        self._step, self.parts = factors.blank()
         self._gather = [_Scatter(pairs, factors.stacks) for pairs in factors.pairs]
 
     @property
@@ -67,12 +57,12 @@ class KroneckerInverse:
         """All that is kept, in a fixed order."""
         return [t for part in [*self.inverses, *self.cross] for t in (part.inputs, part.outputs)]
 
-    def refresh(self, damping: float) -> None:
-        """Invert the factors as they are now, with λ = ``damping``. A factor that is not finite keeps its inverse."""
+    def refresh(self, damping: Damping) -> None:
+        """Invert the factors as they are now. A factor that is not finite keeps its inverse."""
         roots = bool(self.factors.pairs)
         self.ready = True
         for stack, inverse in zip(self.factors.stacks, self.inverses, strict=True):
-            extra_inputs, extra_outputs = self.damping(stack, damping)
+            extra_inputs, extra_outputs = damping.of_factors(stack)
             for factor, extra, diagonal, kept in (
                 (stack.inputs, extra_inputs, stack.diagonal[1], inverse.inputs),
                 (stack.outputs, extra_outputs, stack.diagonal[0], inverse.outputs),
@@ -93,29 +83,11 @@ class KroneckerInverse:
             cross.inputs.copy_(a)
             cross.outputs.copy_(g)
 
-    def damping(self, stack: Stack, damping: float) -> tuple[Tensor, Tensor]:
-        """What is added to the diagonals of A and G, ``(m,)`` each, at least what rounding needs."""
-        _, o, a = stack.shape
-        trace_a, trace_g = (
-            (f if diagonal else f.diagonal(dim1=1, dim2=2)).sum(1)
-            for f, diagonal in zip(stack.factors, (stack.diagonal[1], stack.diagonal[0]), strict=True)
-        )
-        floor = 10 * torch.finfo(trace_a.dtype).eps
-        if self.per_layer:
-            extra = [torch.where(t > 0, t / n, 1.0) * damping**0.5 for t, n in ((trace_a, a), (trace_g, o))]
-            inputs = extra[0].clamp_min(floor * trace_a)
-            return inputs, torch.maximum(extra[1].clamp_min(floor * trace_g), self.floor / inputs)
-        tiny = torch.finfo(trace_a.dtype).tiny
-        pi = ((trace_a / a).clamp_min(tiny) / (trace_g / o).clamp_min(tiny)).sqrt()
-        # No curvature at all on one side: π says nothing.
-        pi = torch.where((trace_a > 0) & (trace_g > 0), pi, torch.ones_like(pi))
-        return (pi * damping**0.5).clamp_min(floor * trace_a), (damping**0.5 / pi).clamp_min(floor * trace_g)
-
-    def penalty(self, step: Tensor, damping: float) -> Tensor:
+    def penalty(self, step: Tensor, damping: Damping) -> Tensor:
         """``Σ_v λ_v ‖d_v‖²`` of a step, with λ_v the product of what is added to the diagonals of A_v and G_v."""
         parts = zip(self.factors.stacks, self.factors.matrices(step), strict=True)
         return torch.stack(
-            [(torch.mul(*self.damping(stack, damping)) * part.square().sum((1, 2))).sum() for stack, part in parts]
+            [(torch.mul(*damping.of_factors(stack)) * part.square().sum((1, 2))).sum() for stack, part in parts]
         ).sum()
 
     def solve(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,13 +121,13 @@ class KroneckerInverse:
     def _apply(self, x: Matrices, transposed: bool) -> None:
         """Into the buffer ``G⁻¹ X A⁻¹``; with roots ``R⁻¹ X L⁻ᵀ``, or transposed ``R⁻ᵀ X L⁻¹``."""
         roots = bool(self.cross)
-        for stack, inverse, part, out in zip(self.factors.stacks, self.inverses, x, self._parts, strict=True):
+        for stack, inverse, part, out in zip(self.factors.stacks, self.inverses, x, self.parts, strict=True):
             a, g = inverse.inputs, inverse.outputs
             if roots and not stack.diagonal[1] and not transposed:
                 a = a.mT
             if roots and not stack.diagonal[0] and transposed:
                 g = g.mT
-            left = _left(g, part, stack.diagonal[0])
+            left = times_left(g, part, stack.diagonal[0])
             if stack.diagonal[1]:
                 torch.mul(left, a.unsqueeze(1), out=out)
             else:

@@ -1,0 +1,362 @@
+"""When curvature is gathered: in the backward pass that follows a call of the network or of the declared loss."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_leaves
+
+from diagnostics.autograd.tape import Function, ancestry
+from hessopt.averages.blocks import Block
+from hessopt.averages.causes import Seen
+from hessopt.averages.passes import Choice, current_backward
+from hessopt.averages.recorder import Call, Recorder, on_arrival
+from hessopt.averages.seeds import Seeds
+from hessopt.errors import ClosureError, HessoptError, ModelError
+from hessopt.network.layer_graph import layer_distances
+from hessopt.network.weak_hooks import WeakHooks
+
+
+@dataclass(eq=False)
+class Columns:
+    """What is to be back-propagated, and to where.
+
+    Attributes:
+        calls: Of layers, in their order.
+        before: Blocks that the output comes from, until distances are known.
+        output: Tensor or place to start from.
+        samples: B.
+        values: ``(K, B, …)``.
+    """
+
+    calls: list[Call]
+    before: frozenset[int]
+    output: Tensor | GradientEdge
+    samples: int
+    values: Tensor
+
+
+@dataclass(eq=False)
+class Backward:
+    """What an ordinary backward brought (``curvature="empirical"``).
+
+    Attributes:
+        calls: Of layers, with their cotangents.
+        samples: B; None where no output of the network was met.
+        slope: Derivative of what was back-propagated in the loss; None where the loss was not met.
+        before: Blocks that the output comes from, until distances are known.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    samples: int | None = None
+    slope: Tensor | None = None
+    before: frozenset[int] = frozenset()
+    orders: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Evaluation:
+    """An output of the network, or a call of the loss, that a backward may arrive at.
+
+    It lies on the tape there, so it holds nothing that was computed from it.
+
+    Attributes:
+        order: Among all calls.
+        given: The detached output; or arguments of the loss.
+        watched: The tensor among these that must still be what it was, and its version.
+    """
+
+    order: int
+    given: tuple[Any, ...]
+    watched: tuple[Tensor, int]
+
+
+class PassObserver:
+    """Watches the network and the declared loss, and hands over columns when a backward arrives there.
+
+    In the forward pass nothing is computed: calls are noted on the tape. The first thing that a backward does at the
+    output (or at the loss's value) is to hand the columns to ``take``, which may use the tape behind it.
+
+    Args:
+        model: The network.
+        blocks: Its blocks.
+        parameters: The trained parameters.
+        seeds: Of the columns.
+        empirical: No columns: keep the cotangents of the ordinary backward.
+        take: Takes :class:`Columns`; a method, whose object is not kept alive.
+
+    Attributes:
+        recorder: Notes the calls.
+        choice: Which pass counts.
+        seen: What happened since :meth:`start`, for messages.
+        error: What kept the chosen pass from being gathered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        parameters: Sequence[Tensor],
+        seeds: Seeds,
+        empirical: bool,
+        take: Callable[[Columns], None],
+    ) -> None:
+        self.seeds, self.empirical = seeds, empirical
+        self.recorder = Recorder(blocks, self._catch if empirical else None)
+        self.choice = Choice(parameters)
+        self._parameters, self._blocks = parameters, blocks
+        self._take = weakref.WeakMethod(take)
+        self._device = parameters[0].device.type
+        self._hooks = WeakHooks(self, "_see_output")
+        self._hooks.attach(model)
+        self._loss_hooks = WeakHooks(self, "_see_loss")
+        if isinstance(seeds.loss, nn.Module):
+            self._loss_hooks.attach(seeds.loss)
+        self._random: Tensor | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Gather from the next pass on that a backward follows."""
+        self.recorder.start()
+        self.seen = Seen()
+        self._clear()
+
+    def stop(self) -> None:
+        """Gather nothing more."""
+        self.recorder.active = False
+        self._clear()
+
+    def forget(self) -> None:
+        """Undo what was gathered since the start, draws of random numbers included, and start anew."""
+        if self._random is not None:
+            self.seeds.generator.set_state(self._random)
+        if self.recorder.active:
+            self.start()
+
+    def _clear(self) -> None:
+        self.choice.reset()
+        self.error: HessoptError | None = None
+        self._backwards: dict[int, Backward] = {}
+        self._random = None
+
+    @property
+    def random_state(self) -> Tensor:
+        """Of the generator, without the draws that belong to no step yet."""
+        return self.seeds.generator.get_state() if self._random is None else self._random
+
+    @property
+    def backward(self) -> Backward | None:
+        """The ordinary backward that was chosen; of a network without blocks, the last one."""
+        last = next(reversed(self._backwards), None) if not self._blocks else None
+        task = last if self.choice.task is None else self.choice.task
+        return None if task is None else self._backwards.get(task)
+
+    @property
+    def slope_is_missing(self) -> bool:
+        """Whether a backward was chosen whose loss was not met, so that a factor on it is not known."""
+        return self.backward is not None and self.backward.slope is None
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        self.recorder.remove()
+        self._hooks.remove()
+        self._loss_hooks.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gather nothing inside of this context."""
+        active, self.recorder.active = self.recorder.active, False
+        try:
+            yield
+        finally:
+            self.recorder.active = active
+
+    def take_loss(self, loss: Tensor, output: Tensor) -> None:
+        """Hand over columns now, for a loss on its tape."""
+        if isinstance(self.seeds.loss, nn.Module):
+            raise ClosureError(self.seen.uncalled(self.seeds.loss))
+        columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
+        function = output.grad_fn
+        calls = [] if function is None else self.recorder.on_tape(function)[0]
+        self._hand_over(calls, function, output, output, columns)
+
+    def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
+        """After the network's forward pass."""
+        if not self.recorder.active:
+            return
+        if not torch.is_grad_enabled():
+            self.seen.without_gradients = True
+            return
+        self.seen.network = True
+        if self.empirical:
+            self._watch_output(output)
+        elif self.seeds.name is not None:
+            if not isinstance(output, Tensor):
+                self.seen.returned = type(output).__name__
+            elif output.grad_fn is not None:
+                # The output itself would keep its tape alive. Its place on the tape stays, whatever is done to it.
+                value = output.detach()
+                noted = _Evaluation(self.recorder.next_order(), (value,), (value, value._version))
+                on_arrival(output, weakref.WeakMethod(self._arrive), noted)
+                self.seen.noted = True
+
+    def _see_loss(self, _: None, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        """After the declared loss module, which may serve other networks as well."""
+        if not self.recorder.active or not torch.is_grad_enabled():
+            return
+        self.seen.loss = True
+        one = isinstance(value, Tensor) and value.numel() == 1 and value.grad_fn is not None
+        if self.empirical:
+            if one:
+                on_arrival(value, weakref.WeakMethod(self._meet), self.recorder.next_order(), "slope", None)
+            return
+        given, output = self.seeds.arguments(args, kwargs)
+        if output is None:
+            return
+        if not one or output.grad_fn is value.grad_fn:
+            self.seen.misfit = True
+            return
+        noted = _Evaluation(self.recorder.next_order(), given, (output, output._version))
+        on_arrival(value, weakref.WeakMethod(self._arrive), noted)
+        self.seen.noted = True
+
+    def _arrive(self, noted: _Evaluation, place: GradientEdge, _: Tensor) -> None:
+        """In a backward pass, at an output or a loss."""
+        if not self.recorder.active or self.choice.excludes(noted.order):
+            return
+        calls, leaves = self.recorder.on_tape(place.node)
+        if self._blocks and not calls:
+            self.seen.bare = True  # another network's, or one whose hooks did not run
+            return
+        if not self.choice.takes(noted.order, leaves):
+            return
+        self.error = None
+        if self._random is None:
+            self._random = self.seeds.generator.get_state()
+        else:  # in the place of another pass
+            self.seeds.generator.set_state(self._random)
+        try:
+            with self.paused(), _no_autocast(self._device):
+                output, version = noted.watched
+                if output._version != version:
+                    raise ModelError(
+                        "what the declared loss's curvature is taken at, the network's output, was changed in place "
+                        "before backward(). Use an operation that is not in place (`z = z - c`)."
+                    )
+                if self.seeds.name is not None:
+                    columns = self.seeds.of_output(output)
+                    self._hand_over(calls, place.node, place, output, columns)
+                else:
+                    with torch.enable_grad():
+                        z, columns = self.seeds.of_call(noted.given, output, place)
+                    self._hand_over(calls, z.grad_fn, z, z, columns)
+        except HessoptError as error:
+            self.error = error  # for step(), where the user expects errors of an optimizer
+
+    def _hand_over(
+        self,
+        calls: list[Call],
+        place: Function | None,
+        output: Tensor | GradientEdge,
+        like: Tensor,
+        columns: Tensor,
+    ) -> None:
+        take = self._take()
+        assert take is not None
+        samples = like.shape[0] if like.ndim else 1
+        take(Columns(calls, self._before(place), output, samples, columns.to(like.dtype)))
+
+    def _before(self, place: Function | None) -> frozenset[int]:
+        return self.recorder.blocks_before(place) if self.recorder.linking else frozenset()
+
+    def distances(self, calls: Sequence[Call], before: Iterable[int]) -> NDArray[np.float64]:
+        """Of the blocks, by the calls of a pass, and of blocks that are in none by whatever calls they had.
+
+        A block is next to those whose outputs reach an input of it on the tape without passing through a third block.
+        A block with several calls is one vertex.
+
+        Args:
+            calls: Of the pass.
+            before: Blocks that the network's output comes from, likewise.
+        """
+        count = len(self._blocks)
+        links = {(call.block, v) for call in calls for v in call.note.before}
+        rest = self.recorder.links.keys() - {call.block for call in calls}
+        links.update((w, v) for w in rest for v in self.recorder.links[w])
+        return layer_distances(count, [*links, *((v, count) for v in before)])
+
+    def _watch_output(self, output: Any) -> None:
+        """Empirical: the batch's size and the loss, if the network returns it, when a backward arrives there."""
+        leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        rows = next((t for t in leaves if t.ndim), None)
+        loss = _returned_loss(output, rows)
+        order = self.recorder.next_order()
+        for leaf in leaves:
+            kind = "slope" if leaf is loss else "samples"
+            on_arrival(leaf, weakref.WeakMethod(self._meet), order, kind, None if rows is None else len(rows))
+
+    def _meet(self, order: int, kind: str, samples: int | None, place: GradientEdge, gradient: Tensor) -> None:
+        """Empirical, in a backward pass, at an output or a loss."""
+        if not self.recorder.active:
+            return
+        found = self._current()
+        if order < found.orders.get(kind, order + 1):
+            found.orders[kind] = order
+            if kind == "slope":
+                found.slope = gradient.detach().reshape(())
+        if samples is not None and order < found.orders.get("B", order + 1):
+            found.orders["B"], found.samples = order, samples
+        found.before |= self._before(place.node)
+
+    def _catch(self, call: Call) -> None:
+        """Empirical, in a backward pass, at the output of a layer."""
+        if not self.recorder.active:
+            return
+        found, task = self._current(), current_backward()
+        if task != self.choice.task:
+            if task in self.choice.further:
+                return
+            own = [p for p in self._blocks[call.block].parameters if p.requires_grad]
+            if not self.choice.takes(call.note.order, [torch.autograd.graph.get_gradient_edge(p).node for p in own]):
+                return
+        found.calls.append(call)
+
+    def _current(self) -> Backward:
+        task = current_backward()
+        if task not in self._backwards:
+            kept = self.choice.task
+            self._backwards = {t: b for t, b in self._backwards.items() if t == kept}
+            self._backwards[task] = Backward()
+        return self._backwards[task]
+
+
+def _returned_loss(output: Any, rows: Tensor | None) -> Tensor | None:
+    """The loss among what a network returns beside its output, as those of Hugging Face do when they are given labels.
+
+    It is called so, or comes first, and is computed from the output.
+    """
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, (tuple, list)) and output:
+        loss = output[0]
+    else:
+        loss = None
+    if rows is None or not isinstance(loss, Tensor) or loss.ndim or loss.grad_fn is None:
+        return None
+    function = rows.grad_fn
+    assert function is not None  # the caller's leaves have one
+    return loss if loss.grad_fn is function or ancestry(loss, {function})[1] else None
+
+
+def _no_autocast(device: str) -> Any:
+    """Products of factors are formed in the factors' precision."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
