@@ -303,9 +303,10 @@ class Gathering(Generic[T]):
         self._hand_on(Batch(structure, calls, cotangents, squares, samples, None))
 
     def _hand_on(self, batch: Batch) -> None:
-        taker = None if self._taker is None else self._taker()
-        assert taker is not None
-        self._made = taker(batch)
+        assert self._taker is not None, "nobody was named to hand batches to"
+        taker = self._taker()
+        if taker is not None:  # else nobody is there any more whom it would matter to
+            self._made = taker(batch)
 
     def _structure(self, calls: Sequence[Call], before: frozenset[int]) -> Structure | None:
         """Until it is settled: which blocks there are."""
