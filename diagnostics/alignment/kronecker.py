@@ -145,7 +145,7 @@ def kronecker_factors(
         for batch in Batches(batches):
             private = batch.private(space.device)
             with _recorded(modules) as calls:
-                tape = SplitTape(replay, private, space)
+                tape = SplitTape.of_batch(replay, private, space)
             slopes = [s.detach() for s in tape.slopes if s is not None]
             seeds = _roots(tape, generator) if kind == "gauss_newton" else [slopes]
             scale = 1.0 if kind == "gauss_newton" else float(batch.size)

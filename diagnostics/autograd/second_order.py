@@ -38,6 +38,16 @@ _MISSING_DERIVATIVE = (
 )
 
 
+def check_differentiable(loss: Tensor, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse a loss whose derivatives by some of ``inputs`` are computed off the tape; costs a backward pass.
+
+    That pass has a tape of its own, with a cotangent to look for: a kept one should not pay for it at every product.
+    """
+    with second_order_errors():
+        seed = torch.ones_like(loss).requires_grad_()
+        check_on_tape(torch.autograd.grad(loss, inputs, seed, create_graph=True, allow_unused=True), [seed], names)
+
+
 def check_on_tape(gradients: Sequence[Tensor | None], signals: Sequence[Tensor], names: Sequence[str]) -> None:
     """Refuse gradients that were computed off the tape from the ``signals``, the cotangents that they came from.
 

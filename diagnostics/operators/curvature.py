@@ -211,7 +211,7 @@ class CurvatureOperator(LinearOperator):
     def _start(self) -> None:
         with self._replay.replayed():
             batch = next(iter(self.batches))
-            tape = self._tape_kind(self._replay, batch.private(self.device), self.space)
+            tape = self._tape_kind.of_batch(self._replay, batch.private(self.device), self.space)
             self._attach(tape)
         if self.batches.single:
             self._kept[self._tape_kind] = tape
@@ -234,7 +234,7 @@ class CurvatureOperator(LinearOperator):
                 disable=None if self._progress and not self.batches.single else True,
             )
             for batch in bar:
-                tape = kind(self._replay, batch.private(self.device), self.space)
+                tape = kind.of_batch(self._replay, batch.private(self.device), self.space)
                 self._attach(tape)
                 if self.batches.single:
                     self._kept[kind] = tape

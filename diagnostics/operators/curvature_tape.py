@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diagnostics.autograd.second_order import check_on_tape, refuse_sparse, second_order_errors
+from diagnostics.autograd.second_order import check_differentiable, check_on_tape, refuse_sparse, second_order_errors
 from diagnostics.autograd.tape import CHUNK_BYTES, batched_vjp
 from diagnostics.autograd.trees import flatten
 from diagnostics.errors import CaptureError
@@ -15,36 +18,59 @@ from diagnostics.operators.data import Batch
 from diagnostics.operators.parameter_space import ParameterSpace
 from diagnostics.operators.replay import Replay
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Columns = list[Tensor]
 """k vectors in parts of the shapes of some tensors: ``(k, *shape)`` for each."""
 
 
-class Tape:
-    """The gradient of one batch, on a tape of its own; made under :meth:`Replay.recording`.
+class Tape(ABC):
+    """The gradient of a loss, on a tape of its own.
+
+    Args:
+        loss: ℓ, without dimensions, on its tape.
+        parameters: θ; each requires grad.
+        names: What to call them in errors.
+        made_bytes: Bytes of the tensors that the forward pass made; decides with those of the parameters how many
+            columns are taken together, see :meth:`vjps`.
+        size: Samples in the batch.
 
     Attributes:
         loss: ℓ, without a tape.
-        size: Samples in the batch.
         gradients: ∂ℓ/∂θ for each parameter, on the tape; None where there is none.
+        column_bytes: What one column of a product touches.
     """
 
-    loss: Tensor
     gradients: Sequence[Tensor | None]
 
-    def __init__(self, replay: Replay, batch: Batch, space: ParameterSpace) -> None:
-        self.size = batch.size
-        self._names = list(space.parameters)
-        self._parameters: list[Tensor] = list(space.parameters.values())
-        with replay.recording(), second_order_errors():
-            self._record(replay, batch)
-        self._made_bytes = replay.made_bytes + sum(p.numel() * p.element_size() for p in self._parameters)
+    def __init__(
+        self,
+        loss: Tensor,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        *,
+        made_bytes: int = 0,
+        size: int = 1,
+    ) -> None:
+        self.loss = loss.detach()
+        self.size = size
+        self._parameters = list(parameters)
+        self._names = names
+        self.column_bytes = made_bytes + sum(p.numel() * p.element_size() for p in self._parameters)
 
-    def _record(self, replay: Replay, batch: Batch) -> None:
-        raise NotImplementedError
+    @classmethod
+    @abstractmethod
+    def of_batch(cls, replay: Replay, batch: Batch, space: ParameterSpace) -> Self:
+        """The tape of the loss of one batch, by the parameters of ``space``.
 
+        Raises:
+            CaptureError: the loss cannot be differentiated twice, or does not depend on the output.
+        """
+
+    @abstractmethod
     def gradient(self) -> Tensor:
         """∂ℓ/∂θ, ``(P,)``, without a tape."""
-        raise NotImplementedError
 
     def vjps(self, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Columns:
         """Products of k cotangents with the Jacobian of ``outputs`` by ``inputs``; zeros where there is none.
@@ -63,8 +89,8 @@ class Tape:
         ends, seeds = [o for o, _ in pairs], [c for _, c in pairs]
         most = TOGETHER_BYTES.get(ends[0].device.type, TOGETHER_BYTES["cpu"])
         with second_order_errors():
-            if count >= TOGETHER_COLUMNS and self._made_bytes <= most:
-                step = max(TOGETHER_COLUMNS, CHUNK_BYTES // max(self._made_bytes, 1))
+            if count >= TOGETHER_COLUMNS and self.column_bytes <= most:
+                step = max(TOGETHER_COLUMNS, CHUNK_BYTES // max(self.column_bytes, 1))
                 chunks = [
                     batched_vjp(ends, inputs, [seed[start : start + step] for seed in seeds])
                     for start in range(0, count, step)
@@ -74,19 +100,42 @@ class Tape:
 
 
 class JointTape(Tape):
-    """The gradient through network and loss together: one backward pass over it is a product with H."""
+    """The gradient through network and loss together: one backward pass over it is a product with H.
 
-    def _record(self, replay: Replay, batch: Batch) -> None:
-        loss = replay.loss(replay.output(batch), batch)
-        if not replay.verified:
-            # A tape of its own, with a cotangent to look for: the kept one should not pay for it at every product.
-            seed = torch.ones_like(loss).requires_grad_()
-            seeded = torch.autograd.grad(loss, self._parameters, seed, create_graph=True, allow_unused=True)
-            check_on_tape(seeded, [seed], self._names)
-            replay.verified = True
-            del seeded
-        self.gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
-        self.loss = loss.detach()
+    Args:
+        loss, parameters, names, made_bytes, size: See :class:`Tape`.
+        verify: Refuse gradients that are computed off the tape, whose curvature would be zero in silence.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        *,
+        verify: bool = True,
+        made_bytes: int = 0,
+        size: int = 1,
+    ) -> None:
+        super().__init__(loss, parameters, names, made_bytes=made_bytes, size=size)
+        with second_order_errors():
+            if verify:
+                check_differentiable(loss, self._parameters, self._names)
+            self.gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
+        refuse_sparse(self.gradients, self._names)
+
+    @classmethod
+    def of_batch(cls, replay: Replay, batch: Batch, space: ParameterSpace) -> Self:
+        """The tape of one batch, verified if it is the first of ``replay``."""
+        parameters = space.parameters
+        with replay.recording(), second_order_errors():
+            loss = replay.loss(replay.output(batch), batch)
+            tape = cls(
+                loss, list(parameters.values()), list(parameters),
+                verify=not replay.verified, made_bytes=replay.made_bytes, size=batch.size,
+            )  # fmt: skip
+        replay.verified = True
+        return tape
 
     def gradient(self) -> Tensor:
         """∂ℓ/∂θ, ``(P,)``, without a tape."""
@@ -104,46 +153,87 @@ class SplitTape(Tape):
     direction v is ``J v`` by s (a vector-Jacobian product, differentiated once more by its cotangent, gives a
     Jacobian-vector product) and ``Σ_i s_i ∇²z_i v``, the tensor part, by θ, in one backward pass.
 
+    Args:
+        loss, parameters, names, made_bytes, size: See :class:`Tape`.
+        outputs: z on the network's tape: the tensors of the model's output that need grad.
+        cut: z as the loss sees it, where these are leaves of their own, so that the loss may depend on θ directly too.
+            None: the loss is on the tape of ``outputs`` and depends on θ through them alone.
+        verify: Refuse ``Jᵀ s`` that is computed off the tape.
+
     Attributes:
-        outputs: z on the network's tape: the floating-point tensors of the model's output that need grad.
-        cut: z as the loss sees it, leaves.
+        outputs: See above.
+        cut: z as the loss sees it.
         slopes: ∂ℓ/∂z on the loss's tape; None where the loss does not depend on that tensor.
         output_metric: A map of vectors like z, to stand in the place of ``∇²_z ℓ``.
+
+    Raises:
+        CaptureError: the loss does not depend on the output, or a gradient is sparse.
+        DiagnosticsError: an operation has no second derivative.
     """
 
     output_metric: Callable[[Columns], Columns] | None = None
+    _loss_at: Callable[[Sequence[Tensor]], Tensor] | None = None
+    _recording: Callable[[], AbstractContextManager[None]]
 
-    def _record(self, replay: Replay, batch: Batch) -> None:
-        z = replay.output(batch)
-        leaves, rebuild = flatten(z)
-        where = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
-        self.outputs = [leaves[i] for i in where]
-        self.cut = [t.detach().requires_grad_() for t in self.outputs]
+    def __init__(
+        self,
+        loss: Tensor,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        outputs: Sequence[Tensor],
+        cut: Sequence[Tensor] | None = None,
+        *,
+        verify: bool = True,
+        made_bytes: int = 0,
+        size: int = 1,
+    ) -> None:
+        super().__init__(loss, parameters, names, made_bytes=made_bytes, size=size)
+        self.outputs = list(outputs)
+        self.cut = self.outputs if cut is None else list(cut)
+        ends = [*self.cut, *(() if cut is None else self._parameters)]
+        with second_order_errors():
+            slopes = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True)
+            if all(slope is None for slope in slopes):
+                raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")
+            self.slopes = list(slopes[: len(self.cut)])
+            self._direct = [None] * len(self._parameters) if cut is None else list(slopes[len(self.cut) :])
+            refuse_sparse(self._direct, self._names)
+            self._signals = [
+                torch.zeros_like(t).requires_grad_() if s is None else s.detach().clone().requires_grad_()
+                for s, t in zip(self.slopes, self.cut, strict=True)
+            ]
+            self.gradients = torch.autograd.grad(
+                self.outputs, self._parameters, self._signals, create_graph=True, allow_unused=True
+            )
+        refuse_sparse(self.gradients, self._names)
+        if verify:
+            check_on_tape(self.gradients, self._signals, self._names)
 
-        def loss_at(values: Sequence[Tensor]) -> Tensor:
-            parts = list(leaves)
-            for i, value in zip(where, values, strict=True):
-                parts[i] = value.clone()  # the loss may work in place
-            return replay.loss(rebuild(parts), batch)
+    @classmethod
+    def of_batch(cls, replay: Replay, batch: Batch, space: ParameterSpace) -> Self:
+        """The tape of one batch; z are the floating-point tensors of the model's output that need grad."""
+        parameters = space.parameters
+        with replay.recording(), second_order_errors():
+            z = replay.output(batch)
+            leaves, rebuild = flatten(z)
+            where = [
+                i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad
+            ]
+            outputs = [leaves[i] for i in where]
+            cut = [t.detach().requires_grad_() for t in outputs]
 
-        self._loss_at, self._recording = loss_at, replay.recording
-        loss = loss_at(self.cut)
-        ends = [*self.cut, *self._parameters]
-        slopes = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True)
-        self.slopes = list(slopes[: len(self.cut)])
-        self._direct = slopes[len(self.cut) :]
-        if all(slope is None for slope in slopes):
-            raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")
-        refuse_sparse(self._direct, self._names)
-        self._signals = [
-            torch.zeros_like(t).requires_grad_() if s is None else s.detach().clone().requires_grad_()
-            for s, t in zip(self.slopes, self.cut, strict=True)
-        ]
-        self.gradients = torch.autograd.grad(
-            self.outputs, self._parameters, self._signals, create_graph=True, allow_unused=True
-        )
-        check_on_tape(self.gradients, self._signals, self._names)
-        self.loss = loss.detach()
+            def loss_at(values: Sequence[Tensor]) -> Tensor:
+                parts = list(leaves)
+                for i, value in zip(where, values, strict=True):
+                    parts[i] = value.clone()  # the loss may work in place
+                return replay.loss(rebuild(parts), batch)
+
+            tape = cls(
+                loss_at(cut), list(parameters.values()), list(parameters), outputs, cut,
+                made_bytes=replay.made_bytes, size=batch.size,
+            )  # fmt: skip
+        tape._loss_at, tape._recording = loss_at, replay.recording
+        return tape
 
     def gradient(self) -> Tensor:
         """∂ℓ/∂θ, ``(P,)``, without a tape."""
@@ -172,7 +262,13 @@ class SplitTape(Tape):
         return padded
 
     def loss_curvature_at(self, point: Tensor, u: Tensor) -> Tensor:
-        """``∇²_z ℓ u`` at another value of the one output that the loss uses, for vectors ``(k, *point.shape)``."""
+        """``∇²_z ℓ u`` at another value of the one output that the loss uses, for vectors ``(k, *point.shape)``.
+
+        Raises:
+            ValueError: the tape is not one :meth:`of_batch`, so that the loss cannot be evaluated again.
+        """
+        if self._loss_at is None:
+            raise ValueError("the loss at another output is known of a tape made by of_batch only.")
         free = [c if slope is None else point.detach() for c, slope in zip(self.cut, self.slopes, strict=True)]
         where = next(i for i, slope in enumerate(self.slopes) if slope is not None)
         free[where].requires_grad_()
@@ -221,18 +317,14 @@ def _one_by_one(outputs: list[Tensor], inputs: Sequence[Tensor], cotangents: lis
     count = len(cotangents[0])
     found: Columns = []
     for column in range(count):
-        seeds = [c[column] for c in cotangents]
-        grads = [
-            torch.zeros_like(t) if g is None else g
-            for t, g in zip(
-                inputs, torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True), strict=True
-            )
-        ]
+        seeds = [c.select(0, column) for c in cotangents]
+        grads = torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
+        parts = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
         if count == 1:
-            return [g.unsqueeze(0) for g in grads]
-        found = found or [g.new_empty(count, *g.shape) for g in grads]
-        for part, g in zip(found, grads, strict=True):
-            part[column] = g
+            return [part.unsqueeze(0) for part in parts]
+        found = found or [part.new_empty(count, *part.shape) for part in parts]
+        for rows, part in zip(found, parts, strict=True):
+            rows[column] = part
     return found
 
 

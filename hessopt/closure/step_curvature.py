@@ -8,8 +8,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from diagnostics.autograd.second_order import check_on_tape, refuse_sparse, second_order_errors
-from diagnostics.autograd.tape import batched_vjp
+from diagnostics.autograd.second_order import check_differentiable
+from diagnostics.operators.curvature_tape import Columns, JointTape, SplitTape, Tape
 from hessopt.closure.backward_calls import refuse_reentrant
 from hessopt.closure.protocol import Evaluation, LeastSquares
 from hessopt.errors import ClosureError
@@ -29,9 +29,9 @@ class StepCurvature:
 
         H = Jᵀ ∇²ℓ J + T,    T = Σ_i s_i ∇²z_i.
 
-    All products go over kept tapes: that of the gradient (``H v``: one pass), and that of ``Jᵀ s`` with s cut off from
-    z, made when first needed, which is linear in s: its derivative in direction v is ``J v`` by s and ``T v`` by θ.
-    Vectors are ``(P,)`` or, several together, ``(k, P)``.
+    All products go over kept tapes, made when first needed: a
+    :class:`~diagnostics.operators.curvature_tape.JointTape` (``H v``: one pass), and a ``SplitTape``, cut at z, for
+    the two parts. Vectors are ``(P,)`` or, several together, ``(k, P)``.
 
     Args:
         loss: ℓ, on its tape.
@@ -61,116 +61,67 @@ class StepCurvature:
 
     def gradient(self, kind: str = "hessian") -> Tensor:
         """∂ℓ/∂θ, ``(P,)``, from the tape that products of that kind use."""
-        tape = self._joint if kind == "hessian" else self._split[0]
-        return self._flat(list(tape)).detach()
+        tape = self._joint if kind == "hessian" else self._split
+        parts = [torch.zeros_like(p) if g is None else g for g, p in zip(tape.gradients, self._parameters, strict=True)]
+        return self._flat(parts, ()).detach()
 
     def hessian(self, v: Tensor) -> Tensor:
         """``H v``."""
         self._count(v, "hessian")
-        return self._flat(self._vjp(self._joint, self._parameters, self._parts(v), v.ndim > 1), v)
+        return self._flat(self._joint.hessian(self._columns(v)), v.shape[:-1])
 
     def ggn(self, v: Tensor) -> Tensor:
         """``Jᵀ ∇²ℓ J v``."""
         self._count(v, "ggn")
-        gradients, signal, _ = self._split
-        (moved,) = self._vjp(gradients, [signal], self._parts(v), v.ndim > 1)
-        return self._through_loss(moved, v)
+        return self._flat(self._split.gauss_newton(self._columns(v)), v.shape[:-1])
 
     def tensor(self, v: Tensor) -> Tensor:
         """``T v``."""
         self._count(v, "tensor")
-        return self._flat(self._vjp(self._split[0], self._parameters, self._parts(v), v.ndim > 1), v)
+        return self._flat(self._split.tensor(self._columns(v)), v.shape[:-1])
 
     def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """``T v`` and ``Jᵀ ∇²ℓ J v``, the first and ``J v`` in one pass."""
         self._count(v, "split")
-        gradients, signal, _ = self._split
-        *parts, moved = self._vjp(gradients, [*self._parameters, signal], self._parts(v), v.ndim > 1)
-        return self._flat(parts, v), self._through_loss(moved, v)
+        columns = self._columns(v)
+        tensor, moved = self._split.tensor_and_jvp(columns)
+        gauss_newton = self._split.gauss_newton(columns, moved)
+        return self._flat(tensor, v.shape[:-1]), self._flat(gauss_newton, v.shape[:-1])
 
     @cached_property
-    def _joint(self) -> tuple[Tensor | None, ...]:
+    def _joint(self) -> JointTape:
         """The gradient through network and loss together."""
         self._new_gradient()
-        with second_order_errors():
-            if self._verify:
-                # On a tape of its own: the kept one should not pay for the seed at every product.
-                seed = torch.ones_like(self._loss).requires_grad_()
-                seeded = torch.autograd.grad(self._loss, self._parameters, seed, create_graph=True, allow_unused=True)
-                check_on_tape(seeded, [seed], self._names)
-            found = torch.autograd.grad(self._loss, self._parameters, create_graph=True, allow_unused=True)
-        refuse_sparse(found, self._names)
-        if self._verify and any(part is None for part in found):
-            refuse_reentrant(self._loss)
-        return found
+        tape = JointTape(self._loss, self._parameters, self._names, verify=self._verify)
+        self._check_reached(tape, self._loss)
+        return tape
 
     @cached_property
-    def _split(self) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
-        """``Jᵀ s`` on a tape with s, s as its leaf, and s as a function of z."""
+    def _split(self) -> SplitTape:
+        """The gradient cut at the output."""
         if self._output is None:
             raise ClosureError("the Gauss-Newton matrix needs the network's output.")
         self._new_gradient()
-        with second_order_errors():
-            if self._verify:
-                seed = torch.ones_like(self._loss).requires_grad_()
-                seeded = torch.autograd.grad(self._loss, [self._output], seed, create_graph=True)
-                check_on_tape(seeded, [seed], ["the output"])
-            (slope,) = torch.autograd.grad(self._loss, [self._output], create_graph=True)
-            signal = slope.detach().clone().requires_grad_()
-            found = torch.autograd.grad(
-                [self._output], self._parameters, [signal], create_graph=True, allow_unused=True
-            )
-        refuse_sparse(found, self._names)
         if self._verify:
-            if any(part is None for part in found):
-                refuse_reentrant(self._output)
-            check_on_tape(found, [signal], self._names)
-        return found, signal, slope
+            check_differentiable(self._loss, [self._output], ["the output"])
+        tape = SplitTape(self._loss, self._parameters, self._names, [self._output], verify=self._verify)
+        self._check_reached(tape, self._output)
+        return tape
 
-    def _through_loss(self, moved: Tensor, v: Tensor) -> Tensor:
-        """``Jᵀ ∇²ℓ u``."""
-        _, _, slope = self._split
-        assert self._output is not None
-        (bent,) = self._vjp([slope], [self._output], [moved], v.ndim > 1)
-        return self._flat(self._vjp([self._output], self._parameters, [bent], v.ndim > 1), v)
+    def _check_reached(self, tape: Tape, end: Tensor) -> None:
+        if self._verify and any(part is None for part in tape.gradients):
+            refuse_reentrant(end)
 
-    def _vjp(
-        self,
-        outputs: Sequence[Tensor | None],
-        inputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        batched: bool,
-    ) -> list[Tensor]:
-        """Vector-Jacobian products; zeros where there is no dependence."""
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(inputs)
-        with second_order_errors():
-            if pairs and batched:
-                found = batched_vjp([o for o, _ in pairs], inputs, [c for _, c in pairs])
-            elif pairs:
-                found = torch.autograd.grad(
-                    [o for o, _ in pairs], inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
-                )
-        lead = (len(cotangents[0]),) if batched else ()
-        return [t.new_zeros((*lead, *t.shape)) if f is None else f for t, f in zip(inputs, found, strict=True)]
+    def _columns(self, v: Tensor) -> Columns:
+        """The vectors in parts ``(k, *shape)``; k = 1 for one vector."""
+        count = len(v) if v.ndim > 1 else 1
+        parts = zip(v.split(self._sizes, dim=-1), self._parameters, strict=True)
+        return [_as(part.reshape(count, *p.shape), p.dtype) for part, p in parts]
 
-    def _parts(self, v: Tensor) -> list[Tensor]:
-        return [
-            part.reshape(v.shape[:-1] + p.shape).to(p.dtype)
-            for part, p in zip(v.split(self._sizes, dim=-1), self._parameters, strict=True)
-        ]
-
-    def _flat(self, parts: Sequence[Tensor | None], like: Tensor | None = None) -> Tensor:
-        lead = () if like is None else like.shape[:-1]
-        return torch.cat(
-            [
-                p.new_zeros(*lead, p.numel(), dtype=self.dtype)
-                if part is None
-                else part.reshape(*lead, p.numel()).to(self.dtype)
-                for part, p in zip(parts, self._parameters, strict=True)
-            ],
-            dim=-1,
-        )
+    def _flat(self, parts: Sequence[Tensor], lead: Sequence[int]) -> Tensor:
+        """Parts ``(*lead, *shape)`` or ``(1, *shape)`` as vectors ``(*lead, P)``."""
+        rows = [_as(part, self.dtype).reshape(*lead, size) for part, size in zip(parts, self._sizes, strict=True)]
+        return torch.cat(rows, dim=-1)
 
     def _count(self, v: Tensor, kind: str) -> None:
         count = 1 if v.ndim == 1 else len(v)
@@ -181,6 +132,10 @@ class StepCurvature:
     def _new_gradient(self) -> None:
         self.work += COST["second gradient"] if self._gradients else 0.0
         self._gradients += 1
+
+
+def _as(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part if part.dtype is dtype else part.to(dtype)  # a call for each part is felt in small networks
 
 
 def output_of(evaluation: Evaluation, parameters: Sequence[Tensor], *, known: bool) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.alignment.exponents import LayerCurvature, rank_one, top_directions
-from diagnostics.autograd.second_order import check_on_tape, second_order_errors
-from diagnostics.autograd.tape import batched_vjp
+from diagnostics.operators.curvature_tape import JointTape
 from diagnostics.results.power_law import PowerLaw, fit_power_law
 from hessopt.errors import ModelError
 
@@ -68,22 +67,13 @@ def measure_on_tape(
     Raises:
         DiagnosticsError: an operation has no second derivative.
     """
-    names = [f"of shape {tuple(p.shape)}" for p in parameters]
-    with second_order_errors():
-        seed = torch.ones_like(loss).requires_grad_()
-        seeded = torch.autograd.grad(loss, parameters, seed, create_graph=True, allow_unused=True)
-        check_on_tape(seeded, [seed], names)
-        del seeded
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        found = []
-        for p, g, sign in zip(parameters, gradients, signs, strict=True):
-            sigma, d = _directions(torch.zeros_like(p) if g is None else g.detach(), directions)
-            if g is None or not g.requires_grad or len(d) == 0:
-                bent = None
-            else:
-                (bent,) = batched_vjp([g], [p], [d])
-            h = sigma.new_zeros(len(d)) if bent is None else (bent * d).flatten(1).sum(1)
-            found.append(_fit(sigma, sign * h.to(sigma.dtype)))
+    tape = JointTape(loss, parameters, [f"of shape {tuple(p.shape)}" for p in parameters])
+    found = []
+    for p, g, sign in zip(parameters, tape.gradients, signs, strict=True):
+        sigma, d = _directions(torch.zeros_like(p) if g is None else g.detach(), directions)
+        (bent,) = tape.vjps([g], [p], [d])
+        h = (bent * d).flatten(1).sum(1)
+        found.append(_fit(sigma, sign * h.to(sigma.dtype)))
     return found
 
 

@@ -133,7 +133,7 @@ class TestAgainstDenseMatrices:
         op = HessianOperator(model, batch, F.cross_entropy)
         expected = op.to_dense()
         (tape,) = op._kept.values()
-        monkeypatch.setattr(curvature_tape, "CHUNK_BYTES", 10 * tape._made_bytes)
+        monkeypatch.setattr(curvature_tape, "CHUNK_BYTES", 10 * tape.column_bytes)
         assert relative_error(op.to_dense(), expected) < 1e-13
 
     def test_no_columns_give_no_columns(self) -> None:
