@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diagnostics.autograd.kernels import EXCLUSIVE
+from diagnostics.autograd.patches import input_rows
 from diagnostics.autograd.substitution import run_model
 from diagnostics.autograd.tape import batched_vjp
 from diagnostics.estimators.lanczos import extreme_eigenpairs
@@ -145,7 +145,7 @@ def gpm_memory(
     bases = {} if previous is None else dict(previous.bases)
     for share, (module, found) in zip(thresholds, seen.items(), strict=True):
         bias = -1 if getattr(module, "bias", None) is None else position.get(id(module.bias), -1)
-        r = torch.cat([_rows(module, x) for x in found])
+        r = torch.cat([input_rows(module, x) for x in found])
         r = torch.cat([r, r.new_ones(len(r), 1)], 1) if bias >= 0 else r
         key = position[id(module.weight)], bias
         old = bases.get(key, r.new_zeros(r.shape[1], 0)).to(r)
@@ -164,19 +164,6 @@ def _most_of(r: Tensor, old: Tensor, threshold: float) -> Tensor:
     held = known + s.double().square().cumsum(0).cpu()
     count = min(int((held < threshold * total).sum()) + 1, len(s))
     return new_directions(old, u[:, :count])
-
-
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(module, nn.Conv2d):
-        padding: Any = module.padding
-        if isinstance(padding, str):
-            if padding == "same" and (any(k % 2 == 0 for k in module.kernel_size)):
-                raise ModelError('padding="same" with even kernels is not supported: pass numbers.')
-            spans = zip(module.kernel_size, module.dilation, strict=True)
-            padding = tuple(d * (k - 1) // 2 for k, d in spans) if padding == "same" else 0
-        patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return x.reshape(-1, x.shape[-1])
 
 
 def _extended(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diagnostics.autograd.patches import input_rows
 from diagnostics.errors import DiagnosticsError
 from diagnostics.estimators.symmetric_eigen import eigh, eigvalsh
 from diagnostics.operators.curvature_tape import SplitTape
@@ -203,7 +203,7 @@ def _batch_factors(
             deltas[name] = deltas.get(name, 0) + scale * rows.mT @ rows
     result = {}
     for name, delta in deltas.items():
-        patches = [_patches(modules[name], a) for a, _ in calls[name]]
+        patches = [input_rows(modules[name], a) for a, _ in calls[name]]
         count = sum(map(len, patches))
         result[name] = (delta, sum((p.mT @ p for p in patches), torch.zeros((), dtype=delta.dtype)) / count)
     return result
@@ -256,24 +256,3 @@ def _is_plain(module: nn.Module) -> bool:
 def _positions(module: nn.Module, e: Tensor) -> Tensor:
     """Outputs as rows ``(samples · positions, out)``."""
     return e.movedim(1, -1).flatten(0, -2) if isinstance(module, nn.modules.conv._ConvNd) else e.flatten(0, -2)
-
-
-def _patches(module: nn.Module, a: Tensor) -> Tensor:
-    """Inputs as rows ``(samples · positions, n)``, those of a convolution in the order of its flattened weight."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return a.flatten(0, -2)
-    if module.padding_mode != "zeros":
-        a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-    elif isinstance(module.padding, str):
-        a = F.pad(a, module._reversed_padding_repeated_twice)
-    else:
-        a = F.pad(a, [p for size in reversed(module.padding) for p in (size, size)])
-    spatial = len(module.kernel_size)
-    for i, (kernel, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    ):
-        windows = a.unfold(2 + i, dilation * (kernel - 1) + 1, stride)
-        a = windows[..., ::dilation]
-    # (B, in, *positions, *kernel) -> rows of (in, *kernel)
-    order = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
-    return a.permute(order).flatten(1 + spatial).flatten(0, spatial)

@@ -1,4 +1,4 @@
-"""What the positions of a convolution see: patches of its input, and their Gram matrix without unfolding them."""
+"""What the positions of a layer see: patches of a convolution's input, and their Gram matrix without unfolding."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ def patches_of(module: nn.modules.conv._ConvNd, x: Tensor, one: bool) -> Tensor:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = functional.pad(x, padding, mode=mode)
     return _unfolded(x, module.groups, module.kernel_size, module.stride, module.dilation, one).permute(0, 2, 3, 1)
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """What each output position of a layer sees, a row each.
+
+    Args:
+        module: A convolution without groups, not transposed; or a module that acts on the last dimension.
+        x: Its input, ``(n, c, …)`` or ``(…, in)``.
+
+    Returns:
+        ``(positions of all samples, in)``; those of a convolution are :func:`patches_of`, in the order of its flattened
+        weight, so that ``rows @ weight.flatten(1).mT`` is its output without the bias.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return patches_of(module, x, False)[0].flatten(0, 1)
+    return x.flatten(0, -2)
 
 
 def patch_gram(module: nn.modules.conv._ConvNd, x: Tensor, one: bool, worth: float = WORTH) -> Tensor | None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.alignment.exponents import LayerCurvature, curvature_exponents, top_directions
-from diagnostics.alignment.kronecker import _patches, kronecker_factors
+from diagnostics.alignment.kronecker import kronecker_factors
+from diagnostics.autograd.patches import input_rows
 from diagnostics.errors import DiagnosticsError
 from diagnostics.training.exponent_recorder import ExponentRecorder
 
@@ -214,14 +215,14 @@ def test_patches(dilation: int, padding: Any) -> None:
     kernel = (3, 3 if padding == "same" else 2)
     conv = nn.Conv2d(3, 4, kernel, stride=stride, padding=padding, dilation=dilation, bias=False).double()
     x = torch.randn(2, 3, 9, 8).double()
-    out = _patches(conv, x) @ conv.weight.flatten(1).mT
+    out = input_rows(conv, x) @ conv.weight.flatten(1).mT
     torch.testing.assert_close(out, conv(x).movedim(1, -1).flatten(0, -2), rtol=1e-12, atol=1e-12)
 
 
 def test_wrapping_padding_and_one_dimension() -> None:
     conv = nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular", bias=False).double()
     x = torch.randn(2, 3, 9).double()
-    out = _patches(conv, x) @ conv.weight.flatten(1).mT
+    out = input_rows(conv, x) @ conv.weight.flatten(1).mT
     torch.testing.assert_close(out, conv(x).movedim(1, -1).flatten(0, -2), rtol=1e-12, atol=1e-12)
 
 
