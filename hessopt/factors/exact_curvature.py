@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diagnostics.autograd.sample_rows import sample_rows
+from diagnostics.autograd.sample_mixing import sample_rows
 from diagnostics.autograd.tape import ancestry
 from hessopt.closure.output_curvature import (
     check_hessian_memory,

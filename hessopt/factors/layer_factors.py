@@ -50,7 +50,7 @@ def layer_factors(
     Args:
         layers: The layers.
         uses: Of :class:`hessopt.network.parameter_uses.UseRecorder`.
-        rows: For each use, of :func:`diagnostics.autograd.sample_rows.sample_rows`.
+        rows: For each use, of :func:`diagnostics.autograd.sample_mixing.sample_rows`.
         output: z, ``(B, …)``, with K entries a sample, with its tape.
         roots: ``(K', B, K)``: row k of every sample's root.
         memory_limit: Bytes that the matrices of layers without a closed form may take.

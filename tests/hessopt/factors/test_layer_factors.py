@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diagnostics.autograd.sample_rows import sample_rows
+from diagnostics.autograd.sample_mixing import sample_rows
 from hessopt import LeastSquares
 from hessopt.closure.output_curvature import check_separable, residual_roots
 from hessopt.closure.protocol import ClosureRunner
