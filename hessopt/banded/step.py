@@ -21,7 +21,8 @@ from hessopt.banded.space import FactorChoice, Factors
 from hessopt.banded.step_cost import CostWarning, gradient_operations
 from hessopt.banded.systems import BandedSystem
 from hessopt.closure.backward_calls import gradients_of, without_recomputation
-from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
+from hessopt.closure.protocol import Closure, Evaluation
+from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError, ModelError
 from hessopt.factors.exact_curvature import ExactCurvature
 from hessopt.factors.hessian_factors import forward_distances, hessian_factors

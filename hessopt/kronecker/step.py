@@ -14,7 +14,8 @@ from hessopt.averages.recorder import check_strided
 from hessopt.closure.backward_calls import gradients_of
 from hessopt.closure.finite import gradient_norm
 from hessopt.closure.loss_curvature import LOSSES
-from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
+from hessopt.closure.protocol import Closure, Evaluation
+from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError
 from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth

@@ -15,7 +15,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.finite import refuse_meta
 from hessopt.closure.objective import Objective
-from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
+from hessopt.closure.protocol import Closure, Evaluation
+from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import TRIAL_COST, StepCurvature, output_of
 from hessopt.errors import ClosureError, ModelError
 from hessopt.network.arguments import Params

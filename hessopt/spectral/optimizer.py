@@ -15,7 +15,8 @@ from diagnostics.ranks.spread import is_distributed
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import gradients_of
 from hessopt.closure.finite import gradient_norm, refuse_meta
-from hessopt.closure.protocol import Closure, ClosureRunner, Evaluation
+from hessopt.closure.protocol import Closure, Evaluation
+from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError, ModelError
 from hessopt.network.arguments import Params
 from hessopt.network.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes

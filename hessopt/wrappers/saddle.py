@@ -18,7 +18,8 @@ from diagnostics.graph.graph import Graph
 from diagnostics.matrix_free.routing import route
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.loss_hessian import LossHessian
-from hessopt.closure.protocol import Closure, ClosureRunner
+from hessopt.closure.protocol import Closure
+from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature
 from hessopt.errors import ClosureError
 from hessopt.network.processes import refuse_processes

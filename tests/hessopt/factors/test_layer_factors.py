@@ -11,7 +11,7 @@ from torch.nn import functional
 from diagnostics.autograd.sample_mixing import sample_rows
 from hessopt import LeastSquares
 from hessopt.closure.output_curvature import check_separable, residual_roots
-from hessopt.closure.protocol import ClosureRunner
+from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
 from hessopt.factors.exact_curvature import ExactCurvature
 from hessopt.factors.layer_factors import general_factors, layer_factors, row_dims

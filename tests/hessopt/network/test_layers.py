@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hessopt import LeastSquares
-from hessopt.closure.protocol import ClosureRunner
+from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
 from hessopt.factors.exact_curvature import ExactCurvature
 from hessopt.network.layers import layers_of

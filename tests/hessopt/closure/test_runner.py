@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hessopt.closure.backward_calls import gradients_of
-from hessopt.closure.protocol import ClosureRunner, LeastSquares
+from hessopt.closure.protocol import LeastSquares
+from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature
 from hessopt.errors import ClosureError
 
