@@ -5,24 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.finite import refuse_meta
 from hessopt.closure.objective import Objective
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
-from hessopt.closure.step_curvature import TRIAL_COST, StepCurvature, output_of
+from hessopt.closure.step_curvature import StepCurvature, output_of
 from hessopt.errors import ClosureError, ModelError
 from hessopt.network.arguments import Params
 from hessopt.network.processes import refuse_processes, refuse_spread
 from hessopt.network.saved_state import SavedState, asks_for_state
 from hessopt.newton_cg.curvature_choice import CurvatureChoice
+from hessopt.newton_cg.kept import Kept
 from hessopt.newton_cg.preconditioners import RunningDiagonal
 from hessopt.newton_cg.record import NewtonStep, both_models
 from hessopt.newton_cg.trial import Setting, search_line, search_radius
@@ -34,9 +33,6 @@ Curvature: TypeAlias = Literal["auto", "hessian", "ggn"]
 Method: TypeAlias = Literal["trust-region", "levenberg-marquardt"]
 
 _log = logging.getLogger(__name__)
-
-LEAST_FORCING = 1e-12
-"""Relative residual below which conjugate gradients only move rounding errors."""
 
 
 class NewtonCG(SavedState):
@@ -245,75 +241,51 @@ class NewtonCG(SavedState):
         """The step, which changes parameters and state at its end."""
         runner = ClosureRunner(closure, objective.parameters, self.model, twice_differentiable=True)
         evaluation = runner.evaluate()
-        loss = evaluation.loss.detach()
         output = self._output(evaluation, objective.parameters)
         tape = StepCurvature(evaluation.loss, objective.parameters, output, verify=not self._verified)
+        kept = Kept(self.state, self.param_groups[0]["params"][0], objective)
+        choice = CurvatureChoice(**kept.numbers.get("choice", {}))
         auto = self.curvature == "auto" and output is not None
-        saved = self.state.get(self._first(), {})
-        choice = CurvatureChoice(**saved.get("choice", {}))
-        kind = choice.kind if auto else "hessian" if self.curvature == "auto" else self.curvature
-
-        g = objective.gradient(self._slope(evaluation, objective, tape, kind))
+        kind = choice.kind if auto else "hessian" if output is None else "ggn"
+        left = [p.grad for p in objective.parameters] if evaluation.backward_called else None
+        g = objective.gradient(tape.gradient(kind) if left is None else objective.flat(left))
         norm = float(torch.linalg.vector_norm(g))
-        forcing = self._forcing(norm, saved)
         if auto:
-            kind = choice.begin(norm, self._model_errors(g, objective))
+            kind = choice.begin(norm, kept.model_errors(g))
         product = objective.curvature(tape.ggn if kind == "ggn" else tape.hessian)
-        region, damping = replace(self._region), replace(self._damping)
-        if saved:
-            region.load_state_dict(saved)
-            damping.load_state_dict(saved)
-        shift = damping.value if self.method == "levenberg-marquardt" else 0.0
-        path, diagonal = self._solve(objective, g, product, forcing, region, shift)
-        if path.exit is Exit.NOT_FINITE and not path.segments:
-            raise ClosureError(
-                "the curvature is not finite at the current parameters, which were left as they are, although the "
-                "gradient is (a norm or a root at zero?)."
-            )
+        model = Setting(objective, g, product, evaluation.loss.detach(), runner, self.max_trials)
 
-        setting = Setting(objective, g, product, self._trial_loss(runner), loss, self.max_trials)
-        trial = search_line(setting, path, damping) if shift else search_radius(setting, path, region)
+        region, damping = kept.restored(self._region), kept.restored(self._damping)
+        shift = damping.value if self.method == "levenberg-marquardt" else 0.0
+        forcing = kept.forcing(norm, self.forcing)
+        path, diagonal = self._path(kept, model, forcing, math.inf if shift else region.radius, shift)
+        trial = search_line(model, path, damping) if shift else search_radius(model, path, region)
         models = None
         if auto:
             if trial.accepted and choice.due(tape.work, trial.ratio, trial.count):
-                models = both_models(setting, trial, path, shift, tape, kind)
+                models = both_models(model, trial, path, shift, tape, kind)
             choice.end(norm, region.radius, path, 1 + tape.work, models.gap if models else None)
         if trial.accepted and trial.step is not None:
             objective.move(trial.step)
         self._verified = True
-        work = 1 + tape.work + trial.count * TRIAL_COST
 
-        state = self.state[self._first()]
-        state["step"] = state.get("step", 0) + 1
-        state.update(region.state_dict(), gradient_norm=norm, forcing=forcing, choice=choice.state_dict())
-        state.update(damping.state_dict())
-        self._store(objective, "model_ggn", models.ggn if models else None)
-        self._store(objective, "model_hessian", models.hessian if models else None)
-        self._store(objective, "direction", trial.cut.step if self.warm_start and trial.accepted else None)
-        self._store(objective, "diagonal", diagonal.estimate if diagonal else None)
-        self.last_step = NewtonStep(
-            loss=float(loss),
-            trial_loss=trial.loss,
-            gradient_norm=norm,
-            predicted_reduction=trial.predicted,
-            actual_reduction=trial.actual,
-            ratio=trial.ratio,
-            accepted=trial.accepted,
-            curvature=kind,
-            reason=choice.why if auto else "no output" if self.curvature == "auto" else "given",
-            gap=models.gap if models else None,
-            exit=trial.cut.exit,
-            iterations=path.products,
-            forcing=forcing,
-            smallest_ritz=path.ritz[0] if path.ritz else None,
-            radius=region.radius,
-            damping=damping.value,
-            trials=trial.count,
-            products=dict(tape.products),
-            gradient_equivalents=work,
+        numbers = {"gradient_norm": norm, "forcing": forcing, "choice": choice.state_dict()}
+        kept.keep(
+            {**region.state_dict(), **numbers, **damping.state_dict()},
+            model_ggn=models.ggn if models else None,
+            model_hessian=models.hessian if models else None,
+            direction=trial.cut.step if self.warm_start and trial.accepted else None,
+            diagonal=diagonal.estimate if diagonal else None,
         )
-        _log.debug("step %d: %s", state["step"], self.last_step)
-        return loss
+        reason = choice.why if auto else "no output" if self.curvature == "auto" else "given"
+        self.last_step = NewtonStep.of(model, norm, trial, path, (kind, reason), models, forcing, region, damping, tape)
+        _log.debug("step %d: %s", kept.numbers["step"], self.last_step)
+        return model.loss
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """‖g‖ of the objective before the last step; None before the first."""
+        return None if self.last_step is None else self.last_step.gradient_norm
 
     def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         kept = (
@@ -334,10 +306,6 @@ class NewtonCG(SavedState):
             group.setdefault("maximize", False)  # states of older versions
         self._verified = self._told = False
 
-    def _first(self) -> Tensor:
-        first: Tensor = self.param_groups[0]["params"][0]
-        return first
-
     def _output(self, evaluation: Evaluation, parameters: list[Tensor]) -> Tensor | None:
         """What the loss is a function of; None for the full Hessian.
 
@@ -357,83 +325,39 @@ class NewtonCG(SavedState):
                 self._told = True
             return None
 
-    def _slope(self, evaluation: Evaluation, objective: Objective, tape: StepCurvature, kind: str) -> Tensor:
-        if evaluation.backward_called:
-            return objective.flat([p.grad for p in objective.parameters])
-        return tape.gradient(kind)
-
-    def _trial_loss(self, runner: ClosureRunner) -> Callable[[], float]:
-        """The loss at the parameters as they are, with the kernels of the first run; leaves the tape valid."""
-        buffers = () if self.model is None else tuple(self.model.buffers())
-
-        def evaluate() -> float:
-            # The runner puts buffers back, bit for bit, which the tape would take for an error.
-            with _unsafe_preserve_version_counter(buffers):
-                return runner.trial_loss()
-
-        return evaluate
-
-    def _forcing(self, norm: float, saved: dict[str, Any]) -> float:
-        """η by the second choice of Eisenstat and Walker, with their safeguard."""
-        if not saved or saved["gradient_norm"] == 0:
-            return self.forcing
-        eta = 0.9 * (norm / saved["gradient_norm"]) ** 2
-        before = 0.9 * saved["forcing"] ** 2
-        if before > 0.1:
-            eta = max(eta, before)
-        return float(min(max(eta, LEAST_FORCING), self.forcing))
-
-    def _solve(
-        self,
-        objective: Objective,
-        g: Tensor,
-        product: Callable[[Tensor], Tensor],
-        forcing: float,
-        region: TrustRegion,
-        shift: float,
+    def _path(
+        self, kept: Kept, model: Setting, forcing: float, radius: float, shift: float
     ) -> tuple[Path, RunningDiagonal | None]:
-        """The path of conjugate gradients."""
+        """The path of conjugate gradients on ``B + shift``, and what they were preconditioned with.
+
+        Raises:
+            ClosureError: the curvature is not finite.
+        """
 
         def damped(v: Tensor) -> Tensor:
-            return product(v) + shift * v
+            return model.product(v) + shift * v
 
-        bent = damped if shift else product
+        bent = damped if shift else model.product
         diagonal = None
         if self.preconditioner == "diagonal":
-            diagonal = RunningDiagonal(self._stored(objective, "diagonal"))
-            step = self.state[self._first()].get("step", 0) if self._first() in self.state else 0
-            diagonal.update(bent, g, torch.Generator().manual_seed(step))
-        solve = self.preconditioner if callable(self.preconditioner) else diagonal.solve if diagonal else None
+            diagonal = RunningDiagonal(kept.vector("diagonal"))
+            diagonal.update(bent, model.gradient, torch.Generator().manual_seed(kept.numbers.get("step", 0)))
         path = truncated_cg(
             bent,
-            g,
-            radius=math.inf if shift else region.radius,
+            model.gradient,
+            radius=radius,
             tolerance=forcing,
             max_products=self.max_products,
-            solve=solve,
-            start=self._stored(objective, "direction") if self.warm_start else None,
+            solve=self.preconditioner if callable(self.preconditioner) else diagonal.solve if diagonal else None,
+            start=kept.vector("direction") if self.warm_start else None,
             metric=diagonal.metric if diagonal else None,
         )
+        if path.exit is Exit.NOT_FINITE and not path.segments:
+            raise ClosureError(
+                "the curvature is not finite at the current parameters, which were left as they are, although the "
+                "gradient is (a norm or a root at zero?)."
+            )
         return path, diagonal
-
-    def _model_errors(self, g: Tensor, objective: Objective) -> tuple[float, float] | None:
-        """How far the gradient is from what either model predicted for the last step."""
-        ggn, hessian = self._stored(objective, "model_ggn"), self._stored(objective, "model_hessian")
-        if ggn is None or hessian is None:
-            return None
-        return float(torch.linalg.vector_norm(g - ggn)), float(torch.linalg.vector_norm(g - hessian))
-
-    def _stored(self, objective: Objective, name: str) -> Tensor | None:
-        """A vector that :meth:`_store` has put into the state; None if it is not there for all parameters."""
-        parts = [self.state[p].get(name) if p in self.state else None for p in objective.parameters]
-        return None if any(part is None for part in parts) else objective.flat(parts)
-
-    def _store(self, objective: Objective, name: str, vector: Tensor | None) -> None:
-        for state in self.state.values():
-            state.pop(name, None)
-        if vector is not None:
-            for p, part in zip(objective.parameters, objective.parts(vector), strict=True):
-                self.state[p][name] = part.clone()
 
 
 def _network(params: Params, model: nn.Module | None) -> nn.Module | None:

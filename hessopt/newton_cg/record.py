@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessopt.closure.step_curvature import StepCurvature
+from hessopt.closure.step_curvature import TRIAL_COST, StepCurvature
 from hessopt.newton_cg.trial import Setting, Trial
 from hessopt.newton_cg.truncated_cg import Exit, Path
+from hessopt.search.damping import NielsenDamping
+from hessopt.search.trust_region import TrustRegion
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,44 @@ class NewtonStep:
     trials: int
     products: dict[str, int]
     gradient_equivalents: float
+
+    @classmethod
+    def of(
+        cls,
+        setting: Setting,
+        norm: float,
+        trial: Trial,
+        path: Path,
+        chosen: tuple[str, str],
+        models: Models | None,
+        forcing: float,
+        region: TrustRegion,
+        damping: NielsenDamping,
+        tape: StepCurvature,
+    ) -> NewtonStep:
+        """The record of a step from its parts: ``norm`` is ‖g‖, ``chosen`` the curvature and the reason for it."""
+        curvature, reason = chosen
+        return cls(
+            loss=float(setting.loss),
+            trial_loss=trial.loss,
+            gradient_norm=norm,
+            predicted_reduction=trial.predicted,
+            actual_reduction=trial.actual,
+            ratio=trial.ratio,
+            accepted=trial.accepted,
+            curvature=curvature,
+            reason=reason,
+            gap=models.gap if models else None,
+            exit=trial.cut.exit,
+            iterations=path.products,
+            forcing=forcing,
+            smallest_ritz=path.ritz[0] if path.ritz else None,
+            radius=region.radius,
+            damping=damping.value,
+            trials=trial.count,
+            products=dict(tape.products),
+            gradient_equivalents=1 + tape.work + trial.count * TRIAL_COST,
+        )
 
 
 @dataclass(frozen=True)

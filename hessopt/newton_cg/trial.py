@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessopt.closure.objective import Objective
+from hessopt.closure.runner import ClosureRunner
 from hessopt.newton_cg.truncated_cg import Cut, Path
 from hessopt.search.damping import NielsenDamping
 from hessopt.search.line_search import line_search
@@ -49,16 +51,16 @@ class Setting:
         objective: Parameters and their groups.
         gradient: Of the objective.
         product: ``v ↦ B v`` of the model, without damping.
-        evaluate: The closure's loss at the parameters as they are.
         loss: The closure's loss before the step.
+        runner: Evaluates the closure again.
         max_trials: Most evaluations.
     """
 
     objective: Objective
     gradient: Tensor
     product: Callable[[Tensor], Tensor]
-    evaluate: Callable[[], float]
     loss: Tensor
+    runner: ClosureRunner
     max_trials: int
 
     @property
@@ -77,8 +79,10 @@ class Setting:
 
     def trial(self, step: Tensor) -> tuple[float, float]:
         """The closure's loss at ``θ + step``, and the change of the objective."""
-        with self.objective.moved(step) as objective_change:
-            loss = self.evaluate()
+        buffers = () if self.runner.module is None else tuple(self.runner.module.buffers())
+        # The runner puts buffers back, bit for bit, which the tape would take for an error.
+        with self.objective.moved(step) as objective_change, _unsafe_preserve_version_counter(buffers):
+            loss = self.runner.trial_loss()
         return loss, objective_change(loss - self.loss.item())
 
 
