@@ -21,9 +21,10 @@ from hessopt.banded.space import FactorChoice, Factors
 from hessopt.banded.step_cost import CostWarning, gradient_operations
 from hessopt.banded.systems import BandedSystem
 from hessopt.closure.backward_calls import gradients_of, without_recomputation
+from hessopt.closure.finite import refuse_not_finite
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
-from hessopt.errors import ClosureError, ModelError
+from hessopt.errors import ModelError
 from hessopt.factors.exact_curvature import ExactCurvature
 from hessopt.factors.hessian_factors import forward_distances, hessian_factors
 from hessopt.factors.sample_factors import Factor
@@ -224,11 +225,7 @@ def _gradients(evaluation: Evaluation, layers: Sequence[Layer], groups: Groups) 
         group = group_of[p]
         decay = group["weight_decay"] * p.detach().to(dtype)
         gradients[p] = decay if slope is None else decay + _sign(group) * slope.detach().to(dtype)
-        if not gradients[p].isfinite().all():
-            raise ClosureError(
-                "the gradient is not finite at the current parameters, which were left as they are, although the "
-                "loss is. torch.autograd.set_detect_anomaly(True) finds the operation."
-            )
+    refuse_not_finite(list(gradients.values()), list(gradients))
     return [[gradients[p] for p in layer.parameters] for layer in layers]
 
 

@@ -41,8 +41,22 @@ def gradient_norm(
     norm = float(nn.utils.get_total_norm(found)) if found else 0.0
     if math.isfinite(norm):
         return norm
+    refuse_not_finite(entries, parameters, model)
+    return math.sqrt(sum(float(g.double().square().sum()) for g in found))  # finite, but its square is not
+
+
+def refuse_not_finite(
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor] = (), model: nn.Module | None = None
+) -> None:
+    """Raise a ClosureError for the first gradient that is not finite; the device is waited for at each.
+
+    Args:
+        gradients: Of the parameters, in their order; None counts as zero.
+        parameters: To be named in the error.
+        model: Knows their names.
+    """
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    for i, g in enumerate(entries):
+    for i, g in enumerate(gradients):
         if g is not None and not g.isfinite().all():
             which = ""
             if i < len(parameters):
@@ -52,7 +66,6 @@ def gradient_norm(
                 f"the gradient{which} is not finite at the current parameters, which were left as they are. Check the "
                 "batch; torch.autograd.set_detect_anomaly(True) finds the operation."
             )
-    return math.sqrt(sum(float(g.double().square().sum()) for g in found))  # finite, but its square is not
 
 
 def _entries(g: Tensor) -> Tensor:

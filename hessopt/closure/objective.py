@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from hessopt.closure.finite import refuse_not_finite
 from hessopt.errors import ClosureError
 
 
@@ -65,10 +66,7 @@ class Objective:
         if self._decays:
             g = g + self.decay * self.flat(self.parameters)
         if not g.isfinite().all():
-            raise ClosureError(
-                "the gradient is not finite at the current parameters, which were left as they are, although the loss "
-                "is. torch.autograd.set_detect_anomaly(True) finds the operation."
-            )
+            refuse_not_finite(self.parts(g), self.parameters)
         return g
 
     def curvature(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

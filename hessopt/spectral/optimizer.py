@@ -233,6 +233,11 @@ class SpectralNewton(SavedState):
         self.last_step = SpectralStep(math.nan if loss is None else float(loss), norm, len(due), fallbacks)
         return loss
 
+    @property
+    def gradient_norm(self) -> float | None:
+        """‖∇f‖ over the parameters that the last step moved, before it; None before the first."""
+        return None if self.last_step is None else self.last_step.gradient_norm
+
     def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         step = torch.tensor(0.0)
         if self._left_to_adamw(group, p):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,18 @@ from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
 from hessopt.network.processes import refuse_own_gradients, refuse_spread
 from hessopt.network.saved_state import check_entry, check_groups, members, name_of, with_hooks
+
+
+@runtime_checkable
+class RunsClosures(Protocol):
+    """An optimizer that takes closures by :mod:`hessopt.closure.protocol` as they are: those of this package."""
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """‖g‖ over its parameters before the last step; None if no step had a closure."""
+
+    def step(self, closure: Closure | None = None) -> Tensor | None:
+        """Take one step; returns the loss before it, if there was a closure."""
 
 
 class OptimizerWrapper(Optimizer):

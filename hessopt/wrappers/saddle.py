@@ -17,6 +17,7 @@ from diagnostics.estimators.linear_operator import LinearOperator
 from diagnostics.graph.graph import Graph
 from diagnostics.matrix_free.routing import route
 from hessopt.closure.all_or_nothing import AllOrNothing
+from hessopt.closure.finite import refuse_not_finite
 from hessopt.closure.loss_hessian import LossHessian
 from hessopt.closure.protocol import Closure
 from hessopt.closure.runner import ClosureRunner
@@ -24,7 +25,7 @@ from hessopt.closure.step_curvature import StepCurvature
 from hessopt.errors import ClosureError
 from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import asks_for_state
-from hessopt.wrappers.base import OptimizerWrapper
+from hessopt.wrappers.base import OptimizerWrapper, RunsClosures
 from hessopt.wrappers.escape import CurvatureCheck, Ray, escape_direction, first_length, search_rays
 from hessopt.wrappers.stationarity import Stationarity
 
@@ -202,22 +203,19 @@ class SaddleEscape(OptimizerWrapper):
 
     def _base_step(self, closure: Closure) -> Tensor:
         """A step of the wrapped optimizer, watched."""
-        own = getattr(self.base, "last_step", self) is not self  # one of this package: it takes the closure as it is
+        base: Any = self.base
+        if isinstance(base, RunsClosures):
+            with self._guard(changed=False):
+                loss = base.step(closure)
+            assert loss is not None  # there was a closure
+            assert base.gradient_norm is not None
+            self.stationarity.observe(float(loss), base.gradient_norm)
+            return loss
         seen: list[tuple[float, float]] = []
-        passed: Any = (
-            closure
-            if own
-            else self._for_base(closure, lambda evaluation, norm: seen.append((evaluation.loss.item(), norm)))
-        )
+        watched: Any = self._for_base(closure, lambda run, norm: seen.append((run.loss.item(), norm)))
         with self._guard(changed=False):
-            loss: Any = self.base.step(passed)
-        if own:
-            base: Any = self.base
-            seen_by = base if base.last_step is None else base.last_step  # steps with running averages leave no record
-            self.stationarity.observe(float(loss), seen_by.gradient_norm)
-        else:
-            self.stationarity.observe(*seen[0])
-        result: Tensor = loss
+            result: Tensor = base.step(watched)
+        self.stationarity.observe(*seen[0])
         return result
 
     def explain(self, graph: Graph) -> dict[str, float]:
@@ -299,10 +297,7 @@ class SaddleEscape(OptimizerWrapper):
             op = LossHessian(StepCurvature(evaluation.loss, parameters, verify=True), maximize=maximize)
             g = op.gradient
             if not g.isfinite().all():
-                raise ClosureError(
-                    "the gradient is not finite at the current parameters, which were left as they are, although the "
-                    "loss is. torch.autograd.set_detect_anomaly(True) finds the operation."
-                )
+                refuse_not_finite(_parts(g, parameters), parameters, self.model)
             pairs = self._eigenpairs(op)
             loss = evaluation.loss.item()
             del evaluation, op  # the tape, before trials need memory
