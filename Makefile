@@ -83,11 +83,11 @@ paper: $(VENV)/.stamp-examples ## the paper's tables and docs/paper.md (hours); 
 	$(BIN)/python -m examples.studies.paper report
 
 theories: $(VENV)/.stamp-examples ## the three other theories, with their controls; DATA is the folder of the data sets
-	$(BIN)/python -m examples.studies.theories.alignment --data $(DATA)
-	$(BIN)/python -m examples.studies.theories.spectral_newton --data $(DATA)
-	$(BIN)/python -m examples.studies.theories.conservation
-	$(BIN)/python -m examples.studies.theories.null_cone --data $(DATA)
-	$(BIN)/python -m examples.studies.theories.continual --data $(DATA)
+	$(BIN)/python -m examples.studies.theories alignment --data $(DATA)
+	$(BIN)/python -m examples.studies.theories spectral_newton --data $(DATA)
+	$(BIN)/python -m examples.studies.theories conservation
+	$(BIN)/python -m examples.studies.theories null_cone --data $(DATA)
+	$(BIN)/python -m examples.studies.theories continual --data $(DATA)
 
 dev: $(VENV)/.stamp-dev ## install everything a developer needs, and the git hooks
 	$(BIN)/pre-commit install

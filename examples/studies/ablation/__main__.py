@@ -25,7 +25,9 @@ DOCS = HERE.parents[2] / "docs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ablation", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.ablation", description=(__doc__ or "").splitlines()[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what is missing of a study")
     run.add_argument("study", type=Path, help="a TOML file, see examples/studies/ablation/studies")

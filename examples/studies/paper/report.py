@@ -22,7 +22,11 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.paper report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS], help="folders of results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of paper.md and images")
     options = parser.parse_args(arguments)
@@ -30,7 +34,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = draw_all(rows, options.docs / "images")
     write(rows, figures, options.docs / "paper.md")
     print(f"{options.docs / 'paper.md'}: {len(rows)} values, {len(figures)} figures")
-
-
-if __name__ == "__main__":
-    main()

@@ -128,7 +128,11 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.paper",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--data", type=Path, help="folder of CIFAR (.npz or torchvision's layout)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])

@@ -4,7 +4,7 @@ Trains an MLP, a convolutional network with and without batch normalisation and 
 exponents of every weight before, during and after, and the same for the sign-flipped control. Prints for each claim the
 published figure, ours, the control's, and the verdict.
 
-    python -m examples.studies.theories.alignment [--data DIR] [--steps 120] [--k 20] [--plot alignment.png]
+    python -m examples.studies.theories alignment [--data DIR] [--steps 120] [--k 20] [--plot alignment.png]
 
 ``--data`` is a folder with CIFAR-10 and tinyshakespeare.txt; without it, scikit-learn's 8×8 digits and a text made of a
 Markov chain are used.
@@ -16,7 +16,7 @@ import argparse
 import copy
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -166,13 +166,17 @@ def summary(layers: list[LayerExponents]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.theories alignment",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 and tinyshakespeare.txt; by default generated")
     parser.add_argument("--steps", type=int, default=120, help="of training")
     parser.add_argument("--k", type=int, default=20, help="singular directions a layer")
     parser.add_argument("--plot", type=Path, help="save h against σ of the trained CNN here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     runs = {problem.name: over_training(problem, options.steps, options.k) for problem in problems(options.data)}
 
@@ -223,7 +227,3 @@ def main() -> None:
         runs["CNN"][-1].plot(axes)
         figure.savefig(options.plot, dpi=130)
         print(f"saved {options.plot}")
-
-
-if __name__ == "__main__":
-    main()

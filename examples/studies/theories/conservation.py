@@ -1,6 +1,6 @@
 """Conservation laws and their breaking (arXiv 2604.07405): published figure, ours, control, verdict.
 
-    python -m examples.studies.theories.conservation [--seeds 3] [--steps 2000] [--quick]
+    python -m examples.studies.theories conservation [--seeds 3] [--steps 2000] [--quick]
 
 The paper: the imbalance C = ‖W₂‖² − ‖W₁‖² of homogeneous layers is conserved by gradient flow; gradient descent lets
 it drift by η²S(η); S follows from the Hessian's spectrum at the start; drift ~ η^α with α growing with the width; at
@@ -15,7 +15,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -285,13 +285,17 @@ def softmax() -> None:
     print("verdict: the published bound is false; 2 max p(1 − p) holds, and is attained here.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.theories conservation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="how many of the published ones")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="50 steps, one seed, two widths: shows that it runs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float64)
     logging.getLogger("diagnostics.conservation.drift_exponent").setLevel(
@@ -303,7 +307,3 @@ def main() -> None:
     exponents(seeds, steps, (16, 32) if options.quick else (16, 32, 64, 128, 192))
     edge(steps)
     softmax()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ Tasks come one after the other; accuracies A[i][j] on task j after task i give `
 (the hidden matrices do not: what the published code does, by leaving ``requires_grad`` False); EWC at its best λ of a
 grid, chosen by ACC on a seed of its own; and ``hessopt.NullProject`` with each memory, the random one as control.
 
-    python -m examples.studies.theories.continual [--data DIR] [--seeds 3] [--benchmarks digits mnist cifar]
+    python -m examples.studies.theories continual [--data DIR] [--seeds 3] [--benchmarks digits mnist cifar]
 
 - ``digits``: permuted 8×8 digits of scikit-learn, 5 tasks, MLP 64-100-100-10.
 - ``mnist``: GPM's protocol (Saha et al. 2021) on a part of MNIST: 10 permutations, MLP 784-100-100-10 without biases,
@@ -195,8 +195,12 @@ def compare(bench: Benchmark, seeds: int, rows: Rows) -> None:
     print(f"Verdict, by ACC: {' > '.join(order)}; null against a random subspace {gain:+.1f} points.", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.theories continual",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, help="folder with MNIST and CIFAR-10")
     parser.add_argument(
         "--benchmarks", nargs="*", choices=("digits", "mnist", "cifar"), default=("digits", "mnist", "cifar")
@@ -206,7 +210,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="training images a task, of MNIST and CIFAR-10")
     parser.add_argument("--epochs", type=int, default=5, help="of MNIST and CIFAR-10")
     parser.add_argument("--rows", type=Path, help="a file.jsonl of finished runs, read and extended")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(PUBLISHED)
     rows = Rows(options.rows)
@@ -220,7 +224,3 @@ def main() -> None:
             print(f"\n{name}: skipped, needs --data DIR")
         else:
             compare(make[name](), options.seeds, rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Neural null cones: published figure, ours, control, verdict.
 
-    python -m examples.studies.theories.null_cone [--data DIR] [--seeds 3] [--skip-continual]
+    python -m examples.studies.theories null_cone [--data DIR] [--seeds 3] [--skip-continual]
 
 1. The identities, on random matrices and on a network: ``vᵀHv = 0``, isotropy, parity, inertia.
 2. Whether null directions are special: channel width and share of the gradient, beside random directions.
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +147,17 @@ def boost(problem: Problem, seeds: int, steps: int) -> None:
     print(f"   Null vectors are {'no better than ' + ' and '.join(above) if above else 'ahead of both controls'}.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.theories null_cone",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, help="folder with mnist.npz and cifar10.npz")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--skip-continual", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     identities()
     both = problems()
     channels(both[0])
@@ -161,9 +165,5 @@ def main() -> None:
         boost(problem, options.seeds, options.steps)
     if not options.skip_continual:
         print("\n4. Continual learning", flush=True)
-        script = [sys.executable, "-m", "examples.studies.theories.continual", "--seeds", str(options.seeds)]
+        script = [sys.executable, "-m", "examples.studies.theories", "continual", "--seeds", str(options.seeds)]
         subprocess.run(script + (["--data", str(options.data)] if options.data else []), check=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ A small convolutional network on part of CIFAR-10. Each optimizer is tuned on a 
 1, 2, 5 × 10^n: three to begin with, and further while the best is an end of those tried. It is then run with the best
 on three seeds. The published form T(σ) = σ/(σ^α + d) and the scale-free one are run with α = 1, 2 and measured online.
 
-    python -m examples.studies.theories.spectral_newton [--data DIR] [--epochs 6] [--seeds 3] [--images 3000]
+    python -m examples.studies.theories spectral_newton [--data DIR] [--epochs 6] [--seeds 3] [--images 3000]
 
 ``--data`` is a folder with CIFAR-10; without it, scikit-learn's 8×8 digits are used. With ``--rows FILE.jsonl`` every
 run is written there as it ends, and what is there already is not run again.
@@ -163,14 +163,18 @@ def tuned(trial: Callable[[float], float], middle: float) -> float:
     return RATES[best]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.theories spectral_newton",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; by default the 8×8 digits")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rows", type=Path, help="a file.jsonl of finished runs, read and extended")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     data = images(options.data, options.images)
     rows = Rows(options.rows)
@@ -204,7 +208,3 @@ def main() -> None:
     others = sorted(("AdamW", "SGD, momentum 0.9", "Muon"), key=loss)
     print(f"verdict, by mean test loss: {ours} {loss(ours):.3f}, {printed} {loss(printed):.3f}; "
           + ", ".join(f"{name} {loss(name):.3f}" for name in others))  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
