@@ -40,7 +40,7 @@ class Factor(Protocol):
 
 
 @dataclass(frozen=True)
-class OuterFactor:
+class OuterFactor(Factor):
     """The factor of a linear layer that is used any number of times, derivatives included, never formed.
 
     Each use adds an outer product: ``Ĵ[kb, (i, j)] = Σ_t left[k, b, t, i] · right[k, b, t, j]``. For a call, left is
@@ -138,7 +138,7 @@ class OuterFactor:
 
 
 @dataclass(frozen=True)
-class DenseFactor:
+class DenseFactor(Factor):
     """The factor of any layer, as the matrix that it is.
 
     Attributes:
