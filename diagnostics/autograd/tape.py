@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -32,7 +32,10 @@ def ancestry(tensor: Tensor, stops: Collection[Function] = ()) -> tuple[list[Ten
     """
     leaves: list[Tensor] = []
     met: list[Function] = []
-    for function in _walk(tensor, stops):
+    start = tensor.grad_fn
+    for function in walk(start, lambda f: f is not start and f in stops):
+        if function is start:
+            continue
         if function in stops:
             met.append(function)
         elif hasattr(function, "variable"):  # AccumulateGrad: the end of the tape at a leaf
@@ -42,27 +45,28 @@ def ancestry(tensor: Tensor, stops: Collection[Function] = ()) -> tuple[list[Ten
 
 def passes_through(tensor: Tensor, operation: str) -> bool:
     """Whether the tape behind ``tensor`` holds an operation of that name (``"MulBackward0"``)."""
-    return any(function.name() == operation for function in _tape(tensor))
+    return any(function.name() == operation for function in walk(tensor.grad_fn))
 
 
-def _tape(tensor: Tensor) -> Iterator[Function]:
-    if tensor.grad_fn is not None:
-        yield tensor.grad_fn
-        yield from _walk(tensor, ())
+def walk(start: Function | None, turns_back: Callable[[Function], bool] | None = None) -> Iterator[Function]:
+    """The functions of a tape, back from ``start``, which comes first; each once, in the order of discovery.
 
-
-def _walk(tensor: Tensor, stops: Collection[Function]) -> Iterator[Function]:
-    if tensor.grad_fn is None:
+    Args:
+        start: None: there are none.
+        turns_back: Whether not to walk past a function; it is yielded all the same. Default: for none.
+    """
+    if start is None:
         return
-    seen: set[Function] = {tensor.grad_fn}
-    stack: list[Function] = [tensor.grad_fn]
+    yield start
+    stack = [] if turns_back is not None and turns_back(start) else [start]
+    seen = {start}
     while stack:
         for parent, _ in stack.pop().next_functions:
             if parent is None or parent in seen:
                 continue
             seen.add(parent)
             yield parent
-            if parent not in stops:
+            if turns_back is None or not turns_back(parent):
                 stack.append(parent)
 
 
@@ -94,7 +98,9 @@ def _on_the_tape_of(signal: Tensor, slope: Tensor, output: Tensor) -> Tensor | N
     if slope is signal or any(leaf is signal for leaf in ancestry(slope)[0]):
         if not passes_through(slope, "DelayedError"):
             return slope
-    elif not slope.any() and not any(isinstance(f, torch.autograd.function.BackwardCFunction) for f in _tape(output)):
+    elif not slope.any() and not any(
+        isinstance(f, torch.autograd.function.BackwardCFunction) for f in walk(output.grad_fn)
+    ):
         return None
     raise DiagnosticsError("the backward of an operation is not itself differentiable.")
 
@@ -108,7 +114,9 @@ def rounding(ends: Iterable[Tensor]) -> float:
     dtypes: set[torch.dtype] = set()
     for end in ends:
         dtypes.add(end.dtype)
-        dtypes.update(part.dtype for function in _tape(end) for part in function._input_metadata if part is not None)
+        dtypes.update(
+            part.dtype for function in walk(end.grad_fn) for part in function._input_metadata if part is not None
+        )
     return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diagnostics.autograd.kernels import RandomState
 from diagnostics.autograd.substitution import run_model
+from diagnostics.autograd.tape import walk
 from diagnostics.autograd.trees import map_tensors, tensors
 from diagnostics.conservation.channel_slices import (
     every_entry,
@@ -232,18 +233,7 @@ def _any_loss(z: Any) -> Tensor:
 
 def _operations(end: Tensor) -> set[str]:
     """Names of the operations on the tape that ends at a tensor."""
-    names: set[str] = set()
-    stack, seen = [end.grad_fn], {end.grad_fn}
-    while stack:
-        function = stack.pop()
-        if function is None:
-            continue
-        names.add(re.sub(r"(Backward)?\d*$", "", function.name()))
-        for parent, _ in function.next_functions:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return names
+    return {re.sub(r"(Backward)?\d*$", "", function.name()) for function in walk(end.grad_fn)}
 
 
 _HOMOGENEOUS = frozenset(

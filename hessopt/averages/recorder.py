@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._vmap_internals import _vmap
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from diagnostics.autograd.tape import Function
+from diagnostics.autograd.tape import Function, walk
 from hessopt.averages.blocks import Block
 from hessopt.errors import ModelError
 from hessopt.network.weak_hooks import WeakHooks
@@ -134,20 +134,12 @@ class Recorder:
 
     def blocks_before(self, start: Function | None) -> frozenset[int]:
         """Blocks whose outputs the walk back from ``start`` (itself included) meets first."""
-        found: set[int] = set()
-        seen: set[Function] = set()
-        stack = [start]
-        while stack:
-            function = stack.pop()
-            if function is None or function in seen:
-                continue
-            seen.add(function)
-            notes = _metadata(function).get(self._key)
-            if notes:
-                found.update(note.block for note in notes)
-            else:
-                stack += [parent for parent, _ in function.next_functions]
-        return frozenset(found)
+        met = walk(start, lambda function: bool(self._notes(function)))
+        return frozenset(note.block for function in met for note in self._notes(function))
+
+    def _notes(self, function: Function) -> Sequence[Note]:
+        found: Sequence[Note] = _metadata(function).get(self._key, ())
+        return found
 
     def on_tape(self, start: Function) -> tuple[list[Call], list[Function]]:
         """What a backward that arrives at ``start`` can reach.
@@ -157,22 +149,14 @@ class Recorder:
         """
         calls: list[Call] = []
         leaves: list[Function] = []
-        seen: set[Function] = set()
-        stack = [start]
-        while stack:
-            function = stack.pop()
-            if function in seen:
-                continue
-            seen.add(function)
-            parents = function.next_functions
-            if not parents:
+        for function in walk(start):
+            if not function.next_functions:
                 leaves.append(function)
                 continue
-            for note in _metadata(function).get(self._key, ()):
+            for note in self._notes(function):
                 module = note.module()
                 if module is not None:
                     calls.append(Call(note, module, GradientEdge(function, note.output)))
-            stack += [parent for parent, _ in parents if parent is not None]
         return sorted(calls, key=lambda call: call.note.order), leaves
 
 

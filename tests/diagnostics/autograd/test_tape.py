@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diagnostics.autograd import tape
-from diagnostics.autograd.tape import Verified, ancestry, batched_vjp, passes_through
+from diagnostics.autograd.tape import Verified, ancestry, batched_vjp, passes_through, walk
 from tests.helpers.oracle import relative_error
 
 
@@ -27,6 +27,20 @@ def test_ancestry_finds_leaves_and_turns_back_at_stops() -> None:
     assert met == [middle.grad_fn]
     assert ancestry(frozen) == ([], [])
     assert [id(t) for t in ancestry(middle, {middle.grad_fn})[0]] == [id(a)]  # the walk starts behind the tensor
+
+
+def test_walk_meets_every_function_once_and_does_not_pass_where_it_turns_back() -> None:
+    a, b = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    middle = torch.tanh(a)
+    end = (middle + b) * middle
+    names = [function.name() for function in walk(end.grad_fn)]
+    assert names[0] == "MulBackward0"
+    leaf = "torch::autograd::AccumulateGrad"
+    assert sorted(names) == ["AddBackward0", "MulBackward0", "TanhBackward0", leaf, leaf]
+    short = [function.name() for function in walk(end.grad_fn, lambda function: function is middle.grad_fn)]
+    assert sorted(short) == ["AddBackward0", "MulBackward0", "TanhBackward0", leaf]
+    assert list(walk(middle.grad_fn, lambda function: True)) == [middle.grad_fn]
+    assert list(walk(None)) == []
 
 
 CENTRES = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
