@@ -54,7 +54,7 @@ class BlockMatrix(Mapping[tuple[str, str], Tensor], ABC):
     def mean(self) -> MeanBlocks:
         """Batch means, ``(d_v, d_w)``: the Hessian of ``(1/B) Σ_b ℓ_b`` for an injection that all samples share."""
         layout = self.layout
-        rows = self._joint_sums() if layout.coupled else self._sample_sums()
+        rows = self._joint_sums() if layout.coupled else self.sample_sums()
         if layout.reduction == "sum":
             rows = {v: row / layout.batch_size for v, row in rows.items()}
         return MeanBlocks(layout.mean(), rows)
@@ -68,7 +68,7 @@ class BlockMatrix(Mapping[tuple[str, str], Tensor], ABC):
         """The block of ``v`` and ``w``, which is not after ``v``."""
 
     @abstractmethod
-    def _sample_sums(self) -> dict[str, Tensor]:
+    def sample_sums(self) -> dict[str, Tensor]:
         """For each node v the blocks with the nodes not after it, side by side, summed over independent samples."""
 
     def _joint_sums(self) -> dict[str, Tensor]:
@@ -102,8 +102,9 @@ class SumBlocks(BlockMatrix):
         first, second = (part.mean() for part in self._parts)
         return MeanBlocks(first.layout, {v: row + second.rows[v] for v, row in first.rows.items()})
 
-    def _sample_sums(self) -> dict[str, Tensor]:
-        first, second = (part._sample_sums() for part in self._parts)
+    def sample_sums(self) -> dict[str, Tensor]:
+        """Sums over independent samples."""
+        first, second = (part.sample_sums() for part in self._parts)
         return {v: row + second[v] for v, row in first.items()}
 
 
@@ -126,7 +127,8 @@ class MeanBlocks(BlockMatrix):
         """Itself."""
         return self
 
-    def _sample_sums(self) -> dict[str, Tensor]:
+    def sample_sums(self) -> dict[str, Tensor]:
+        """Sums over independent samples."""
         return dict(self.rows)
 
 

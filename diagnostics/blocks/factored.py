@@ -97,7 +97,8 @@ class CongruentBlocks(BlockMatrix):
             return self._factors[v].mT @ (self._curvature @ self._factors[w])
         return self.layout.zeros(v, w)
 
-    def _sample_sums(self) -> dict[str, Tensor]:
+    def sample_sums(self) -> dict[str, Tensor]:
+        """Sums over independent samples."""
         layout = self.layout
         left = torch.cat(
             [self._factors[v] if v in self._factors else self._zero_factor(v) for v in layout.names], dim=2
@@ -138,7 +139,8 @@ class FrontBlocks(BlockMatrix):
             return self.layout.zeros(v, w) if own is None else own.clone()
         return block if own is None else block.add_(own)
 
-    def _sample_sums(self) -> dict[str, Tensor]:
+    def sample_sums(self) -> dict[str, Tensor]:
+        """Sums over independent samples."""
         layout = self.layout
         rows = {v: layout.like.new_zeros(layout.sizes[v], layout.width(v)) for v in layout.names}
         last = {s: v for v in layout.names for s in self._fronts[v]}

@@ -97,7 +97,9 @@ class LowRankBlocks(BlockMatrix):
     def _block(self, v: str, w: str) -> Tensor:
         return self._factors(v, w).dense()
 
-    def _sample_sums(self) -> dict[str, Tensor]:
+    def sample_sums(self) -> dict[str, Tensor]:
+        """Sums over independent samples."""
+
         def sample_sum(block: LowRankBlock) -> Tensor:
             return rearrange(block.left, "s v r -> v (s r)") @ rearrange(block.right, "s w r -> (s r) w")
 

@@ -12,7 +12,7 @@ from diagnostics.blocks.containers import BlockMatrix, HessianBlocks, MeanBlocks
 from diagnostics.blocks.layout import Layout
 from diagnostics.errors import DiagnosticsError
 from diagnostics.results.metric_table import MetricTable
-from diagnostics.results.pair_formulas import resonance, spectral_norm
+from diagnostics.results.pair_formulas import largest_singular_value, resonance
 
 
 def metrics(blocks: HessianBlocks, *, include_output: bool = False, per_sample: bool = False) -> MetricTable:
@@ -50,7 +50,7 @@ def metrics(blocks: HessianBlocks, *, include_output: bool = False, per_sample: 
         total=_over_pairs(names, blocks.total, resonance) * scale,
         gn=_over_pairs(names, blocks.gn, resonance) * scale,
         tensor=_over_pairs(names, blocks.tensor, resonance) * scale,
-        spectral=_over_pairs(names, blocks.total, spectral_norm) * scale,
+        spectral=_over_pairs(names, blocks.total, largest_singular_value) * scale,
         distance=layout.distances[index][:, index],
     )
 

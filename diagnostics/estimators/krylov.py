@@ -56,6 +56,7 @@ class Krylov:
     Attributes:
         capacity: The largest number of basis vectors.
         size: Their number j.
+        exhausted: Whether the last product lies in their span, but for rounding: the next vector is a random one.
         neglected: Size of the couplings that were dropped; residuals may be larger by as much.
     """
 
@@ -94,7 +95,7 @@ class Krylov:
         # of the space that grows, not of one exhausted before
         self._live = torch.zeros(self.capacity, dtype=torch.bool)
         self._scale = 0.0  # a lower bound on the spectral norm
-        self._spaces, self._exhausted, self._barren = 1, False, 0
+        self._spaces, self.exhausted, self._barren = 1, False, 0
         self.neglected = 0.0
         self.size = 0
         self._next: Tensor = self._random() if start is None else start
@@ -115,14 +116,14 @@ class Krylov:
             grown[:j] = self._basis
             self._basis = grown
         vector = self._next
-        if self._exhausted:
+        if self.exhausted:
             self._live[:j] = False
             self._spaces += 1
             self._noise = 0.5
         self._basis[j] = vector
         self._projected[j, :j] = self._projected[:j, j] = self._coupling
         self._live[j] = True
-        if self._exhausted or j == 0:
+        if self.exhausted or j == 0:
             self._seed.zero_()[j] = 1
         self.size = j + 1
         image = self._products.forward(vector)
@@ -133,8 +134,8 @@ class Krylov:
         image = self._orthogonalise(image)
         beta = torch.linalg.vector_norm(image).item()
         self._coupling = torch.zeros(self.size, dtype=torch.float64)
-        self._exhausted = beta <= _EXHAUSTED * self._eps * self._scale
-        self._barren = self._barren + 1 if self._exhausted else 0
+        self.exhausted = beta <= _EXHAUSTED * self._eps * self._scale
+        self._barren = self._barren + 1 if self.exhausted else 0
         if beta > self.size * self._eps * self._scale:
             self._coupling[j] = beta
             self._next = image / beta
@@ -173,7 +174,7 @@ class Krylov:
             verify: See above.
         """
         first = self._spaces == 1
-        if first and self._exhausted:
+        if first and self.exhausted:
             return "continue"
         inside = True
         for sign, limit in zip((1, -1), outermost if first else wanted, strict=True):
@@ -186,7 +187,7 @@ class Krylov:
             inside &= sign * (limit - value) <= farther
         if inside:
             return "fresh" if first and verify else "complete"
-        return "continue" if self._exhausted else "fresh"
+        return "continue" if self.exhausted else "fresh"
 
     def frontier(self, sign: int) -> tuple[float, float]:
         """The smallest (sign 1) or largest (−1) Ritz value θ of the space that grows, and how far beyond λ may lie.
@@ -241,7 +242,7 @@ class Krylov:
         self.restart(ritz, kept)
         self.neglected += self._coupling.norm().item()
         self._coupling = torch.zeros_like(self._coupling)
-        self._exhausted = True
+        self.exhausted = True
         self._next = self._random()
         if self._selective:
             self._locked = self._basis[: self.size].clone()

@@ -60,6 +60,9 @@ class CurvatureOperator(LinearOperator):
 
     Attributes:
         space: The chosen parameters as a flat vector, in ``model.parameters()`` order, tied ones once.
+        batches: The data.
+        reduction: ``"mean"`` or ``"sum"``.
+        replay: Model and loss as one function of the parameters, the same at every run.
 
     Raises:
         CaptureError: the model, an input or the loss is not one whose curvature can be computed (scripted, compiled,
@@ -97,14 +100,14 @@ class CurvatureOperator(LinearOperator):
         self.batches = Batches(batches)
         self.reduction = reduction
         self._progress = progress
-        self._replay = Replay(model, loss_fn, self.space.device)
+        self.replay = Replay(model, loss_fn, self.space.device)
         self._samples: int | None = None
         self._kept: dict[type[Tape], Tape] = {}
         self._start()
 
     def refresh(self) -> None:
         """Move the operator to the model's present parameters, buffers and mode, and the present random state."""
-        self._replay.refresh()
+        self.replay.refresh()
         self._kept.clear()
         self._start()
 
@@ -165,7 +168,7 @@ class CurvatureOperator(LinearOperator):
             finally:
                 self._kept = kept
 
-        return check_deterministic(product, self.batches, self._replay)
+        return check_deterministic(product, self.batches, self.replay)
 
     def check_symmetric(self) -> float:
         """Compare ``uᵀ A v`` with ``vᵀ A u`` for two random vectors: a wrong backward of an operation shows there.
@@ -209,23 +212,23 @@ class CurvatureOperator(LinearOperator):
         """Add to a new tape what products over it need, other than derivatives."""
 
     def _start(self) -> None:
-        with self._replay.replayed():
+        with self.replay.replayed():
             batch = next(iter(self.batches))
-            tape = self._tape_kind.of_batch(self._replay, batch.private(self.device), self.space)
+            tape = self._tape_kind.of_batch(self.replay, batch.private(self.device), self.space)
             self._attach(tape)
         if self.batches.single:
             self._kept[self._tape_kind] = tape
 
     def _sum(self, kind: type[T], measure: Callable[[T], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The sum, or the mean over samples, of what ``measure`` finds in the tape of each batch."""
-        self._replay.check_fresh()
+        self.replay.check_fresh()
         self.space.check_trained()
         if self.batches.single and kind in self._kept:
             with along_the_tape(self.device):
                 return measure(self._kept[kind])  # type: ignore[arg-type]
         sums: tuple[Tensor, ...] = ()
         samples = 0
-        with self._replay.replayed():
+        with self.replay.replayed():
             bar = tqdm(
                 self.batches,
                 total=self.batches.count(),
@@ -234,7 +237,7 @@ class CurvatureOperator(LinearOperator):
                 disable=None if self._progress and not self.batches.single else True,
             )
             for batch in bar:
-                tape = kind.of_batch(self._replay, batch.private(self.device), self.space)
+                tape = kind.of_batch(self.replay, batch.private(self.device), self.space)
                 self._attach(tape)
                 if self.batches.single:
                     self._kept[kind] = tape

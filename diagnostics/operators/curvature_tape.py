@@ -165,6 +165,8 @@ class SplitTape(Tape):
         cut: z as the loss sees it.
         slopes: ∂ℓ/∂z on the loss's tape; None where the loss does not depend on that tensor.
         output_metric: A map of vectors like z, to stand in the place of ``∇²_z ℓ``.
+        loss_at: ℓ of tensors like z, where the model and its batch are known; None otherwise.
+        recording: The context in which that is to be run.
 
     Raises:
         CaptureError: the loss does not depend on the output, or a gradient is sparse.
@@ -172,8 +174,8 @@ class SplitTape(Tape):
     """
 
     output_metric: Callable[[Columns], Columns] | None = None
-    _loss_at: Callable[[Sequence[Tensor]], Tensor] | None = None
-    _recording: Callable[[], AbstractContextManager[None]]
+    loss_at: Callable[[Sequence[Tensor]], Tensor] | None = None
+    recording: Callable[[], AbstractContextManager[None]]
 
     def __init__(
         self,
@@ -232,7 +234,7 @@ class SplitTape(Tape):
                 loss_at(cut), list(parameters.values()), list(parameters), outputs, cut,
                 made_bytes=replay.made_bytes, size=batch.size,
             )  # fmt: skip
-        tape._loss_at, tape._recording = loss_at, replay.recording
+        tape.loss_at, tape.recording = loss_at, replay.recording
         return tape
 
     def gradient(self) -> Tensor:
@@ -267,13 +269,13 @@ class SplitTape(Tape):
         Raises:
             ValueError: the tape is not one :meth:`of_batch`, so that the loss cannot be evaluated again.
         """
-        if self._loss_at is None:
+        if self.loss_at is None:
             raise ValueError("the loss at another output is known of a tape made by of_batch only.")
         free = [c if slope is None else point.detach() for c, slope in zip(self.cut, self.slopes, strict=True)]
         where = next(i for i, slope in enumerate(self.slopes) if slope is not None)
         free[where].requires_grad_()
-        with self._recording(), second_order_errors():
-            (slope,) = torch.autograd.grad(self._loss_at(free), [free[where]], create_graph=True)
+        with self.recording(), second_order_errors():
+            (slope,) = torch.autograd.grad(self.loss_at(free), [free[where]], create_graph=True)
             return self.vjps([slope], [free[where]], [u])[0]
 
     def output_hessian(self, u: Columns) -> Columns:

@@ -48,6 +48,7 @@ class Batches:
             and yields such pairs: a list, a ``DataLoader``. A list of one is one batch.
 
     Attributes:
+        source: What the batches are read from; one batch is a list of one.
         single: Whether there is one batch, known without reading: its autograd tape can be kept.
 
     Raises:
@@ -56,7 +57,7 @@ class Batches:
     """
 
     def __init__(self, source: Any) -> None:
-        self._source = [source] if isinstance(source, tuple) else source
+        self.source = [source] if isinstance(source, tuple) else source
         if isinstance(source, tuple):
             _check_tuple(source)
         elif isinstance(source, Tensor | Mapping | str) or not hasattr(source, "__iter__"):
@@ -69,11 +70,11 @@ class Batches:
                 f"batches is a {type(source).__name__}, which can be read only once, but every product reads all "
                 "data. Pass a list (list(batches)) or the DataLoader itself."
             )
-        self.single = isinstance(self._source, Sequence) and len(self._source) == 1
+        self.single = isinstance(self.source, Sequence) and len(self.source) == 1
 
     def __iter__(self) -> Iterator[Batch]:
         empty = True
-        for number, item in enumerate(self._source):
+        for number, item in enumerate(self.source):
             empty = False
             yield _batch(item, number)
         if empty:
@@ -82,7 +83,7 @@ class Batches:
     def count(self) -> int | None:
         """Number of batches of a pass, where the source says so."""
         try:
-            return len(self._source)
+            return len(self.source)
         except (TypeError, NotImplementedError):
             return None
 

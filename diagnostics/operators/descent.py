@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from diagnostics.autograd.substitution import run_model
 from diagnostics.operators.curvature import HessianOperator
 
 _GROWTH = 1.25  # of the gain, for which the length is doubled
@@ -70,12 +69,9 @@ def _moved(op: HessianOperator, direction: Tensor, length: float) -> Iterator[No
 
 def _loss(op: HessianOperator) -> float:
     """The mean loss of all batches, not finite where the network or the loss is not."""
-    replay, device = op._replay, op.space.device
     total = samples = 0.0
-    with replay.replayed(), replay.recording():
+    with op.replay.replayed(), op.replay.recording():
         for batch in op.batches:
-            private = batch.private(device)
-            loss = replay.loss_fn(run_model(replay.model, private.inputs, replay._copied_buffers()), private.targets)
             weight = 1 if op.batches.single else batch.size
-            total, samples = total + weight * float(loss.detach()), samples + weight
+            total, samples = total + weight * op.replay.value(batch), samples + weight
     return total / samples

@@ -10,7 +10,7 @@ from torch import Tensor
 from diagnostics.estimators.lanczos import extreme_eigenpairs
 from diagnostics.estimators.spectral_density import spectral_density
 from diagnostics.operators.curvature import CurvatureOperator
-from diagnostics.operators.parameter_groups import GroupBlock, Groups, ParameterGroups
+from diagnostics.operators.parameter_groups import GroupBlock, GroupSelection, ParameterGroups
 from diagnostics.results.estimate import Estimate
 from diagnostics.results.text_table import format_table
 
@@ -55,7 +55,7 @@ class GroupSpectra:
 
 def group_spectra(
     op: CurvatureOperator,
-    groups: Groups = None,
+    groups: GroupSelection = None,
     *,
     probes: int = 10,
     steps: int = 50,

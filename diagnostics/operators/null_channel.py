@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.autograd.substitution import run_model
 from diagnostics.errors import DiagnosticsError
 from diagnostics.estimators.probes import generator_for
 from diagnostics.operators.curvature import HessianOperator
@@ -100,19 +99,15 @@ def loss_at(op: HessianOperator, offset: Tensor | None) -> float:
 
     Not finite is a valid answer.
     """
-    replay = op._replay
-    replay.check_fresh()
+    op.replay.check_fresh()
     moved: dict[str, Tensor] = {}
     if offset is not None:
         moved = {name: op.space.parameters[name].detach() + part for name, part in op.space.unflatten(offset).items()}
     total, samples = 0.0, 0
-    with replay.replayed(), along_the_tape(op.device):
+    with op.replay.replayed(), along_the_tape(op.device):
         for batch in op.batches:
-            there = batch.private(op.device)
-            z = run_model(replay.model, there.inputs, {**replay._copied_buffers(), **moved})
-            loss = float(replay.loss_fn(z, there.targets))
             weight = batch.size if op.reduction == "mean" and not op.batches.single else 1
-            total, samples = total + weight * loss, samples + weight
+            total, samples = total + weight * op.replay.value(batch, moved), samples + weight
     return total / samples if op.reduction == "mean" and not op.batches.single else total
 
 

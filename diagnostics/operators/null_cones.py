@@ -148,7 +148,7 @@ def krylov_space(
     )
     for _ in range(steps):
         space.step()
-        if stop_early and space._exhausted:
+        if stop_early and space.exhausted:
             break
     ritz = space.ritz()
     return RitzPairs(ritz.values, space.vectors(ritz, torch.arange(space.size)), ritz.coefficients, products.count)

@@ -14,7 +14,7 @@ from diagnostics.estimators.linear_operator import LinearOperator
 from diagnostics.operators.curvature import CurvatureOperator
 from diagnostics.operators.parameter_space import ParameterSpace
 
-Groups: TypeAlias = Mapping[str, str | Iterable[str]] | Literal["parameter"] | None
+GroupSelection: TypeAlias = Mapping[str, str | Iterable[str]] | Literal["parameter"] | None
 """None, ``"parameter"``, or names of groups with names or patterns of parameters."""
 ROOT = "(model)"
 """What the group of parameters that the model itself owns is called."""
@@ -41,7 +41,7 @@ class ParameterGroups:
             groups.
     """
 
-    def __init__(self, op: CurvatureOperator, groups: Groups = None) -> None:
+    def __init__(self, op: CurvatureOperator, groups: GroupSelection = None) -> None:
         if not isinstance(op, CurvatureOperator):
             raise TypeError(f"groups are of the parameters of a HessianOperator or its kin, got {type(op).__name__}.")
         self.space = op.space
@@ -102,7 +102,7 @@ class ParameterGroups:
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if not patterns:
             raise DiagnosticsError(f"group {group!r} is empty: name a parameter, or leave the group out.")
-        names = ParameterSpace(op._replay.model, patterns).parameters
+        names = ParameterSpace(op.replay.model, patterns).parameters
         chosen = [name for name in names if name in self.space.parameters]
         if not chosen:
             raise DiagnosticsError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from diagnostics.autograd.kernels import (
     without_saved_tensor_hooks,
 )
 from diagnostics.autograd.loss_checks import (
-    check_loss,
+    check_scalar_loss,
     check_tapes,
     check_unmodified,
     detached_output,
@@ -136,10 +136,16 @@ class Replay:
         """The loss of the output, checked."""
         loss = self.loss_fn(z, batch.targets)
         parameters = ((name, parameter) for name, (parameter, _, _) in self._parameters.items())
-        check_loss(loss, parameters, lambda: (("the model's output", t) for t in floating_tensors(z)))
+        check_scalar_loss(loss, parameters, lambda: (("the model's output", t) for t in floating_tensors(z)))
         self._check_unmodified()
         check_tapes([("the loss", loss)])
         return loss.reshape(())
+
+    def value(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """The loss of the batch, not checked, with some parameters replaced by these; may be not finite."""
+        private = batch.private(self.device)
+        z = run_model(self.model, private.inputs, {**self._copied_buffers(), **(parameters or {})})
+        return float(self.loss_fn(z, private.targets).detach())
 
     def changed_buffers(self, batch: Batch) -> list[str]:
         """Names of the buffers that a forward pass changes."""

@@ -155,4 +155,4 @@ class Workbench:
 
     @property
     def _source(self) -> Any:
-        return [(self.batch.inputs, self.batch.targets)] if self.batches.single else self.batches._source
+        return [(self.batch.inputs, self.batch.targets)] if self.batches.single else self.batches.source

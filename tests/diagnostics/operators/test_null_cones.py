@@ -182,7 +182,7 @@ def _operator(device: torch.device, make: Callable[[], nn.Module] = lambda: Chai
 def _dense(op: HessianOperator) -> Tensor:
     """By double back-propagation, row by row."""
     parameters = list(op.space.parameters.values())
-    model, loss = op._replay.model, torch.zeros((), dtype=F64, device=op.device)
+    model, loss = op.replay.model, torch.zeros((), dtype=F64, device=op.device)
     for batch in op.batches:
         loss = loss + F.cross_entropy(model(batch.inputs), batch.targets, reduction="sum") / 12
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)])
@@ -252,7 +252,7 @@ def test_two_calls_give_the_same_and_other_seeds_another() -> None:
 
 def test_nothing_of_the_model_is_changed() -> None:
     op = _operator(torch.device("cpu"))
-    model = op._replay.model
+    model = op.replay.model
     frozen = next(iter(model.parameters()))
     before = copy.deepcopy(model.state_dict())
     frozen.grad = torch.ones_like(frozen)
@@ -315,7 +315,7 @@ def test_the_half_width_of_a_quadratic_and_of_a_quartic() -> None:
 def test_losses_away_from_the_parameters_average_over_samples() -> None:
     op = _operator(torch.device("cpu"))
     offset = 0.1 * torch.randn(op.shape[0], dtype=F64, generator=torch.Generator().manual_seed(0))
-    moved = copy.deepcopy(op._replay.model)
+    moved = copy.deepcopy(op.replay.model)
     with torch.no_grad():
         for (name, p), part in zip(moved.named_parameters(), op.unflatten(offset).values(), strict=True):
             assert name in op.space.parameters
