@@ -36,7 +36,7 @@ def detached_output(output: str, sources: str) -> CaptureError:
     )
 
 
-def check_loss(
+def check_scalar_loss(
     loss: Any, parameters: Iterable[tuple[str, Tensor]], values: Callable[[], Iterable[tuple[str, Tensor]]]
 ) -> None:
     """Refuse a loss that is not one finite, real, differentiable number.

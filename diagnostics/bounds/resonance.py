@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import networkx as nx
 import torch
@@ -15,11 +14,9 @@ from diagnostics.blocks.layout import Layout
 from diagnostics.blocks.recursion import hessian_blocks
 from diagnostics.bounds.gains import Gains, sum_over_paths
 from diagnostics.errors import DiagnosticsError
-from diagnostics.graph.graph import Graph
+from diagnostics.graph.graph import Graph, Part
 from diagnostics.graph.local import LOSS
 from diagnostics.results.text_table import format_table
-
-Part: TypeAlias = Literal["total", "gn", "tensor"]
 
 _MOST_ROWS = 60
 

@@ -24,7 +24,7 @@ from diagnostics.conservation.channel_slices import (
     reads_channels,
     whole,
 )
-from diagnostics.conservation.quantity import ConservedQuantity, Kind
+from diagnostics.conservation.quantity import ConservedQuantity, QuantityKind
 from diagnostics.errors import DiagnosticsError
 from diagnostics.graph.capture import capture
 from diagnostics.graph.graph import Graph, Node
@@ -145,7 +145,9 @@ class _Layers:
             sources |= more
             readers |= reading
 
-    def _forms(self, kind: Kind, sources: tuple[str, ...], readers: tuple[str, ...]) -> Iterable[ConservedQuantity]:
+    def _forms(
+        self, kind: QuantityKind, sources: tuple[str, ...], readers: tuple[str, ...]
+    ) -> Iterable[ConservedQuantity]:
         sign = 1 if kind == "scale-invariant" else -1
         made = [slices for name in sources for slices in outgoing(f"{name}.", self._modules[name])]
         channels = made[0].channels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diagnostics.conservation.channel_slices import ChannelSlices
 
-Kind: TypeAlias = Literal["balanced", "scale-invariant"]
+QuantityKind: TypeAlias = Literal["balanced", "scale-invariant"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ConservedQuantity:
         reason: Why it is not exact; empty if it is.
     """
 
-    kind: Kind
+    kind: QuantityKind
     sources: tuple[str, ...]
     consumers: tuple[str, ...]
     channels: int

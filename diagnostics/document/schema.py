@@ -114,7 +114,7 @@ _NODE = {
     "gradient": Optional(NUMBER),
     "dead_units": Optional(NUMBER),
 }
-SECTIONS: dict[str, Any] = {
+SECTION_SHAPES: dict[str, Any] = {
     "network": {
         "loss": NUMBER,
         "batch_size": int,
@@ -187,7 +187,7 @@ DOCUMENT: dict[str, Any] = {
     "data": {"batches": Maybe(int), "batch_size": int, "inputs": ListOf(ListOf(int))},
     "options": {"seed": int, "probes": int, "epsilon": NUMBER, "seconds": Optional(NUMBER)},
     "plan": {"exact": bool, "reason": str, "bytes": int, "operations": int, "nodes": str},
-    "sections": {name: section if name == "network" else Optional(section) for name, section in SECTIONS.items()},
+    "sections": {name: section if name == "network" else Optional(section) for name, section in SECTION_SHAPES.items()},
     "skipped": MapOf(str),
     "shortened": Optional(MapOf(str)),
     "failures": Optional(MapOf({"error": str, "text": str})),

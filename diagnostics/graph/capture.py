@@ -20,7 +20,7 @@ from diagnostics.autograd.kernels import (
 )
 from diagnostics.autograd.lean_kernels import LeanKernels
 from diagnostics.autograd.loss_checks import (
-    check_loss,
+    check_scalar_loss,
     check_tapes,
     check_unmodified,
     detached_output,
@@ -233,7 +233,7 @@ def _assemble(
         return tuple(parents), tuple(parameters)
 
     links = {name: sources(segment) for name, segment in cuts.segments.items()}
-    check_loss(loss, recipe.parameters.items(), lambda: _called_nodes(cuts.values))
+    check_scalar_loss(loss, recipe.parameters.items(), lambda: _called_nodes(cuts.values))
     check_tapes([*_called_nodes(cuts.segments), ("the loss", loss)])
     loss_parents, loss_parameters = sources(loss)
     if not loss_parents:

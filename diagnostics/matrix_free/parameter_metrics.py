@@ -11,13 +11,13 @@ from diagnostics.graph.graph import Graph
 from diagnostics.matrix_free.pair_estimates import Sampling, estimate_pairs
 from diagnostics.matrix_free.pair_products import Responses
 from diagnostics.operators.curvature import HessianOperator
-from diagnostics.operators.parameter_groups import Groups, ParameterGroups
+from diagnostics.operators.parameter_groups import GroupSelection, ParameterGroups
 from diagnostics.results.metric_table import MetricTable
 
 
 def estimate_parameter_metrics(
     op: HessianOperator,
-    groups: Groups = None,
+    groups: GroupSelection = None,
     probes: int = 30,
     *,
     generator: torch.Generator | None = None,

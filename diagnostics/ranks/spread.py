@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-Kind: TypeAlias = Literal[
+SpreadKind: TypeAlias = Literal[
     "DistributedDataParallel",
     "DataParallel",
     "FullyShardedDataParallel",
@@ -16,7 +16,7 @@ Kind: TypeAlias = Literal[
     "pipeline parallelism",
 ]
 
-_CLASSES: tuple[tuple[str, str, Kind], ...] = (
+_CLASSES: tuple[tuple[str, str, SpreadKind], ...] = (
     ("torch.nn.parallel", "DistributedDataParallel", "DistributedDataParallel"),
     ("torch.nn.parallel", "DataParallel", "DataParallel"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "FullyShardedDataParallel"),
@@ -41,7 +41,7 @@ class Spread(NamedTuple):
     """
 
     where: str
-    kind: Kind
+    kind: SpreadKind
     way_out: str
 
 
@@ -63,7 +63,7 @@ def spread(model: nn.Module) -> Spread | None:
 
 
 @lru_cache(maxsize=4096)
-def _kind(cls: type) -> Kind | None:
+def _kind(cls: type) -> SpreadKind | None:
     for base in cls.__mro__:
         for module, name, kind in _CLASSES:
             if base.__name__ == name and base.__module__.startswith(module):
@@ -71,7 +71,7 @@ def _kind(cls: type) -> Kind | None:
     return None
 
 
-def _way_out(kind: Kind, module: nn.Module | None = None) -> str:
+def _way_out(kind: SpreadKind, module: nn.Module | None = None) -> str:
     if kind == "DistributedDataParallel":
         join = getattr(getattr(module, "_join_config", None), "enable", False)
         return "pass the network inside of it, its `.module`" + (", and leave `Join`" if join else "")

@@ -16,7 +16,7 @@ from diagnostics.rendering.text import figure, short
 Chart: TypeAlias = dict[str, Any]
 """``id``, ``title``, ``about`` (a sentence below it), ``data`` and ``layout`` of Plotly; ``hover``: whose texts."""
 
-METRICS = {
+PAIR_METRICS = {
     "coupling": ("Coupling C", "C"),
     "resonance": ("Resonance R = ‖H‖", "R"),
     "gn_norm": ("Gauss–Newton part ‖Hᴳᴺ‖", "‖Hᴳᴺ‖"),
@@ -123,7 +123,7 @@ def source_bars(section: Mapping[str, Any]) -> list[Chart]:
     return [chart("sources-share", "Sources of the tensor part", [trace], layout)]
 
 
-def discarded(section: Mapping[str, Any]) -> list[Chart]:
+def discarded_charts(section: Mapping[str, Any]) -> list[Chart]:
     """What a banded approximation of the parameters' Hessian discards, by bandwidth."""
     rows = section["discarded"]
     traces = []

@@ -10,7 +10,7 @@ from typing import Any
 from diagnostics.document.judge import RULES
 from diagnostics.document.values import number
 from diagnostics.rendering import charts, pair_charts
-from diagnostics.rendering.charts import METRICS, Chart, shown
+from diagnostics.rendering.charts import PAIR_METRICS, Chart, shown
 from diagnostics.rendering.formats import library
 from diagnostics.rendering.graph_drawing import LEAST_COUPLING, drawing
 
@@ -50,7 +50,7 @@ def page(
         comparison=None if comparison is None else _comparison(comparison),
         levels=_LEVELS,
         first=_FIRST_VERDICTS,
-        metrics=METRICS,
+        metrics=PAIR_METRICS,
         least=LEAST_COUPLING,
         css=source["page.css"],
         script=source["page.js"],
@@ -68,11 +68,11 @@ def _view(report: Mapping[str, Any], name: str, index: int, reports: Sequence[Ma
     epsilon = number(report["options"]["epsilon"])
     for table in tables:
         levels = bounds if table["section"] == "metrics" else None
-        table["by_distance"] = pair_charts.by_distance(sections[table["section"]], epsilon, levels, table["id"])
+        table["by_distance"] = pair_charts.distance_charts(sections[table["section"]], epsilon, levels, table["id"])
     singles = {
         "spectrum": charts.spectra(sections["spectrum"]) if "spectrum" in sections else [],
         "sources": charts.source_bars(sections["sources"]) if "sources" in sections else [],
-        "discarded": charts.discarded(sections["parameters"]) if "parameters" in sections else [],
+        "discarded": charts.discarded_charts(sections["parameters"]) if "parameters" in sections else [],
     }
     for found in singles.values():
         for chart in found:
@@ -97,7 +97,7 @@ def _view(report: Mapping[str, Any], name: str, index: int, reports: Sequence[Ma
 def _table(section: Mapping[str, Any], key: str, prefix: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     name = f"{prefix}-{key}"
     shared = [r["sections"][key] for r in reports if key in r["sections"]]
-    tops = {metric: max(pair_charts.top(s[metric]) for s in shared) or 1.0 for metric in METRICS}
+    tops = {metric: max(pair_charts.top(s[metric]) for s in shared) or 1.0 for metric in PAIR_METRICS}
     maps = pair_charts.heat_maps(section, tops, name)
     for chart in maps:
         chart["hover"] = name
@@ -107,7 +107,7 @@ def _table(section: Mapping[str, Any], key: str, prefix: str, reports: Sequence[
             "v": section["nodes"][i],
             "w": section["nodes"][j],
             "distance": shown(section["distance"][i][j]),
-            "cells": [shown(section[m][i][j], errors and errors[m][i][j]) for m in METRICS],
+            "cells": [shown(section[m][i][j], errors and errors[m][i][j]) for m in PAIR_METRICS],
         }
         for i in range(n)
         for j in range(i, n)

@@ -11,8 +11,8 @@ from diagnostics.rendering.charts import (
     BLUE,
     GREEN,
     GREY,
-    METRICS,
     ORANGE,
+    PAIR_METRICS,
     PURPLE,
     Chart,
     chart,
@@ -53,7 +53,7 @@ def heat_maps(section: Mapping[str, Any], tops: Mapping[str, float], prefix: str
     }
     ends, gap = [-0.5, len(names) - 0.5], 1 if len(names) <= _MOST_TICKS else 0
     found = []
-    for metric, (title, symbol) in METRICS.items():
+    for metric, (title, symbol) in PAIR_METRICS.items():
         trace: dict[str, Any] = {
             "type": "heatmap",
             "z": [[finite(value) for value in row] for row in section[metric]],
@@ -81,7 +81,7 @@ def pair_text(section: Mapping[str, Any], i: int, j: int) -> str:
     errors = section["errors"]
     names = section["nodes"]
     lines = [f"{names[i]} × {names[j]}", f"distance {shown(section['distance'][i][j])}"]
-    for metric, (_, symbol) in METRICS.items():
+    for metric, (_, symbol) in PAIR_METRICS.items():
         lines.append(f"{symbol} = {shown(section[metric][i][j], errors and errors[metric][i][j])}")
     return "\n".join(lines)
 
@@ -92,13 +92,13 @@ def hover_texts(section: Mapping[str, Any]) -> list[list[str]]:
     return [[markup(pair_text(section, i, j)) for j in range(n)] for i in range(n)]
 
 
-def by_distance(section: Mapping[str, Any], epsilon: float, bounds: Any, prefix: str) -> list[Chart]:
+def distance_charts(section: Mapping[str, Any], epsilon: float, bounds: Any, prefix: str) -> list[Chart]:
     """C, R, D and Gap by distance: means with standard errors, all pairs behind them, the threshold, the bounds."""
     found = []
     titles = {"coupling": "Coupling", "resonance": "Resonance", "stable_rank": "Stable rank", "gn_gap": "Gap"}
     for metric, title in titles.items():
         traces = [_pairs(section, metric), _means(section, metric)]
-        axis: dict[str, Any] = {"title": {"text": METRICS[metric][1]}, "rangemode": "tozero"}
+        axis: dict[str, Any] = {"title": {"text": PAIR_METRICS[metric][1]}, "rangemode": "tozero"}
         about = ""
         if metric == "coupling":
             farthest = max((finite(row["distance"]) or 0.0 for row in section["by_distance"]), default=0.0)

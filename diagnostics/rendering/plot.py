@@ -10,7 +10,7 @@ import numpy as np
 
 from diagnostics.document.values import number
 from diagnostics.errors import DiagnosticsError
-from diagnostics.rendering.charts import METRICS, bin_edges, finite
+from diagnostics.rendering.charts import PAIR_METRICS, bin_edges, finite
 from diagnostics.rendering.formats import library
 from diagnostics.rendering.pair_charts import bounds_by_distance
 from diagnostics.rendering.text import short
@@ -96,7 +96,7 @@ def _heat_map(ax: Axes, section: Mapping[str, Any], name: str) -> None:
     labels = [_plain(short(section["nodes"][i])) for i in marked]
     ax.set_xticks(list(marked), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize="small")
     ax.set_yticks(list(marked), labels, fontsize="small")
-    ax.set_title(METRICS[name][0], fontsize="medium")
+    ax.set_title(PAIR_METRICS[name][0], fontsize="medium")
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
 
 
@@ -108,7 +108,7 @@ def _by_distance(ax: Axes, section: Mapping[str, Any], name: str, scale: str, la
     if scale == "log" and any(v > 0 for v in y):
         ax.set_yscale("log", nonpositive="clip")
     ax.set_xlabel("distance")
-    ax.set_title(f"{METRICS[name][0]} by distance", fontsize="medium")
+    ax.set_title(f"{PAIR_METRICS[name][0]} by distance", fontsize="medium")
 
 
 def _bounds(ax: Axes, section: Mapping[str, Any], bounds: Mapping[str, Any]) -> None:

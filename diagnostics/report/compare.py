@@ -24,7 +24,7 @@ from diagnostics.results.text_table import format_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
-SCHEMA = "hessopt-diagnostics-comparison/1"
+COMPARISON_SCHEMA = "hessopt-diagnostics-comparison/1"
 
 
 class Comparison:
@@ -86,7 +86,7 @@ class Comparison:
         """Names, rows, verdicts and the reports themselves, ready for JSON."""
         document: dict[str, Any] = encode(
             {
-                "schema": SCHEMA,
+                "schema": COMPARISON_SCHEMA,
                 "names": list(self.names),
                 "rows": self.rows,
                 "verdicts": self.verdicts,
@@ -207,15 +207,15 @@ def load(path: str | os.PathLike[str]) -> Report | Comparison:
         DiagnosticsError: the file cannot be read, or is neither; the message names the key.
     """
     data = read_document(path)
-    if isinstance(data, Mapping) and data.get("schema") == SCHEMA:
+    if isinstance(data, Mapping) and data.get("schema") == COMPARISON_SCHEMA:
         return _read(data, os.fspath(path))
     check(data, os.fspath(path))
     return Report(data)
 
 
 def _read(data: Any, where: str) -> Comparison:
-    if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-        raise DiagnosticsError(f'{where}: no comparison of the schema "{SCHEMA}".')
+    if not isinstance(data, Mapping) or data.get("schema") != COMPARISON_SCHEMA:
+        raise DiagnosticsError(f'{where}: no comparison of the schema "{COMPARISON_SCHEMA}".')
     reports, names = data.get("reports"), data.get("names")
     if not isinstance(reports, list) or len(reports) < 2:
         raise DiagnosticsError(f"{where}.reports: expected a list of two reports at least.")

@@ -19,7 +19,7 @@ from diagnostics.operators.parameter_groups import ParameterGroups
 from diagnostics.report.node_sections import tabulated
 from diagnostics.report.workbench import Workbench
 from diagnostics.results.metric_table import MetricTable
-from diagnostics.results.pair_formulas import resonance, spectral_norm
+from diagnostics.results.pair_formulas import largest_singular_value, resonance
 
 _OF_A_PRODUCT = 10
 """Vectors of the parameters that a product and its step hold beside the basis."""
@@ -197,6 +197,6 @@ def dense_group_metrics(bench: Workbench, groups: dict[str, Sequence[str]], dist
         total=norms(total, resonance),
         gn=norms(gn, resonance),
         tensor=norms(tensor, resonance),
-        spectral=norms(total, spectral_norm),
+        spectral=norms(total, largest_singular_value),
         distance=distance,
     )

@@ -15,7 +15,7 @@ def resonance(block: Tensor) -> Tensor:
     return norm
 
 
-def spectral_norm(block: Tensor) -> Tensor:
+def largest_singular_value(block: Tensor) -> Tensor:
     """‖H[v,w]‖₂ of blocks ``(…, d_v, d_w)``."""
     norm: Tensor = torch.linalg.matrix_norm(block, 2)
     return norm
@@ -29,7 +29,7 @@ def coupling(resonances: Tensor) -> Tensor:
 
 def stable_rank(block: Tensor) -> Tensor:
     """D = ‖H‖_F² / ‖H‖₂² of blocks ``(…, d_v, d_w)``: the number of directions that carry the block; 0/0 is NaN."""
-    return (resonance(block) / spectral_norm(block)).square()
+    return (resonance(block) / largest_singular_value(block)).square()
 
 
 def gn_gap(tensor_norm: Tensor, gn_norm: Tensor) -> Tensor:

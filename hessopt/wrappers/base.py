@@ -234,7 +234,7 @@ class OptimizerWrapper(Optimizer):
                 for p, gradient in zip(trained, gradients, strict=True):
                     p.grad = gradient
             if self._DENSE:
-                refuse_sparse(trained)
+                check_dense_gradients(trained)
             norm = gradient_norm([p.grad for p in trained], trained, self.model)
             before_base(evaluation, norm)
             return evaluation.loss.detach()
@@ -242,7 +242,7 @@ class OptimizerWrapper(Optimizer):
         return wrapped
 
 
-def refuse_sparse(parameters: list[Tensor]) -> None:
+def check_dense_gradients(parameters: list[Tensor]) -> None:
     """Raise :class:`hessopt.errors.ModelError` if a gradient is sparse."""
     for p in parameters:
         if p.grad is not None and p.grad.layout != torch.strided:

@@ -58,7 +58,7 @@ class Ray:
     evaluations: int
 
 
-def escape_direction(gradient: Tensor, values: Tensor, vectors: Tensor, least: float) -> Tensor:
+def ray_direction(gradient: Tensor, values: Tensor, vectors: Tensor, least: float) -> Tensor:
     """``−Σ_i sign(gᵀv_i) max(|gᵀv_i| / |λ_i|, t₀) v_i`` over eigenpairs with λ_i < 0, scaled to length 1.
 
     Args:

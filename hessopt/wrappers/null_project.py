@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from diagnostics.ranks.group import processes
 from hessopt.closure.protocol import Closure
 from hessopt.network.processes import check_alike
-from hessopt.wrappers.base import OptimizerWrapper, refuse_sparse
+from hessopt.wrappers.base import OptimizerWrapper, check_dense_gradients
 from hessopt.wrappers.memory import Memory, SubspaceMemory, memory_from_state
 
 
@@ -114,7 +114,7 @@ class NullProject(OptimizerWrapper):
         with self._guard(changed=self._memory is not None) as guard:
             before = guard.keep(remembered)
             if closure is None:
-                refuse_sparse(self._parameters())
+                check_dense_gradients(self._parameters())
                 loss: Any = self.base.step()
             else:
                 loss = self.base.step(self._for_base(closure, lambda *_: None))

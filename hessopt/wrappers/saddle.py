@@ -26,7 +26,7 @@ from hessopt.errors import ClosureError
 from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import asks_for_state
 from hessopt.wrappers.base import OptimizerWrapper, RunsClosures
-from hessopt.wrappers.escape import CurvatureCheck, Ray, escape_direction, first_length, search_rays
+from hessopt.wrappers.escape import CurvatureCheck, Ray, first_length, ray_direction, search_rays
 from hessopt.wrappers.stationarity import Stationarity
 
 _logger = logging.getLogger(__name__)
@@ -382,7 +382,7 @@ class SaddleEscape(OptimizerWrapper):
             slope_first = f"on a slope: steepest descent gains {descent:.3g} of {abs(loss):.3g}"
             return check(f"negative curvature {values[0]:.3g} {slope_first}")
         start = first_length(parameters)
-        direction = escape_direction(g, values[negative], pairs.vectors[:, :k][:, negative], start)
+        direction = ray_direction(g, values[negative], pairs.vectors[:, :k][:, negative], start)
         slope = float(g @ direction)
         parts = _parts(direction, parameters)
         ray = search_rays(lambda t: gain(t, parts), slope, values[0].item(), start, self.max_trials, rounding)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hessopt.wrappers.escape import escape_direction, first_length, search_rays
+from hessopt.wrappers.escape import first_length, ray_direction, search_rays
 
 F64 = torch.float64
 
@@ -15,7 +15,7 @@ F64 = torch.float64
 def test_one_direction_goes_down_the_slope_along_the_eigenvector() -> None:
     v = torch.tensor([[0.6], [0.8]], dtype=F64)
     for g in (torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([-1.0, 0.0], dtype=F64)):
-        d = escape_direction(g, torch.tensor([-2.0], dtype=F64), v, 0.1)
+        d = ray_direction(g, torch.tensor([-2.0], dtype=F64), v, 0.1)
         assert torch.allclose(d, -torch.sign(g @ v) * v[:, 0], atol=1e-15)
 
 
@@ -26,9 +26,9 @@ def test_several_directions_are_the_saddle_free_newton_step_where_slopes_are_lar
     g = torch.randn(4, dtype=F64)
     vectors = q[:, :3]
     newton = -(vectors @ ((vectors.mT @ g) / values.abs()))
-    d = escape_direction(g, values, vectors, 0.0)
+    d = ray_direction(g, values, vectors, 0.0)
     assert torch.allclose(d, newton / newton.norm(), atol=1e-14)
-    flat = escape_direction(torch.zeros(4, dtype=F64), values, vectors, 0.1)
+    flat = ray_direction(torch.zeros(4, dtype=F64), values, vectors, 0.1)
     assert torch.allclose((vectors.mT @ flat).abs(), torch.full((3,), 3**-0.5, dtype=F64), atol=1e-14)
 
 
