@@ -122,6 +122,7 @@ from .report.compare import compare as compare
 from .report.diagnose import diagnose as diagnose
 from .report.interrupted import DiagnosisInterrupted as DiagnosisInterrupted
 from .report.report import Report as Report
+from .report.settings import DiagnosisSettings as DiagnosisSettings
 from .results.metric_table import DistanceRow as DistanceRow
 from .results.metric_table import DistanceTable as DistanceTable
 from .results.metric_table import MetricErrors as MetricErrors
@@ -137,6 +138,7 @@ from .training.change_points import Change as Change
 from .training.change_points import ChangeDetector as ChangeDetector
 from .training.exponent_recorder import ExponentRecorder as ExponentRecorder
 from .training.monitor import Monitor as Monitor
+from .training.monitor import MonitorLimits as MonitorLimits
 from .training.sharpness import SharpnessTracker as SharpnessTracker
 from .training.sharpness import softmax_curvature_bound as softmax_curvature_bound
 from .training.sharpness import stability_threshold as stability_threshold

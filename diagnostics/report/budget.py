@@ -71,9 +71,14 @@ class Budget:
 
     Args:
         seconds: None: no limit.
+
+    Raises:
+        ValueError: it is not positive and finite.
     """
 
     def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"seconds must be positive and finite, or None, got {seconds}.")
         self.seconds = seconds
         self._end = math.inf if seconds is None else time.perf_counter() + seconds
 

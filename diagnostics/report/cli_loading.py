@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from diagnostics.autograd.trees import map_tensors
 from diagnostics.errors import DiagnosticsError, SectionFailedWarning
 from diagnostics.rendering.formats import COMPARISON_FORMATS, REPORT_FORMATS, check_out, check_place
-from diagnostics.report.arguments import check_numbers
 from diagnostics.report.budget import Budget
 from diagnostics.report.compare import Comparison, compare
 from diagnostics.report.diagnose import diagnose, wanted_sections
 from diagnostics.report.interrupted import DiagnosisInterrupted
 from diagnostics.report.report import Report
+from diagnostics.report.settings import DiagnosisSettings
 
 _TEXT, _TEXTS = "a string", "a list of strings"
 _OPTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -56,7 +56,8 @@ def _check(chosen: Mapping[str, Any], config: str | None) -> None:
     memory = chosen.get("memory", 1.0)
     if not 0 < memory < math.inf:
         raise DiagnosticsError(f"--memory: expected a positive number of GiB, got {memory}.")
-    check_numbers(**{name: chosen[name] for name in ("probes", "seed", "epsilon", "seconds") if name in chosen})
+    _settings(chosen)
+    Budget(chosen.get("seconds"))
     wanted_sections(chosen.get("sections"))
     for checkpoint in chosen.get("checkpoint", []):
         if not Path(checkpoint).exists():
@@ -119,11 +120,9 @@ def run_report(chosen: Mapping[str, Any]) -> Report | Comparison:
     """The report that the options ask for; of several checkpoints, a comparison."""
     loss_fn = _loss(chosen["loss"])
     model = _model(chosen)
-    arguments: dict[str, Any] = {name: chosen[name] for name in ("nodes", "probes", "seed", "epsilon", "sections")
-                                 if name in chosen}  # fmt: skip
+    arguments: dict[str, Any] = {name: chosen[name] for name in ("nodes", "sections") if name in chosen}
+    arguments["settings"] = _settings(chosen)
     arguments["exact"] = {"auto": None, "yes": True, "no": False}[chosen.get("exact", "auto")]
-    if "memory" in chosen:
-        arguments["memory_limit"] = max(1, int(chosen["memory"] * 2**30))
     data = _data(chosen, model)
     checkpoints: list[str | None] = list(chosen.get("checkpoint") or [None])
     reports: list[Report] = []
@@ -143,6 +142,13 @@ def run_report(chosen: Mapping[str, Any]) -> Report | Comparison:
                 raise
             raise DiagnosisInterrupted(_together(reports)) from None
     return _together(reports)
+
+
+def _settings(chosen: Mapping[str, Any]) -> DiagnosisSettings:
+    numbers = {name: chosen[name] for name in ("probes", "seed", "epsilon") if name in chosen}
+    if "memory" in chosen:
+        numbers["memory_limit"] = max(1, int(chosen["memory"] * 2**30))
+    return DiagnosisSettings(**numbers)
 
 
 def _together(reports: list[Report]) -> Report | Comparison:

@@ -14,7 +14,6 @@ from diagnostics.autograd.refusals import at_most_positional, check_loss_fn, che
 from diagnostics.autograd.trees import tensors
 from diagnostics.errors import DiagnosticsError, SectionFailedWarning
 from diagnostics.graph.selection import Selection
-from diagnostics.report.arguments import check_numbers
 from diagnostics.report.bound_section import bounds
 from diagnostics.report.budget import Budget
 from diagnostics.report.checkpoints import loaded
@@ -24,7 +23,8 @@ from diagnostics.report.parameter_sections import parameters, spectrum
 from diagnostics.report.partial import Partial, identity
 from diagnostics.report.report import SCHEMA, Report
 from diagnostics.report.run import Run
-from diagnostics.report.workbench import Settings, Workbench
+from diagnostics.report.settings import DiagnosisSettings
+from diagnostics.report.workbench import Workbench
 
 SECTIONS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "network": network,
@@ -34,6 +34,7 @@ SECTIONS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "spectrum": spectrum,
     "parameters": parameters,
 }
+_SETTINGS = DiagnosisSettings()
 
 
 @at_most_positional(3, "pass one batch as a pair, diagnose(model, (inputs, targets), loss_fn), options by name.")
@@ -44,12 +45,9 @@ def diagnose(
     *,
     nodes: Selection = None,
     exact: bool | Literal["auto"] | None = None,
-    probes: int | None = None,
-    seed: int = 0,
-    epsilon: float = 0.1,
-    memory_limit: int = 4 * 2**30,
     seconds: float | None = None,
     sections: Iterable[str] | None = None,
+    settings: DiagnosisSettings = _SETTINGS,
     checkpoint: str | os.PathLike[str] | None = None,
     name: str | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -70,7 +68,7 @@ def diagnose(
       block-diagonal or banded approximation discards (:func:`diagnostics.discarded_share`).
 
     Sections about nodes are of the first batch, those about parameters of all batches. Blocks between nodes are
-    computed exactly if they fit into ``memory_limit`` and take at most 2e10 multiplications, and are estimated with
+    computed exactly if they fit into the memory limit and take at most 2e10 multiplications, and are estimated with
     standard errors otherwise; the parameters' Hessian is formed up to 2000 parameters. ``report.data["plan"]`` says
     which and why. Verdicts follow by the rules of docs/verdicts.md from the figures in the report.
 
@@ -80,7 +78,7 @@ def diagnose(
     :class:`SectionFailedWarning`; verdicts that need it are silent. Any other error is raised.
 
     The model runs in the mode it is in. Parameters, buffers, ``.grad``, modes and the global random state are left as
-    found; dropout masks and the order of shuffled data follow from ``seed``.
+    found; dropout masks and the order of shuffled data follow from ``settings.seed``.
 
     Args:
         model: The network; eager, in float32 or float64.
@@ -90,19 +88,13 @@ def diagnose(
         nodes: As in :func:`diagnostics.capture`. None: the layers of the model; for an estimate of more than six, the
             stages (``Sequential`` children) that hold them, and 12 evenly spaced ones at most.
         exact: None or ``"auto"``: by size. True: exact blocks between nodes. False: estimates of everything.
-        probes: Random probes at each node of an estimate. None: 30, or 10 where a pass over the data takes more than
-            1e8 operations; then Lanczos iterations are fewer as well.
-        seed: Of all random numbers; each section draws its own.
-        epsilon: ε of the interaction radius and the recommended bandwidth.
-        memory_limit: Bytes that a section may take beside the model, its data and the tapes of a pass over them. What
-            does not fit is estimated instead, with fewer probes or with vectors that are not kept (the report's
-            ``shortened`` says so), or left out with the size that it needs (``skipped``).
         seconds: Wall time to aim at. Sections then run in the order of what they tell (network, metrics, spectrum,
             parameters, sources, bounds). Before each one its time is predicted from that of one product; one that does
             not fit is shortened (fewer probes or products: ``report.data["shortened"]``), or else left out
             (``report.data["skipped"]``). One that has begun is finished, and predictions are off by small factors.
             None: no limit.
         sections: Names of sections; None: all.
+        settings: Numbers of probes, seed, ε and the memory limit.
         checkpoint: A ``state_dict`` saved by ``torch.save``, which the model has during this call.
         name: What to call the report; None: the checkpoint's file name, or the model's class.
         resume: A file (or a folder for it) in which finished sections are kept. A run that was interrupted continues
@@ -117,21 +109,19 @@ def diagnose(
         CaptureError: the model cannot be captured; the message names the module and the way out.
         DiagnosticsError: batches, checkpoint or resume file do not fit; an unknown section.
         DiagnosisInterrupted: Ctrl-C once a section is finished; a ``KeyboardInterrupt`` with those as ``report``.
-        MemoryBudgetError: ``exact=True``, and blocks take more than ``memory_limit``.
+        MemoryBudgetError: ``exact=True``, and blocks take more than ``settings.memory_limit``.
         ValueError: an argument is out of range.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if exact not in (None, "auto", True, False):
         raise ValueError(f'exact must be None, "auto", True or False, got {exact!r}.')
-    check_numbers(probes=probes, seed=seed, epsilon=epsilon, memory_limit=memory_limit, seconds=seconds)
     wanted = wanted_sections(sections)
     budget = Budget(seconds)
     check_loss_fn(loss_fn, "z", "targets")
     check_model(model)
-    settings = Settings(nodes, exact if isinstance(exact, bool) else None, probes, seed, epsilon, memory_limit)
     with loaded(model, checkpoint):
-        bench = Workbench(model, batches, loss_fn, settings)
+        bench = Workbench(model, batches, loss_fn, settings, nodes, exact if isinstance(exact, bool) else None)
         header = _header(bench, name or _name(model, checkpoint), seconds)
         run = Run(bench, header, Partial(resume, identity(bench)), budget)
         try:

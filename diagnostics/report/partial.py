@@ -73,7 +73,7 @@ def identity(bench: Workbench) -> dict[str, str]:
     model, batch, settings = bench.model, bench.batch, bench.settings
     modes = "".join("t" if module.training else "e" for module in model.modules())
     nodes = ",".join(bench.graph.chosen)
-    how = (nodes, bench.plan.exact, settings.exact, bench.probes, settings.seed, settings.epsilon)
+    how = (nodes, bench.plan.exact, bench.exact, bench.probes, settings.seed, settings.epsilon)
     return {
         "parameters": _digest([*model.parameters(), *model.buffers()]) + modes,
         "data": _digest([*tensors(batch.inputs), *tensors(batch.targets)]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,23 +22,12 @@ from diagnostics.matrix_free.pair_estimates import Sampling
 from diagnostics.operators.curvature import CurvatureProducts, GaussNewtonOperator, HessianOperator, TensorOperator
 from diagnostics.operators.data import Batch, Batches
 from diagnostics.report.plan import Plan, choose, coarser
+from diagnostics.report.settings import DiagnosisSettings
 
 DENSE_UP_TO = 2000
 """Parameters up to which their Hessian is formed: eigenvalues of a larger one take longer than estimates."""
 LIGHT_ABOVE = 100_000_000
 """Floating-point operations of a pass over the data above which estimates make do with fewer products."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Arguments of :func:`diagnostics.diagnose` that say how."""
-
-    nodes: Selection
-    exact: bool | None
-    probes: int | None
-    seed: int
-    epsilon: float
-    memory_limit: int
 
 
 class Workbench:
@@ -48,12 +36,29 @@ class Workbench:
     The model's own randomness (dropout) and the order of shuffled data start from the seed wherever the model is run or
     data is read, so that no section depends on which came before.
 
+    Args:
+        model: The network.
+        source: Its batches.
+        loss_fn: ``loss_fn(z, targets) -> scalar``.
+        settings: Numbers.
+        nodes: As in :func:`diagnostics.capture`.
+        exact: Exact blocks, estimates, or None: by size.
+
     Attributes:
         cut: Probes by section, of those that are shortened to fit into the time.
         reduced: What was left out of sections to fit into the memory, by section.
     """
 
-    def __init__(self, model: nn.Module, source: Any, loss_fn: Callable[[Any, Any], Tensor], settings: Settings):
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        settings: DiagnosisSettings,
+        nodes: Selection = None,
+        exact: bool | None = None,
+    ) -> None:
+        self.exact = exact
         self.model, self.loss_fn, self.settings = model, loss_fn, settings
         self.cut: dict[str, int] = {}
         self.reduced: dict[str, str] = {}
@@ -62,11 +67,11 @@ class Workbench:
         self.batches = Batches(source)
         with self.seeded():
             self.batch: Batch = next(iter(self.batches)).private(self.device)
-        self.graph = self._capture(settings.nodes)
-        self.node_rule = "as asked for" if settings.nodes is not None else "the layers of the model"
+        self.graph = self._capture(nodes)
+        self.node_rule = "as asked for" if nodes is not None else "the layers of the model"
         self.node_rule += f" ({self.graph.note})" if self.graph.note else ""
-        self.plan: Plan = choose(self.graph, settings.exact, settings.memory_limit)
-        fewer = coarser(model, self.graph) if settings.nodes is None and not self.plan.exact else None
+        self.plan: Plan = choose(self.graph, exact, settings.memory_limit)
+        fewer = coarser(model, self.graph) if nodes is None and not self.plan.exact else None
         if fewer is not None:
             self.graph, self.node_rule = self._capture(fewer[0]), fewer[1]
 
@@ -112,7 +117,7 @@ class Workbench:
         """Whether the Hessian of the parameters is formed."""
         size = self.operator.shape[0]
         needed = 10 * size**2 * self.operator.dtype.itemsize  # H, G, T, products, copies
-        return self.settings.exact is not False and size <= DENSE_UP_TO and needed <= self.settings.memory_limit
+        return self.exact is not False and size <= DENSE_UP_TO and needed <= self.settings.memory_limit
 
     @cached_property
     def blocks(self) -> HessianBlocks:

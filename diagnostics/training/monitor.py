@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -35,6 +36,38 @@ AUTOMATIC_OVERHEAD = 0.1
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MonitorLimits:
+    """What the measurements of a :class:`Monitor` may cost.
+
+    Attributes:
+        overhead: The share of the time since the first step that measurements may take: one that is due and would go
+            beyond (by the duration of the last) is put off to the next step. ``"auto"``: a tenth, once measurements
+            have taken 30 seconds in all, so that short runs are measured when they are due, whatever the clock says.
+            None: no limit. The first measurement is always made: its duration is not known before.
+        max_products: Products that the eigenvalues may take in one measurement, both together.
+        memory_limit: Bytes that a measurement may take beside the model, the batch and the tapes of a pass over it.
+            Where responses of all nodes do not fit they are not kept, and then probes are fewer; eigenvectors restart.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+
+    overhead: float | Literal["auto"] | None = "auto"
+    max_products: int = 60
+    memory_limit: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        share = self.overhead
+        if not (share is None or share == "auto" or (isinstance(share, (int, float)) and 0 < share <= 1)):
+            raise ValueError(f'overhead is a share of the time, in (0, 1], "auto" or None, got {share!r}.')
+        if not self.memory_limit > 0:
+            raise ValueError(f"memory_limit is a number of bytes, got {self.memory_limit}.")
+
+
+_LIMITS = MonitorLimits()
+
+
 class Monitor:
     """Measures the curvature of a model while it is trained.
 
@@ -46,8 +79,8 @@ class Monitor:
     and so is a sharpness beyond 2/lr, where gradient descent of step size lr diverges on the quadratic model (for
     momentum β the limit is 2(1 + β)/lr; for preconditioned methods it says nothing). Both are logged as warnings.
 
-    Cost is bounded: eigenvalues by ``max_products``, memory by ``memory_limit``, and time by ``overhead``. Nothing is
-    left out silently: a measurement that was put off says when it was due, and its notes what has not converged.
+    Cost is bounded (:class:`diagnostics.MonitorLimits`), and nothing is left out silently: a measurement that was put
+    off says when it was due, and its notes what has not converged.
 
     Args:
         model: The network.
@@ -59,17 +92,11 @@ class Monitor:
             and some noise).
         nodes: As in :func:`diagnostics.capture`.
         probes: Random probes at each node, the same ones at every measurement, so that noise does not look like change.
-        max_products: Products that the eigenvalues may take in one measurement, both together.
         training_mode: Measure the model in the mode that it is in (with batch statistics and dropout), instead of in
             evaluation mode.
-        overhead: The share of the time since the first step that measurements may take: one that is due and would go
-            beyond (by the duration of the last) is put off to the next step. ``"auto"``: a tenth, once measurements
-            have taken 30 seconds in all, so that short runs are measured when they are due, whatever the clock says.
-            None: no limit. The first measurement is always made: its duration is not known before.
         lr: The step size that sharpness is compared with. None: that of the attached optimizer's first group, if it is
             a ``torch.optim.SGD``; its momentum is taken into account.
-        memory_limit: Bytes that a measurement may take beside the model, the batch and the tapes of a pass over it.
-            Where responses of all nodes do not fit they are not kept, and then probes are fewer; eigenvectors restart.
+        limits: What measurements may cost.
         keep_tables: Keep the table of all pairs in each measurement.
         writers: Where measurements go: a path (one JSON object a line is appended), a TensorBoard ``SummaryWriter``, or
             a function of the :class:`Measurement`.
@@ -94,21 +121,15 @@ class Monitor:
         metrics: Sequence[Metric] = METRICS,
         nodes: Selection = None,
         probes: int = 10,
-        max_products: int = 60,
         training_mode: bool = False,
-        overhead: float | Literal["auto"] | None = "auto",
         lr: float | None = None,
-        memory_limit: int = 4 * 2**30,
+        limits: MonitorLimits = _LIMITS,
         keep_tables: bool = True,
         writers: Sequence[Writer] = (),
         detector: ChangeDetector | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
-        if not (overhead is None or overhead == "auto" or (isinstance(overhead, (int, float)) and 0 < overhead <= 1)):
-            raise ValueError(f'overhead is a share of the time, in (0, 1], "auto" or None, got {overhead!r}.')
-        if not memory_limit > 0:
-            raise ValueError(f"memory_limit is a number of bytes, got {memory_limit}.")
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {list(metrics)}.")
@@ -119,11 +140,9 @@ class Monitor:
         self.metrics = tuple(metrics)
         self.nodes = nodes
         self.probes = probes
-        self.max_products = max_products
         self.training_mode = training_mode
-        self.overhead = overhead
         self.lr = lr
-        self.memory_limit = memory_limit
+        self.limits = limits
         self.keep_tables = keep_tables
         self.detector = ChangeDetector() if detector is None else detector
         self.history: list[Measurement] = []
@@ -205,12 +224,12 @@ class Monitor:
         return optimizer.register_step_post_hook(after_step).remove
 
     def _affordable(self) -> bool:
-        if self.overhead is None or not self.history:
+        if self.limits.overhead is None or not self.history:
             return True
         seconds = self.history[-1].seconds
-        if self.overhead == "auto" and self._spent + seconds <= FREE_SECONDS:
+        if self.limits.overhead == "auto" and self._spent + seconds <= FREE_SECONDS:
             return True
-        share = AUTOMATIC_OVERHEAD if self.overhead == "auto" else self.overhead
+        share = AUTOMATIC_OVERHEAD if self.limits.overhead == "auto" else self.limits.overhead
         elapsed = time.perf_counter() - self._started
         return self._spent + seconds <= share * (elapsed + seconds)
 
@@ -225,13 +244,13 @@ class Monitor:
                 len(self.history),
                 self._spent,
                 self.history[-1].seconds,
-                self.overhead,
+                self.limits.overhead,
             )
 
     def _estimated(self, graph: Graph, notes: list[str]) -> MetricTable:
         rounds = 20 if "stable_rank" in self.metrics else 0
         wanted = Sampling(self.probes, "rademacher", 10, 1e-2, rounds)
-        responses = self.memory_limit - self.memory_limit // 4
+        responses = self.limits.memory_limit - self.limits.memory_limit // 4
         injections = Injections(graph)
         sizes = [injections.size(name) for name in graph.chosen]
         sampling = wanted.within(sizes, graph.loss.element_size(), responses)
@@ -242,7 +261,7 @@ class Monitor:
             sampling.probes,
             deflate=sampling.deflate,
             spectral_rounds=sampling.spectral_rounds,
-            memory_limit=max(1, min(self.memory_limit // 4, 2**30)),
+            memory_limit=max(1, min(self.limits.memory_limit // 4, 2**30)),
             responses_limit=responses,
         )
 
@@ -255,9 +274,9 @@ class Monitor:
             op,
             which=end,
             rtol=1e-2,
-            max_products=self.max_products,
+            max_products=self.limits.max_products,
             start=self._start if self._start is not None and len(self._start) == n else None,
-            memory_limit=self.memory_limit,
+            memory_limit=self.limits.memory_limit,
         )
         self._start = pairs.vectors.sum(1)
         if not pairs.converged:

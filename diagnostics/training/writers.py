@@ -18,7 +18,7 @@ class Measurement:
 
     Attributes:
         step: Number of steps before it.
-        due: The step at which it was due. An earlier one than ``step`` where it was put off, see ``overhead``;
+        due: The step at which it was due. An earlier one than ``step`` where it was put off, see ``MonitorLimits``;
             measurements that would have been due between the two were not made.
         seconds: How long the measurement took.
         values: Summaries by name: ``resonance``, ``coupling`` (between different nodes) and ``stable_rank`` as means

@@ -12,6 +12,7 @@ import pytest
 import torch.nn.functional as F
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from tests.helpers.reporting_networks import bottleneck_verdict, chain, labelled, small_report
 
 pytest.importorskip("jinja2")
@@ -38,7 +39,13 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def comparison() -> diagnostics.Comparison:
     exact = diagnostics.Report(small_report(name="exact").data | {"verdicts": [bottleneck_verdict()]})
-    other = diagnostics.diagnose(chain([6, 7, 5, 3], gain=1.7), labelled(6, 3), F.cross_entropy, exact=False, probes=5)
+    other = diagnostics.diagnose(
+        chain([6, 7, 5, 3], gain=1.7),
+        labelled(6, 3),
+        F.cross_entropy,
+        exact=False,
+        settings=DiagnosisSettings(probes=5),
+    )
     return diagnostics.compare([exact, other], names=["first", "second"])
 
 

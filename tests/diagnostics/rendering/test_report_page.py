@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from diagnostics.errors import DiagnosticsError
 from diagnostics.report.cli import main
 from tests.helpers.reporting_networks import bottleneck_verdict, chain, labelled, small_report
@@ -76,7 +77,7 @@ def exact() -> diagnostics.Report:
 
 @pytest.fixture(scope="module")
 def estimated() -> diagnostics.Report:
-    return small_report(exact=False, probes=5, name="estimated")
+    return small_report(exact=False, settings=DiagnosisSettings(probes=5), name="estimated")
 
 
 class Skip(nn.Module):
@@ -277,7 +278,7 @@ def test_nodes_that_are_not_connected(tmp_path: Path) -> None:
     model, batch = TwoOutputs().double(), labelled(4, 3)
     for report in (
         diagnostics.diagnose(model, batch, F.cross_entropy),
-        diagnostics.diagnose(model, batch, F.cross_entropy, exact=False, probes=4),
+        diagnostics.diagnose(model, batch, F.cross_entropy, exact=False, settings=DiagnosisSettings(probes=4)),
     ):
         assert "Infinity" in report.sections["metrics"]["distance"][0]
         charts = {chart["id"]: chart for chart in Elements(_page(report, tmp_path)).json("figures")["charts"]}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from diagnostics.report import budget as module
 from diagnostics.report.budget import Budget, Cost, Costs, Share
 from tests.helpers.reporting_networks import chain, labelled
@@ -74,7 +75,9 @@ def test_enough_time_changes_no_figure(exact: bool | None) -> None:
     batch = labelled(6, 3)
     state = torch.get_rng_state()
     found = [
-        diagnostics.diagnose(model, batch, F.cross_entropy, exact=exact, probes=4, seconds=seconds)
+        diagnostics.diagnose(
+            model, batch, F.cross_entropy, exact=exact, settings=DiagnosisSettings(probes=4), seconds=seconds
+        )
         for seconds in (None, 1e6)
     ]
     assert found[0].sections == found[1].sections
@@ -118,11 +121,11 @@ def test_sections_are_shortened_in_the_order_of_their_value(monkeypatch: pytest.
 
 
 def test_predictions_are_positive_and_smaller_for_less_work() -> None:
-    from diagnostics.report.workbench import Settings, Workbench
+    from diagnostics.report.workbench import Workbench
 
     model, batch = chain([20, 32, 33, 34, 4], nn.GELU), labelled(20, 4, 8)
     for exact in (None, False):
-        bench = Workbench(model, batch, F.cross_entropy, Settings(None, exact, None, 0, 0.1, 2**30))
+        bench = Workbench(model, batch, F.cross_entropy, DiagnosisSettings(memory_limit=2**30), exact=exact)
         costs = Costs(bench)
         for section in module.VALUE[1:]:
             short, whole = costs.of(section, 1e3).seconds

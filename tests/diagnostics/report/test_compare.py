@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from diagnostics.errors import DiagnosticsError
 from diagnostics.report.compare import load
 from tests.helpers.reporting_networks import chain, labelled, small_report
@@ -36,8 +37,11 @@ def test_changes_of_exact_figures() -> None:
 
 def test_noise_is_not_significant_and_a_change_is() -> None:
     model, batch = chain([20, 40, 44, 36, 4], gain=2.0), labelled(20, 4, 8)
-    options: dict[str, Any] = {"exact": False, "probes": 12, "sections": ["metrics"]}
-    one, two = (diagnostics.diagnose(model, batch, F.cross_entropy, seed=seed, **options) for seed in (1, 2))
+    options: dict[str, Any] = {"exact": False, "sections": ["metrics"]}
+    one, two = (
+        diagnostics.diagnose(model, batch, F.cross_entropy, settings=DiagnosisSettings(probes=12, seed=seed), **options)
+        for seed in (1, 2)
+    )
     noise = diagnostics.compare([one, two])
     assert noise.names == ("Sequential 1", "Sequential 2")
     flagged = [row["quantity"] for row in noise.rows if row["significant"][1]]
@@ -45,7 +49,14 @@ def test_noise_is_not_significant_and_a_change_is() -> None:
     assert any(row["changes"][1] != 0 for row in noise.rows)
     with torch.no_grad():
         model[-1].weight *= 1.5
-    changed = diagnostics.compare([one, diagnostics.diagnose(model, batch, F.cross_entropy, seed=1, **options)])
+    changed = diagnostics.compare(
+        [
+            one,
+            diagnostics.diagnose(
+                model, batch, F.cross_entropy, settings=DiagnosisSettings(probes=12, seed=1), **options
+            ),
+        ]
+    )
     assert _row(changed, "R of 0")["significant"][1]
 
 

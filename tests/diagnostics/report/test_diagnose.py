@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from diagnostics.bounds.gains import local_gains
 from diagnostics.bounds.ranks import rank_bounds
 from diagnostics.bounds.resonance import resonance_bounds
@@ -92,7 +93,12 @@ def test_estimates_are_within_their_errors_of_exact_figures() -> None:
     deviations = []
     for seed in range(6):
         found = diagnostics.diagnose(
-            model, batch, F.cross_entropy, exact=False, probes=20, seed=seed, sections=["metrics", "sources"]
+            model,
+            batch,
+            F.cross_entropy,
+            exact=False,
+            settings=DiagnosisSettings(probes=20, seed=seed),
+            sections=["metrics", "sources"],
         )
         assert not found.exact
         for name in ("resonance", "gn_gap", "coupling"):
@@ -127,7 +133,12 @@ def test_errors_of_distance_rows_match_the_spread_over_seeds() -> None:
     model, batch = chain([20, 40, 44, 36, 4], nn.GELU, gain=2.0), labelled(20, 4, 8)
     rows = [
         diagnostics.diagnose(
-            model, batch, F.cross_entropy, exact=False, probes=12, seed=seed, sections=["metrics"]
+            model,
+            batch,
+            F.cross_entropy,
+            exact=False,
+            settings=DiagnosisSettings(probes=12, seed=seed),
+            sections=["metrics"],
         ).sections["metrics"]["by_distance"][0]
         for seed in range(12)
     ]
@@ -153,7 +164,9 @@ def test_error_of_the_ratio_of_sums_is_the_jackknife_s() -> None:
 
 def test_estimated_shares_and_weights_add_up_to_one() -> None:
     model, batch = chain([20, 32, 33, 34, 4], nn.GELU), labelled(20, 4, 8)
-    found = diagnostics.diagnose(model, batch, F.cross_entropy, exact=False, probes=5).sections
+    found = diagnostics.diagnose(
+        model, batch, F.cross_entropy, exact=False, settings=DiagnosisSettings(probes=5)
+    ).sections
     # Σ_u ⟨H^T(u) r, H^T r⟩ = ‖H^T r‖² for every probe
     assert sum(found["sources"]["share"]) == pytest.approx(1.0)
     for part in ("H", "GN", "T"):
@@ -195,7 +208,7 @@ def test_dropout_and_shuffling_follow_from_the_seed() -> None:
 
 def test_interrupted_run_resumes_with_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = chain([20, 32, 33, 34, 4], nn.GELU), labelled(20, 4, 8)
-    options: dict[str, Any] = {"exact": False, "probes": 5}
+    options: dict[str, Any] = {"exact": False, "settings": DiagnosisSettings(probes=5)}
     whole = diagnostics.diagnose(model, batch, F.cross_entropy, **options)
     module = __import__("sys").modules["diagnostics.report.diagnose"]
 
@@ -298,7 +311,7 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     diagnostics.diagnose(model, batch, F.cross_entropy, **run)
     assert (tmp_path / "partial.json").is_file()
     with pytest.raises(DiagnosticsError, match="other settings"):
-        diagnostics.diagnose(model, batch, F.cross_entropy, seed=3, **run)
+        diagnostics.diagnose(model, batch, F.cross_entropy, settings=DiagnosisSettings(seed=3), **run)
     with pytest.raises(DiagnosticsError, match="other data"):
         diagnostics.diagnose(model, (batch[0] + 1, batch[1]), F.cross_entropy, **run)
     with pytest.raises(DiagnosticsError, match="other loss"):
@@ -316,7 +329,7 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
 def test_any_graph(model: nn.Module) -> None:
     batch = torch.randn(5, 5), torch.randint(3, (5,))
     for exact in (None, False):
-        report = diagnostics.diagnose(model, batch, F.cross_entropy, exact=exact, probes=4)
+        report = diagnostics.diagnose(model, batch, F.cross_entropy, exact=exact, settings=DiagnosisSettings(probes=4))
         assert not report.data["skipped"]
         assert len(report.sections) == 6
         assert report.exact == (exact is None)
@@ -333,12 +346,16 @@ def test_devices(device: torch.device) -> None:
 def test_size_decides_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = chain([6, 7, 5, 3]), labelled(6, 3)
     assert diagnostics.diagnose(model, batch, F.cross_entropy, sections=["metrics"]).exact
-    small = diagnostics.diagnose(model, batch, F.cross_entropy, memory_limit=10_000, sections=["metrics"])
+    small = diagnostics.diagnose(
+        model, batch, F.cross_entropy, settings=DiagnosisSettings(memory_limit=10_000), sections=["metrics"]
+    )
     assert not small.exact
     assert "exceed" in small.data["plan"]["reason"]
     with pytest.raises(MemoryBudgetError, match="exact blocks of 2 nodes"):
-        diagnostics.diagnose(model, batch, F.cross_entropy, memory_limit=100, exact=True)
-    skipped = diagnostics.diagnose(model, batch, F.cross_entropy, memory_limit=100, exact=False)
+        diagnostics.diagnose(model, batch, F.cross_entropy, settings=DiagnosisSettings(memory_limit=100), exact=True)
+    skipped = diagnostics.diagnose(
+        model, batch, F.cross_entropy, settings=DiagnosisSettings(memory_limit=100), exact=False
+    )
     assert "parameters" in skipped.data["skipped"]
     assert "parameters" not in skipped.sections
     assert "left out" in str(skipped)
@@ -381,20 +398,21 @@ def test_bad_arguments() -> None:
     with pytest.raises(DiagnosticsError, match="sections must be some of network, metrics"):
         diagnostics.diagnose(model, batch, F.cross_entropy, sections=["metric"])
     with pytest.raises(ValueError, match="probes must be at least 3"):
-        diagnostics.diagnose(model, batch, F.cross_entropy, probes=2)
+        DiagnosisSettings(probes=2)
     with pytest.raises(ValueError, match="epsilon must be positive"):
-        diagnostics.diagnose(model, batch, F.cross_entropy, epsilon=0.0)
+        DiagnosisSettings(epsilon=0.0)
     for wrong in (
         {"epsilon": float("nan")},
         {"epsilon": float("inf")},
         {"memory_limit": float("nan")},
         {"memory_limit": 0},
         {"seed": 2**63},
-        {"seconds": 0},
-        {"seconds": float("nan")},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            diagnostics.diagnose(model, batch, F.cross_entropy, **wrong)  # type: ignore[arg-type]
+            DiagnosisSettings(**wrong)  # type: ignore[arg-type]
+    for seconds in (0, float("nan")):
+        with pytest.raises(ValueError, match="seconds must be positive"):
+            diagnostics.diagnose(model, batch, F.cross_entropy, seconds=seconds)
     with pytest.raises(ValueError, match="exact must be"):
         diagnostics.diagnose(model, batch, F.cross_entropy, exact="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be"):

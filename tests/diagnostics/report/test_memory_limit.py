@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from diagnostics.errors import MemoryBudgetError
 from diagnostics.estimators.linear_operator import LinearOperator
 from diagnostics.matrix_free.node_metrics import estimate_metrics
@@ -37,7 +38,13 @@ def test_the_limit_holds_in_every_section(section: Any) -> None:
     limit = VECTORS * vector
     with Peak() as peak:
         report = diagnostics.diagnose(
-            net, batch, F.cross_entropy, exact=False, memory_limit=limit, sections=[section], progress=False
+            net,
+            batch,
+            F.cross_entropy,
+            exact=False,
+            settings=DiagnosisSettings(memory_limit=limit),
+            sections=[section],
+            progress=False,
         )
     assert section in report.sections
     assert peak.bytes <= limit + ONE_PRODUCT * vector
@@ -46,13 +53,17 @@ def test_the_limit_holds_in_every_section(section: Any) -> None:
 def test_what_was_left_out_to_fit_is_said() -> None:
     net, batch = _network()
     limit = 30 * 4 * sum(p.numel() for p in net.parameters())
-    report = diagnostics.diagnose(net, batch, F.cross_entropy, exact=False, memory_limit=limit, progress=False)
+    report = diagnostics.diagnose(
+        net, batch, F.cross_entropy, exact=False, settings=DiagnosisSettings(memory_limit=limit), progress=False
+    )
     assert "probes, to fit into the memory limit" in report.data["shortened"]["parameters"]
     assert "to fit into the memory limit" in report.data["shortened"]["spectrum"]
     assert report.sections["parameters"]["probes"] < 30
     whole = diagnostics.diagnose(net, batch, F.cross_entropy, exact=False, progress=False)
     assert not whole.data["shortened"]
-    tiny = diagnostics.diagnose(net, batch, F.cross_entropy, exact=False, memory_limit=1000, progress=False)
+    tiny = diagnostics.diagnose(
+        net, batch, F.cross_entropy, exact=False, settings=DiagnosisSettings(memory_limit=1000), progress=False
+    )
     for section in ("metrics", "spectrum", "parameters", "sources"):
         assert "more than the limit" in tiny.data["skipped"][section]
 

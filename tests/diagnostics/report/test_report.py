@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
+from diagnostics import DiagnosisSettings
 from diagnostics.document.values import encode, number
 from diagnostics.errors import DiagnosticsError
 from diagnostics.report.compare import load
@@ -29,7 +30,7 @@ def report() -> diagnostics.Report:
 
 @pytest.fixture(scope="module")
 def estimated() -> diagnostics.Report:
-    return small_report(exact=False, probes=5)
+    return small_report(exact=False, settings=DiagnosisSettings(probes=5))
 
 
 class LongNames(nn.Module):
@@ -93,7 +94,7 @@ def test_csv_has_every_pair(estimated: diagnostics.Report, tmp_path: Path) -> No
 def test_text_fits_the_page_and_says_what_it_is(report: diagnostics.Report, tmp_path: Path) -> None:
     torch.manual_seed(0)
     batch = torch.randn(3, 4), torch.randn(3, 4)
-    wide = diagnostics.diagnose(LongNames(), batch, F.mse_loss, exact=False, probes=4)
+    wide = diagnostics.diagnose(LongNames(), batch, F.mse_loss, exact=False, settings=DiagnosisSettings(probes=4))
     for found in (report, wide):
         text = str(found)
         assert max(map(len, text.splitlines())) <= 100

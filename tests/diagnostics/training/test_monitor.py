@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diagnostics
-from diagnostics.training.monitor import METRICS, Measurement, Metric, Monitor
+from diagnostics.training.monitor import METRICS, Metric, Monitor, MonitorLimits
+from diagnostics.training.writers import Measurement
 from tests.helpers.networks import Chain
 from tests.helpers.peak import Peak
 
@@ -71,7 +72,7 @@ def test_measures_what_the_exact_methods_give(device: torch.device) -> None:
     torch.manual_seed(0)
     model = Chain(4, 5, 5, 3).double().to(device)
     batch = _data(device)
-    found = Monitor(model, F.cross_entropy, probes=30, max_products=60, lr=0.5).measure(batch)
+    found = Monitor(model, F.cross_entropy, probes=30, lr=0.5).measure(batch)
     graph = diagnostics.capture(model, batch[0], lambda z: F.cross_entropy(z, batch[1]))
     exact = diagnostics.metrics(diagnostics.hessian_blocks(graph))  # nodes are smaller than 30: no noise
     eigenvalues = torch.linalg.eigvalsh(diagnostics.parameter_hessian(graph))
@@ -118,7 +119,9 @@ def test_what_has_not_converged_is_a_lower_bound_and_noted() -> None:
     graph = diagnostics.capture(model, batch[0], lambda z: F.cross_entropy(z, batch[1]))
     eigenvalues = torch.linalg.eigvalsh(diagnostics.parameter_hessian(graph))
     for most in (2, 4, 8, 100):
-        monitor = Monitor(model, F.cross_entropy, metrics=("sharpness", "negative"), max_products=most)
+        monitor = Monitor(
+            model, F.cross_entropy, metrics=("sharpness", "negative"), limits=MonitorLimits(max_products=most)
+        )
         found = monitor.measure(batch)
         assert found.values["sharpness"] <= eigenvalues[-1].item() * (1 + 1e-12)
         assert found.values["negative"] <= -eigenvalues[0].item() * (1 + 1e-12)
@@ -134,18 +137,20 @@ def test_memory_is_limited() -> None:
     torch.manual_seed(0)
     model, batch = Chain(4, 40, 40, 3).double(), _data()
     vector = 8 * sum(p.numel() for p in model.parameters())
-    monitor = Monitor(model, F.cross_entropy, memory_limit=20 * vector, max_products=200)
+    monitor = Monitor(model, F.cross_entropy, limits=MonitorLimits(memory_limit=20 * vector, max_products=200))
     with Peak() as peak:
         found = monitor.measure(batch)
     assert peak.bytes <= 34 * vector
     assert found.values["sharpness"] == pytest.approx(
         Monitor(model, F.cross_entropy, metrics=["sharpness"]).measure(batch).values["sharpness"], rel=1e-2
     )
-    few = Monitor(model, F.cross_entropy, metrics=["resonance"], memory_limit=24_000).measure(batch)
+    few = Monitor(model, F.cross_entropy, metrics=["resonance"], limits=MonitorLimits(memory_limit=24_000)).measure(
+        batch
+    )
     assert "probes, to fit into the memory" in few.notes[0]
     for metric in ("resonance", "sharpness"):
         with pytest.raises(diagnostics.MemoryBudgetError):
-            Monitor(model, F.cross_entropy, metrics=[metric], memory_limit=1000).measure(batch)  # type: ignore[list-item]
+            Monitor(model, F.cross_entropy, metrics=[metric], limits=MonitorLimits(memory_limit=1000)).measure(batch)  # type: ignore[list-item]
 
 
 def test_measures_every_so_many_steps_and_only_what_was_asked_for() -> None:
@@ -161,7 +166,9 @@ def test_overhead_puts_measurements_off(monkeypatch: pytest.MonkeyPatch, caplog:
     clock = [0.0]
     monkeypatch.setattr("diagnostics.training.monitor.time.perf_counter", lambda: clock[0])
     torch.manual_seed(0)
-    monitor = Monitor(Chain(4, 5, 3).double(), F.cross_entropy, every=1, metrics=["gn_gap"], overhead=0.1)
+    monitor = Monitor(
+        Chain(4, 5, 3).double(), F.cross_entropy, every=1, metrics=["gn_gap"], limits=MonitorLimits(overhead=0.1)
+    )
     measure = monitor.measure
 
     def slow(batch: Any, step: int | None = None) -> Measurement:
@@ -284,15 +291,25 @@ def test_writes_to_files_tensorboard_and_functions(tmp_path: Path) -> None:
         ({"every": 0}, "every must be at least 1"),
         ({"metrics": ["sharpnes"]}, "metrics must be some of"),
         ({"metrics": []}, "metrics must be some of"),
-        ({"overhead": 2.0}, r"in \(0, 1\]"),
-        ({"overhead": "none"}, r"in \(0, 1\]"),
-        ({"memory_limit": 0}, "a number of bytes"),
         ({"writers": ["no/such/folder/file.jsonl"]}, "there is no folder"),
     ],
 )
 def test_arguments_are_checked(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Monitor(Chain(4, 5, 3), F.cross_entropy, **bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"overhead": 2.0}, r"in \(0, 1\]"),
+        ({"overhead": "none"}, r"in \(0, 1\]"),
+        ({"memory_limit": 0}, "number of bytes"),
+    ],
+)
+def test_limits_are_checked(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MonitorLimits(**bad)
 
 
 def test_bad_batches_and_models_are_refused() -> None:
