@@ -87,9 +87,8 @@ class Tape(ABC):
         if not pairs or count == 0:
             return [t.new_zeros(count, *t.shape) for t in inputs]
         ends, seeds = [o for o, _ in pairs], [c for _, c in pairs]
-        most = TOGETHER_BYTES.get(ends[0].device.type, TOGETHER_BYTES["cpu"])
         with second_order_errors():
-            if count >= TOGETHER_COLUMNS and self.column_bytes <= most:
+            if count >= TOGETHER_COLUMNS and self.column_bytes <= _together_bytes(ends[0].device):
                 step = max(TOGETHER_COLUMNS, CHUNK_BYTES // max(self.column_bytes, 1))
                 chunks = [
                     batched_vjp(ends, inputs, [seed[start : start + step] for seed in seeds])
@@ -306,6 +305,10 @@ TOGETHER_COLUMNS = 4
 """Least number of columns that are taken together."""
 TOGETHER_BYTES = {"cpu": 3 * 2**19, "cuda": 2**26}
 """What one column may touch where columns are taken together, by device type. (On CUDA a guess, not measured.)"""
+
+
+def _together_bytes(device: torch.device) -> int:
+    return TOGETHER_BYTES.get(device.type, TOGETHER_BYTES["cpu"])
 
 
 def _joined(parts: Sequence[Tensor | None], like: Tensor, count: int) -> Tensor:
