@@ -20,6 +20,7 @@ from hessopt.averages.running import Pending, RunningAverages, Taper, no_pairs
 from hessopt.kronecker.damped_inverse import DampedInverse
 from hessopt.kronecker.taper import BandTaper
 from tests.conformity.checks import same_state
+from tests.helpers.kronecker_reference import kronecker_band
 
 EXACT = MiniBatch(loss="cross_entropy", columns="exact", decay=0.7)
 
@@ -278,3 +279,19 @@ def test_the_least_damping_is_in_the_units_of_the_loss() -> None:
     empirical = build(network(), curvature="empirical", options=MiniBatch(damping_unit="layer"))
     update(empirical, 0)
     assert DampedInverse(empirical, 0.1, empirical.gathering.options).absolute_damping.floor == 0.0
+
+
+@pytest.mark.parametrize("part", ["gathering", "averages", "inverse"])
+def test_a_band_takes_up_all_three_states_or_none(part: str) -> None:
+    x, y = data(0)
+    bands = [kronecker_band(network(), 1, loss="cross_entropy") for _ in range(2)]
+    for band, count in zip(bands, (1, 3), strict=True):
+        for _ in range(count):
+            functional.cross_entropy(band.gathering.model(x), y).backward()
+            band.direction([p.grad for p in band.parameters])
+    state, before = bands[1].state_dict(), copy.deepcopy(bands[0].state_dict())
+    name = {"gathering": "generator", "averages": "factors", "inverse": "inverses"}[part]
+    del state[part][name]
+    with pytest.raises(ValueError, match=f"lacks '{name}' of its {part}.*Nothing was loaded"):
+        bands[0].load_state_dict(state)
+    assert same_state(bands[0].state_dict(), before)
