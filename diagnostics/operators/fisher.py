@@ -43,8 +43,8 @@ class FisherOperator(CurvatureOperator):
     of an output: they are left out.
 
     Args:
-        model: As in :class:`diagnostics.operators.curvature.CurvatureOperator`; so are the arguments that are not
-        listed here. batches: Batches ``(inputs, targets)``.
+        model: As in :class:`diagnostics.CurvatureOperator`; so are the arguments that are not listed here.
+        batches: Batches ``(inputs, targets)``.
         loss_fn: ``loss_fn(z, targets) -> scalar``.
         kind: ``"type-2"``, ``"monte-carlo"`` or ``"empirical"``.
         likelihood: ``"categorical"`` (cross-entropy; classes along the last dimension of z, or the second where that
