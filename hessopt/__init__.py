@@ -2,13 +2,23 @@
 
 from diagnostics.ranks.group import separate_networks
 from hessopt import memories
-from hessopt.averages.options import MiniBatch
+from hessopt.averages.options import KroneckerAveraging, NamedLoss
+from hessopt.banded.bandwidth import AutoBandwidth
+from hessopt.banded.damped_step import DampedStep
 from hessopt.banded.newton import BandedNewton
 from hessopt.closure.protocol import LeastSquares
+from hessopt.kronecker.band import KroneckerBand
+from hessopt.kronecker.bandwidth import KroneckerBandwidth
+from hessopt.kronecker.newton import KroneckerNewton
 from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.newton_cg.record import NewtonStep
+from hessopt.search.rules import Damped, Fixed, KroneckerDamping, LineSearch
+from hessopt.spectral.groups import left_to_adamw
 from hessopt.spectral.optimizer import SpectralNewton
 from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
-from hessopt.spectral.transfer import NewtonSchulz
+from hessopt.spectral.step import SpectralStep
+from hessopt.spectral.transfer import NewtonSchulz, spectral_map
+from hessopt.wrappers.escape import CurvatureCheck
 from hessopt.wrappers.null_boost import NullBoost
 from hessopt.wrappers.null_project import NullProject
 from hessopt.wrappers.saddle import SaddleEscape
@@ -16,18 +26,33 @@ from hessopt.wrappers.stationarity import Stationarity
 
 __all__ = [
     "AdamWPart",
+    "AutoBandwidth",
     "BandedNewton",
+    "CurvatureCheck",
+    "Damped",
+    "DampedStep",
+    "Fixed",
+    "KroneckerAveraging",
+    "KroneckerBand",
+    "KroneckerBandwidth",
+    "KroneckerDamping",
+    "KroneckerNewton",
     "LeastSquares",
-    "MiniBatch",
+    "LineSearch",
+    "NamedLoss",
     "NewtonCG",
     "NewtonSchulz",
+    "NewtonStep",
     "NullBoost",
     "NullProject",
     "OnlineExponent",
     "PowerLaw",
     "SaddleEscape",
     "SpectralNewton",
+    "SpectralStep",
     "Stationarity",
+    "left_to_adamw",
     "memories",
     "separate_networks",
+    "spectral_map",
 ]

@@ -57,7 +57,7 @@ def test_no_module_hides_a_public_name() -> None:
     assert not beside & set(diagnostics.__all__)
 
 
-@pytest.mark.parametrize("package", ["diagnostics"])
+@pytest.mark.parametrize("package", ["diagnostics", "hessopt"])
 def test_the_reference_lists_what_is_exported(package: str) -> None:
     reference = (ROOT / "docs" / "api" / f"{package}.md").read_text(encoding="utf-8")
     listed = re.findall(r"\.\. auto(?:class|function|exception|module):: (?:hessopt\.)?(\S+)", reference)

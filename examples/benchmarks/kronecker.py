@@ -22,8 +22,8 @@ import torch
 
 from examples.shared.problems import PROBLEMS
 from examples.shared.task import Task
-from examples.studies.ablation.optimizers import CONTENDERS
-from hessopt import BandedNewton, MiniBatch
+from examples.studies.ablation.optimizers import CONTENDERS, declared_loss
+from hessopt import KroneckerAveraging, KroneckerNewton
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.observer import PassObserver
 from hessopt.kronecker.inverse import KroneckerInverse
@@ -60,9 +60,10 @@ def ours(bandwidth: Any, **options: Any) -> Callable[[Task], Step]:
     def build(task: Task) -> Step:
         if task.declared is None:
             raise SystemExit("the problem's loss is not one that can be declared.")
-        loss = dict(zip(("loss", "reduction", "class_dim"), task.declared, strict=False))
-        settings = MiniBatch(**{**loss, **options})
-        optimizer = BandedNewton(task.model, factors="kronecker", bandwidth=bandwidth, mini_batch=settings)
+        averages = KroneckerAveraging(**options)
+        optimizer = KroneckerNewton(
+            task.model, bandwidth=bandwidth, loss=declared_loss(task.declared), averages=averages
+        )
         plain = forward_backward(task)
 
         def step(batch: Any) -> None:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessopt import BandedNewton, MiniBatch
-from hessopt.closure.loss_curvature import Loss, Reduction
+from hessopt import KroneckerNewton, NamedLoss
+from hessopt.closure.loss_curvature import LossName, Reduction
 
 
 def data(folder: Path, count: int) -> tuple[Tensor, Tensor]:
@@ -105,15 +105,14 @@ def main() -> None:
     start = {"mlp": mlp, "cnn": cnn, "autoencoder": autoencoder}[options.task]()
     loss_of = pixel_loss if auto else F.cross_entropy
     batch = 500 if auto else 128
-    loss: Loss = "bce_with_logits" if auto else "cross_entropy"
+    loss: LossName = "bce_with_logits" if auto else "cross_entropy"
     reduction: Reduction = "batchmean" if auto else "mean"
 
     def adamw(lr: float) -> Callable[[nn.Module], Any]:
         return lambda net: torch.optim.AdamW(net.parameters(), lr=lr)
 
     def kronecker(bandwidth: Any) -> Callable[[nn.Module], Any]:
-        options = MiniBatch(loss=loss, reduction=reduction)
-        return lambda net: BandedNewton(net, factors="kronecker", bandwidth=bandwidth, mini_batch=options)
+        return lambda net: KroneckerNewton(net, bandwidth=bandwidth, loss=NamedLoss(loss, reduction))
 
     methods = [(f"AdamW {lr:g}", adamw(lr)) for lr in (1e-3, 3e-3)]
     bandwidths = [k if k in ("full", "auto") else int(k) for k in options.bandwidths.split(",")]

@@ -23,7 +23,7 @@ NETWORKS = {"2-32-1": (2, 32, 1), "5 layers": (2, 50, 50, 50, 50, 1)}
 BANDWIDTHS: tuple[Any, ...] = (0, 1, 2, "full", "auto")
 RULES: dict[str, dict[str, Any]] = {
     "adapted damping": {},
-    "line search": {"line_search": True},
+    "line search": {"search": hessopt.LineSearch()},
 }
 LEVELS = (1e-2, 1e-4, 1e-6)
 

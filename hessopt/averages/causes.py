@@ -11,8 +11,8 @@ from hessopt.averages.recorder import Recorder
 from hessopt.closure.loss_curvature import LOSSES, Loss
 from hessopt.errors import ClosureError, HessoptError, ModelError
 
-DECLARE = f"declare the loss, MiniBatch(loss={' | '.join(map(repr, LOSSES))}) or the module that computes it"
-SEE_LOSS = "declare the module that computes the loss and call it, MiniBatch(loss=criterion), so that it is seen"
+DECLARE = f"declare the loss, loss={' | '.join(map(repr, LOSSES))} or the module that computes it"
+SEE_LOSS = "declare the module that computes the loss and call it, loss=criterion, so that it is seen"
 CLOSURE = "pass a closure, optimizer.step(lambda: loss_fn(model(x), y))"
 
 
@@ -93,7 +93,7 @@ def cause(seen: Seen, recorder: Recorder, loss: Loss | None, empirical: bool) ->
     if seen.returned is not None:
         return ModelError(
             f"the network returns {seen.returned}, and the loss's curvature is of one tensor. Declare the loss module "
-            "that you call, MiniBatch(loss=criterion), or leave out loss= and pass a closure that returns "
+            "that you call, loss=criterion, or leave out loss= and pass a closure that returns "
             "`(loss, output)`, or wrap the network in a module that returns the tensor."
         )
     if not empirical and not seen.network and not isinstance(loss, nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hessopt.averages.blocks import Rows, plan_blocks
 from hessopt.averages.causes import SEE_LOSS, cause
 from hessopt.averages.observer import Columns, PassObserver
-from hessopt.averages.options import MiniBatch
+from hessopt.averages.options import COLUMNS, KroneckerAveraging, NamedLoss
 from hessopt.averages.recorder import Call, back_propagate
 from hessopt.averages.saved import check_entries
 from hessopt.averages.seeds import Seeds
@@ -91,7 +91,8 @@ class Gathering(Generic[T]):
         parameters: Parameters to precondition; all on one device.
         curvature: ``"fisher"``: Monte-Carlo columns; ``"ggn"``: root of the output Hessian times random signs, or
             exact; ``"empirical"``: the gradients of the samples, for which no extra backward pass is needed.
-        options: Of the loss, the columns and the layers.
+        loss: What is declared of it: by name, the module that computes it, or None.
+        options: Of the columns and the layers.
 
     Attributes:
         blocks: Of the layers, whether called or not.
@@ -104,9 +105,14 @@ class Gathering(Generic[T]):
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Iterable[Tensor], curvature: Curvature, options: MiniBatch
+        self,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        curvature: Curvature,
+        loss: NamedLoss | nn.Module | None,
+        options: KroneckerAveraging,
     ) -> None:
-        self.model, self.options = model, options
+        self.model, self.loss, self.options = model, loss, options
         self.empirical = curvature == "empirical"
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
@@ -116,9 +122,7 @@ class Gathering(Generic[T]):
             raise ModelError("the trained parameters are on several devices; move the network to one.")
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         generator = torch.Generator(self.device).manual_seed(options.seed)
-        self.seeds = Seeds(
-            options.loss, options.reduction, options.class_dim, options.columns, curvature == "fisher", generator
-        )
+        self.seeds = Seeds(loss, options.columns or COLUMNS, curvature == "fisher", generator)
         self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size)
         self.others = dict(self._planned)
         self.structure: Structure | None = None
@@ -152,7 +156,8 @@ class Gathering(Generic[T]):
 
     def cause(self) -> HessoptError:
         """Why nothing was gathered since :meth:`start`."""
-        return cause(self.observer.seen, self.observer.recorder, self.seeds.loss, self.empirical)
+        declared = self.loss if isinstance(self.loss, nn.Module) else self.seeds.name
+        return cause(self.observer.seen, self.observer.recorder, declared, self.empirical)
 
     def detach(self) -> None:
         """Remove all hooks from the network."""
@@ -290,7 +295,7 @@ class Gathering(Generic[T]):
         inputs = [c.input for c in calls if c.input.ndim]
         samples = found.samples or (len(inputs[0]) if inputs else 1)
         structure = self._structure(calls, found.before)
-        summed = getattr(self.options.loss, "reduction", self.options.reduction) == "sum"
+        summed = getattr(self.loss, "reduction", "mean") == "sum"
         scale = 1.0 if summed else float(samples)
         factor = scale**0.5 if found.slope is None else scale**0.5 / found.slope.to(self.dtype)
         cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0).to(self.dtype) * factor for c in calls]

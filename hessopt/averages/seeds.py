@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from hessopt.averages.options import NamedLoss
 from hessopt.closure.loss_curvature import (
     LOSSES,
     Columns,
-    Loss,
     LossCurvature,
     LossName,
-    Reduction,
     criterion_curvature,
     named_curvature,
     random_signs,
@@ -31,9 +30,7 @@ class Seeds:
     """Gives columns of the curvature of a loss.
 
     Args:
-        loss: Its name, the module that computes it, or None.
-        reduction: Of a loss by name.
-        class_dim: Of the classes in the output, for ``"cross_entropy"``; None: as PyTorch has it.
+        loss: By name, the module that computes it, or None.
         columns: K, or ``"exact"``.
         sampled: Monte-Carlo columns where there is a closed form.
         generator: Source of the draws.
@@ -43,15 +40,9 @@ class Seeds:
     """
 
     def __init__(
-        self,
-        loss: Loss | None,
-        reduction: Reduction,
-        class_dim: int | None,
-        columns: Columns,
-        sampled: bool,
-        generator: torch.Generator,
+        self, loss: NamedLoss | nn.Module | None, columns: Columns, sampled: bool, generator: torch.Generator
     ) -> None:
-        self.loss, self.reduction, self.class_dim = loss, reduction, class_dim
+        self.loss = loss
         self.columns, self.sampled, self.generator = columns, sampled, generator
         self.sign = 1
         self._separable = False
@@ -59,7 +50,7 @@ class Seeds:
     @property
     def name(self) -> LossName | None:
         """Of the loss, if it was declared by name."""
-        return None if isinstance(self.loss, nn.Module) else self.loss
+        return self.loss.name if isinstance(self.loss, NamedLoss) else None
 
     def of_output(self, output: Tensor) -> Tensor:
         """Columns ``(K, *output.shape)`` of the loss that was declared by name.
@@ -67,13 +58,14 @@ class Seeds:
         Raises:
             ModelError: the output has no such dimension of classes.
         """
-        assert self.name is not None
-        z, place = output.detach(), self.class_dim
+        assert isinstance(self.loss, NamedLoss)
+        assert self.loss.name is not None
+        z, place = output.detach(), self.loss.class_dim
         if place is not None:
             if not -z.ndim <= place < z.ndim or place % z.ndim == 0:
                 raise ModelError(f"class_dim={place} is no dimension of the classes of an output {tuple(z.shape)}.")
             z = z.movedim(place, 1)
-        columns = self._of(named_curvature(self.name, self.reduction, z))
+        columns = self._of(named_curvature(self.loss.name, self.loss.reduction, z))
         return columns if place is None else columns.movedim(2, place % z.ndim + 1)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor | None]:

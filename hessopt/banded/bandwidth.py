@@ -21,6 +21,9 @@ from hessopt.search.gain import Candidate, most_gain
 
 _log = logging.getLogger(__name__)
 
+HYSTERESIS = 0.1
+"""By how much another bandwidth's gain must be more, relatively."""
+
 
 def coupling_radius(norms: Tensor, distances: NDArray[np.float64], epsilon: float) -> float:
     """k_ε in parameter space: the largest distance of layers with coupling ``C(v,w) > ε``.
@@ -58,38 +61,43 @@ def bandwidth_cliques(distances: NDArray[np.float64], bandwidth: Bandwidth) -> C
 
 
 @dataclass(frozen=True)
-class BandwidthChoice:
+class AutoBandwidth:
     """Chooses the bandwidth, at the first step and at every N-th from then on.
 
     ``"gain"``: for each of :func:`candidates` its step at the present damping, that step's reduction of the exact
     Gauss-Newton model divided by a step's cost. One that takes no fewer operations than a larger bandwidth, whose
     curvature is closer to the exact one, is left out: often there is nothing to compare. The cost is that of the
     operations, which makes runs repeatable, or the seconds that the solve and the rest of the step took here, which
-    does not. The present bandwidth is kept unless another's gain is more by ``hysteresis``. ``"radius"``: the least
+    does not. The present bandwidth is kept unless another's gain is more by a tenth. ``"radius"``: the least
     bandwidth that reaches k_ε.
 
     Args:
-        rule: ``"gain"`` or ``"radius"``.
-        every: N.
-        epsilon: ε of the interaction radius.
-        cost: ``"model"`` or ``"measured"``.
-        hysteresis: Relative gain.
+        rule: ``"gain"``: predicted reduction of the objective by cost of a step; or ``"radius"``. Default: ``"gain"``.
+        every: N, at least 1. Default: 10.
+        epsilon: ε of the interaction radius, the coupling of layers that counts as none. Default: 0.1.
+        cost: Of a step, for the gain: ``"model"``, operations, so that runs repeat bit for bit; or ``"measured"``,
+            seconds of the solve. Default: None, ``"model"`` where there is a gain.
+
+    Raises:
+        ValueError: an option is out of range, or does nothing.
     """
 
     rule: Literal["gain", "radius"] = "gain"
     every: int = 10
     epsilon: float = 0.1
-    cost: Literal["model", "measured"] = "model"
-    hysteresis: float = 0.1
+    cost: Literal["model", "measured"] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("bandwidth_rule", self.rule, ("gain", "radius"))
-        check_choice("cost", self.cost, ("model", "measured"))
-        check_count("bandwidth_every", self.every)
+        check_choice("rule", self.rule, ("gain", "radius"))
+        if self.cost is not None:
+            check_choice("cost", self.cost, ("model", "measured"))
+            if self.rule == "radius":
+                raise ValueError('rule="radius" asks for no cost; leave cost= out.')
+        check_count("every", self.every)
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {self.epsilon!r}.")
 
-    def bandwidth(
+    def choose(
         self,
         state: Mapping[str, Any],
         distances: NDArray[np.float64],
@@ -122,7 +130,7 @@ class BandwidthChoice:
             if operations < least:
                 least = operations
                 found.insert(0, self._candidate(k, cliques, operations, model, system, damping))
-        chosen = most_gain(found, current, self.hysteresis)
+        chosen = most_gain(found, current, HYSTERESIS)
         evidence = ", ".join(f"{c.bandwidth}: {c.reduction:.3g} for {c.cost:.3g}" for c in found)
         _log.info(
             "bandwidth %d: interaction radius %g at %g; reduction for cost %s", chosen, radius, self.epsilon, evidence

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt.banded.bandwidth import bandwidth_cliques
+from hessopt.banded.bandwidth import AutoBandwidth, bandwidth_cliques
 from hessopt.banded.quadratic_model import QuadraticModel
 from hessopt.banded.systems import BandedSystem, ParameterSystem, SampleSystem, step_operations
 from hessopt.network.arguments import check_choice
@@ -19,38 +19,37 @@ from hessopt.network.cliques import Bandwidth
 
 _log = logging.getLogger(__name__)
 
-Factors = Literal["auto", "sample", "kronecker", "dense"]
+Space: TypeAlias = Literal["auto", "sample", "parameter"]
 
 
-class FactorChoice:
+class SpaceChoice:
     """Gives the system of a step, in sample space or in parameter space.
 
     ``"auto"`` takes the space with fewer operations by :func:`hessopt.banded.systems.step_operations`, for the band
-    (for ``bandwidth="auto"`` the full matrix); sample space if the other does not fit into memory. It never takes
-    running averages, which make another method.
+    (where the bandwidth is chosen, the full matrix); sample space if the other does not fit into memory.
 
     Args:
-        factors: ``"auto"``, ``"sample"`` or ``"dense"``; ``"kronecker"`` has no system.
+        space: ``"auto"``, ``"sample"`` or ``"parameter"``.
         memory_limit: Bytes for the matrices.
     """
 
-    def __init__(self, factors: Factors, memory_limit: int) -> None:
-        check_choice("factors", factors, ("auto", "sample", "kronecker", "dense"))
-        self.factors = factors
+    def __init__(self, space: Space, memory_limit: int) -> None:
+        check_choice("space", space, ("auto", "sample", "parameter"))
+        self.space = space
         self.memory_limit = memory_limit
         self._last: str | None = None
 
     def system(
-        self, model: QuadraticModel, distances: NDArray[np.float64], bandwidth: Bandwidth | Literal["auto"]
+        self, model: QuadraticModel, distances: NDArray[np.float64], bandwidth: Bandwidth | AutoBandwidth
     ) -> BandedSystem:
         """The system of this step."""
         shapes = [[p.shape for p in own] for own in model.parameters]
-        choice = self._choose(model, shapes, distances, bandwidth) if self.factors == "auto" else self.factors
-        if choice == "dense":
+        choice = self._choose(model, shapes, distances, bandwidth) if self.space == "auto" else self.space
+        if choice == "parameter":
             try:
                 return ParameterSystem(model.factors, shapes, self.memory_limit)
             except MemoryBudgetError:
-                if self.factors == "dense":
+                if self.space == "parameter":
                     raise
         return SampleSystem(model.factors, shapes, self.memory_limit)
 
@@ -59,15 +58,15 @@ class FactorChoice:
         model: QuadraticModel,
         shapes: Sequence[Sequence[torch.Size]],
         distances: NDArray[np.float64],
-        bandwidth: Bandwidth | Literal["auto"],
+        bandwidth: Bandwidth | AutoBandwidth,
     ) -> str:
         rows, sizes = model.factors[0].size, [sum(shape.numel() for shape in own) for own in shapes]
-        cliques = bandwidth_cliques(distances, "full" if bandwidth == "auto" else bandwidth)
+        cliques = bandwidth_cliques(distances, "full" if isinstance(bandwidth, AutoBandwidth) else bandwidth)
         sample, dense = (step_operations(rows, sizes, cliques, dense=d) for d in (False, True))
-        choice = "dense" if dense < sample else "sample"
+        choice = "parameter" if dense < sample else "sample"
         if choice != self._last:
             _log.info(
-                'factors="%s": %.3g operations a step in sample space (%d rows), %.3g in that of %d parameters',
+                'space="%s": %.3g operations a step in sample space (%d rows), %.3g in that of %d parameters',
                 *(choice, sample, rows, dense, sum(sizes)),
             )
             self._last = choice

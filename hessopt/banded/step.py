@@ -1,23 +1,23 @@
-"""The step of :class:`hessopt.BandedNewton` with exact factors: from the closure to the new parameters."""
+"""The step of :class:`hessopt.BandedNewton`: from the closure to the new parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hessopt.banded.bandwidth import BandwidthChoice, bandwidth_cliques
+from hessopt.banded.bandwidth import AutoBandwidth, bandwidth_cliques
 from hessopt.banded.damped_step import DampedStep, line_step, search_step, take_step
 from hessopt.banded.linear_solve import least_damping
 from hessopt.banded.metric_momentum import MomentumSolve
 from hessopt.banded.quadratic_model import QuadraticModel
-from hessopt.banded.space import FactorChoice, Factors
+from hessopt.banded.space import Space, SpaceChoice
 from hessopt.banded.step_cost import CostWarning, gradient_operations
 from hessopt.banded.systems import BandedSystem
 from hessopt.closure.backward_calls import gradients_of, without_recomputation
@@ -32,6 +32,7 @@ from hessopt.network.cliques import Bandwidth, Cliques
 from hessopt.network.layers import Layer
 from hessopt.network.parameter_uses import Use
 from hessopt.search.damping import NielsenDamping
+from hessopt.search.rules import Damped, LineSearch, Search
 
 SEARCH_START = 1e-8
 """Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
@@ -47,38 +48,25 @@ class ExactStep:
 
     Args:
         model: The network.
-        bandwidth: k, ``"full"`` or ``"auto"``.
-        factors: ``"sample"``, ``"dense"`` or ``"auto"``.
+        bandwidth: k, ``"full"`` or what chooses it.
+        space: Where to solve, ``"sample"``, ``"parameter"`` or ``"auto"``.
         curvature: ``"ggn"`` or ``"hessian"``.
-        choice: For ``"auto"``.
-        damping: λ to start from, with its bounds.
-        relative_damping: λ starts from traces of the curvature instead.
-        adapt_damping: Adapt it.
-        line_search: Take a multiple of the step.
-        max_rejections: Until a step gives up.
+        search: λ, and how far to go.
         memory_limit: Bytes.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        bandwidth: Bandwidth | Literal["auto"],
-        factors: Factors,
+        bandwidth: Bandwidth | AutoBandwidth,
+        space: Space,
         curvature: str,
-        choice: BandwidthChoice,
-        damping: NielsenDamping,
-        *,
-        relative_damping: bool,
-        adapt_damping: bool,
-        line_search: bool,
-        max_rejections: int,
+        search: Search,
         memory_limit: int,
     ) -> None:
-        self.bandwidth, self.choice, self.start = bandwidth, choice, damping
-        self.relative_damping, self.adapt_damping = relative_damping, adapt_damping
-        self.line_search, self.max_rejections = line_search, max_rejections
+        self.bandwidth, self.search = bandwidth, search
         # |H|'s rows are as many as its columns: nothing would be gained in their space, and digits lost.
-        self._factor_choice = FactorChoice("dense" if curvature == "hessian" else factors, memory_limit)
+        self._space = SpaceChoice("parameter" if curvature == "hessian" else space, memory_limit)
         self._exact = ExactCurvature(model, memory_limit)
         self._model, self._memory_limit = model, memory_limit
         self._hessian, self._verified = curvature == "hessian", False
@@ -103,20 +91,18 @@ class ExactStep:
         del evaluation  # free what is left of the tape before the solves
         own = state[parameters[0]]
         damping = self._damping(model, own)
-        system = self._factor_choice.system(model, distances, self.bandwidth)
+        system = self._space.system(model, distances, self.bandwidth)
         cliques = self._cliques(distances, model, system, damping.value, own)
         if not self._cost.given:
             rows, size = model.factors[0].size, sum(p.numel() for p in parameters)
             self._cost.check(system.operations(cliques), gradient, rows, size)
         solve = MomentumSolve(model, partial(QuadraticModel.step, cliques=cliques, system=system), groups, state)
-        maximize = groups[0]["maximize"]
-        if self.line_search:
-            done = line_step(
-                model, solve, runner.trial_loss, loss, damping, adapt=self.adapt_damping, maximize=maximize
-            )
-        elif self.adapt_damping:
+        maximize, search = groups[0]["maximize"], self.search
+        if isinstance(search, LineSearch):
+            done = line_step(model, solve, runner.trial_loss, loss, damping, adapt=search.adapt, maximize=maximize)
+        elif isinstance(search, Damped):
             done = search_step(
-                model, solve, runner.trial_loss, loss, damping, max_rejections=self.max_rejections, maximize=maximize
+                model, solve, runner.trial_loss, loss, damping, max_rejections=search.max_rejections, maximize=maximize
             )
         else:
             done = take_step(model, solve, loss, damping.value)
@@ -146,17 +132,17 @@ class ExactStep:
 
     def _damping(self, model: QuadraticModel, state: dict[str, Any]) -> NielsenDamping:
         least = least_damping(model.factors, residuals=model.residuals is not None)
-        start = self.start
+        start = self.search.start()
         minimum = min(max(start.minimum, least), start.maximum)
         damping = replace(start, value=max(start.value, minimum), minimum=minimum)
-        if self.relative_damping:
+        if isinstance(self.search, LineSearch) and self.search.damping is None:
             trace = model.trace()
             damping.minimum = min(
                 max(SEARCH_FLOOR * torch.finfo(model.gradients[0][0].dtype).eps * trace, minimum), damping.maximum
             )
-            first = SEARCH_START * trace if self.adapt_damping else 0.0
+            first = SEARCH_START * trace if self.search.adapt else 0.0
             damping.value = min(max(first, damping.minimum), damping.maximum)
-            if not self.adapt_damping:
+            if not self.search.adapt:
                 return damping
         if "damping" in state:
             damping.load_state_dict(state)
@@ -171,9 +157,9 @@ class ExactStep:
         state: dict[str, Any],
     ) -> Cliques:
         """Cliques of this step's bandwidth, which is chosen first if it is time."""
-        if self.bandwidth != "auto":
+        if not isinstance(self.bandwidth, AutoBandwidth):
             return bandwidth_cliques(distances, self.bandwidth)
-        chosen = state["bandwidth"] = self.choice.bandwidth(state, distances, model, system, damping)
+        chosen = state["bandwidth"] = self.bandwidth.choose(state, distances, model, system, damping)
         return bandwidth_cliques(distances, chosen)
 
     def _quadratic_model(

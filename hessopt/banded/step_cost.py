@@ -66,6 +66,6 @@ class CostWarning:
             return
         _log.warning(
             "an exact step takes %.2g operations here, about %.0f gradients (%d rows = batch × outputs, %d "
-            'parameters): take factors="kronecker" for mini-batches, a smaller batch, or NewtonCG for a large one',
+            "parameters): take KroneckerNewton for mini-batches, a smaller batch, or NewtonCG for a large one",
             *(operations, operations / max(gradient, 1), rows, parameters),
         )

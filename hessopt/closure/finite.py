@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hessopt.errors import ClosureError, ModelError
-
-
-def refuse_meta(parameters: Iterable[Tensor]) -> None:
-    """Raise a ModelError for parameters on the meta device."""
-    for p in parameters:
-        if p.is_meta:
-            raise ModelError(
-                f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values to train. Give the "
-                'network memory, `model.to_empty(device="cpu")`, and initialise or load it, before the optimizer is '
-                "made."
-            )
+from hessopt.errors import ClosureError
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class ExactCurvature:
 
     def recorder(self, parameters: Sequence[Tensor]) -> UseRecorder:
         """A recorder for one run of the closure."""
-        self._all = layers_of(self.module, parameters)
+        self._all = layers_of("BandedNewton", self.module, parameters)
         return UseRecorder([p for layer in self._all for p in layer.parameters])
 
     def layers(self, uses: Sequence[Use]) -> tuple[Layer, ...]:

@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature inside a band of layers, gathered by hooks: the mini-batch engine of BandedNewton."""
+"""Kronecker-factored curvature inside a band of layers, gathered by hooks: the engine of KroneckerNewton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hessopt.averages.accounting import numbers_kept
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.gathering import Curvature, Gathering
-from hessopt.averages.options import MiniBatch, check_curvature
+from hessopt.averages.options import ITERATIONS, KroneckerAveraging, NamedLoss, check_curvature
 from hessopt.averages.running import Pending, RunningAverages
 from hessopt.averages.saved import check_entries
 from hessopt.averages.seeds import Seeds
@@ -21,6 +21,7 @@ from hessopt.kronecker.inverse import KroneckerInverse
 from hessopt.kronecker.taper import BandTaper
 from hessopt.kronecker.treatment import treatment, warn_of_diagonals
 from hessopt.network.cliques import Bandwidth
+from hessopt.search.rules import KroneckerDamping
 
 
 class KroneckerBand:
@@ -52,8 +53,9 @@ class KroneckerBand:
         parameters: Parameters to precondition; all on one device.
         bandwidth: k, or ``"full"``.
         curvature: ``"fisher"``, ``"ggn"`` or ``"empirical"``, as for the gathering.
-        damping: λ, in the unit that the options say.
-        options: Of the loss, its columns, the averages and the inverse.
+        damping: λ to start from, and its unit.
+        loss: What is declared of it: by name, the module that computes it, or None.
+        options: Of the columns, the averages and the inverse.
 
     Attributes:
         gathering: What gathers.
@@ -74,14 +76,15 @@ class KroneckerBand:
         parameters: Iterable[Tensor],
         bandwidth: Bandwidth,
         curvature: Curvature,
-        damping: float,
-        options: MiniBatch,
+        damping: KroneckerDamping,
+        loss: NamedLoss | nn.Module | None,
+        options: KroneckerAveraging,
     ) -> None:
-        check_curvature(curvature, options.columns, damping)
+        check_curvature(curvature, loss, options)
         self.options, self.taper = options, BandTaper(bandwidth)
-        self.gathering: Gathering[Pending] = Gathering(model, parameters, curvature, options)
+        self.gathering: Gathering[Pending] = Gathering(model, parameters, curvature, loss, options)
         self.averages = RunningAverages(self.gathering, options.decay, self.taper)
-        self.inverse = DampedInverse(self.averages, damping, options)
+        self.inverse = DampedInverse(self.averages, damping, options.iterations or ITERATIONS)
         self.steps = 0
         self.left_out = torch.zeros((), dtype=torch.int64, device=self.gathering.device)
 

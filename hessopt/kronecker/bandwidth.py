@@ -1,4 +1,4 @@
-"""Which bandwidth the mini-batch engine uses: by predicted gain per cost."""
+"""Which bandwidth running averages have: by predicted gain per cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.running import Probe
 from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.inverse import KroneckerInverse
+from hessopt.network.arguments import check_count
+from hessopt.network.cliques import check_bandwidth
 from hessopt.search.gain import Candidate, most_gain
 
 _log = logging.getLogger(__name__)
@@ -41,16 +43,29 @@ class KroneckerBandwidth:
     A closure is not needed. Parameters with a diagonal only, which no bandwidth couples, do not count.
 
     Args:
-        every: N.
-        candidates: Bandwidths, ascending, the first of them 0.
-        window: Updates of factors.
-        hysteresis: Relative gain.
+        every: N. Default: 200.
+        candidates: Bandwidths, ascending, the first of them 0. Default: (0, 1, 2).
+        window: Updates of factors. Default: 5.
+        hysteresis: Relative gain. Default: 0.1.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     every: int = 200
     candidates: tuple[int, ...] = CANDIDATES
     window: int = 5
     hysteresis: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+        check_count("window", self.window)
+        for bandwidth in self.candidates:
+            check_bandwidth(bandwidth)
+        if self.candidates[:1] != (0,) or tuple(sorted(set(self.candidates))) != self.candidates:
+            raise ValueError(f"candidates must be bandwidths, ascending from 0, got {self.candidates!r}.")
+        if not self.hysteresis >= 0:
+            raise ValueError(f"hysteresis must be at least 0, got {self.hysteresis!r}.")
 
     def decides(self, step: int) -> bool:
         """Whether a decision is due at this step, the first of which is 0: at N, 4 N, 16 N, …."""
@@ -92,7 +107,7 @@ class KroneckerBandwidth:
             bend = probe.curvature(step) + widest.penalty(step, damping)
             reduction = (gradient @ step).square() / (2 * bend).clamp_min(torch.finfo(bend.dtype).tiny)
             cost = step_operations(
-                factors, band.averages.rows, options.factor_every, options.inverse_every, options.iterations
+                factors, band.averages.rows, options.factor_every, options.inverse_every, band.inverse.iterations
             )
             found.append(Candidate(k, float(reduction), cost))
         assert not isinstance(band.bandwidth, str)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hessopt.averages.averages import KroneckerAverages
-from hessopt.averages.options import MiniBatch
 from hessopt.averages.running import RunningAverages
 from hessopt.averages.saved import check_entries, check_tensors
 from hessopt.kronecker.damping import Damping
 from hessopt.kronecker.inverse import KroneckerInverse
+from hessopt.search.rules import KroneckerDamping
 
 ROUNDING = 30
 """Of the loss's curvature at the start, times the rounding unit: the least damping in units of layers."""
@@ -44,16 +44,16 @@ class DampedInverse:
 
     Args:
         averages: The averages.
-        damping: λ in units of their ``scale``, or of each layer's mean diagonal.
-        options: ``damping_unit`` and ``iterations``.
+        damping: λ to start from, in units of their ``scale``, or of each layer's mean diagonal.
+        iterations: Of conjugate gradients.
 
     Attributes:
         damping: λ.
     """
 
-    def __init__(self, averages: RunningAverages, damping: float, options: MiniBatch) -> None:
-        self.averages, self.damping = averages, damping
-        self.iterations, self.per_layer = options.iterations, options.damping_unit == "layer"
+    def __init__(self, averages: RunningAverages, damping: KroneckerDamping, iterations: int) -> None:
+        self.averages, self.damping = averages, damping.start
+        self.iterations, self.per_layer = iterations, damping.unit == "layer"
         self._factored: KroneckerInverse | None = None
 
     @property

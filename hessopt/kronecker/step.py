@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hessopt.averages.options import MiniBatch
+from hessopt.averages.gathering import Curvature
+from hessopt.averages.options import KroneckerAveraging, NamedLoss
 from hessopt.averages.recorder import check_strided
 from hessopt.closure.backward_calls import gradients_of
 from hessopt.closure.finite import gradient_norm
@@ -21,6 +22,7 @@ from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.damped_inverse import Direction
 from hessopt.network.cliques import Bandwidth
+from hessopt.search.rules import KroneckerDamping
 
 Groups = Sequence[dict[str, Any]]
 
@@ -56,11 +58,12 @@ class KroneckerStep:
     Args:
         model: The network.
         groups: Param groups with ``lr`` (γ), ``weight_decay`` (ω), ``momentum`` (μ) and ``maximize``.
-        bandwidth: k, ``"full"`` or ``"auto"`` (:class:`hessopt.kronecker.bandwidth.KroneckerBandwidth`).
+        bandwidth: k, ``"full"`` or what chooses it.
         curvature: ``"fisher"``, ``"ggn"`` or ``"empirical"``.
+        loss: What is declared of it: by name, the module that computes it, or None.
         damping: λ.
-        bandwidth_every: Steps between decisions about the bandwidth.
-        options: Everything else.
+        trust: Δ; None for no bound; ``"graft"``: each parameter's step gets the norm of its gradient.
+        averages: Options of the averages.
 
     Attributes:
         band: The engine.
@@ -71,22 +74,25 @@ class KroneckerStep:
         self,
         model: nn.Module,
         groups: Groups,
-        bandwidth: Bandwidth | Literal["auto"],
-        curvature: Literal["fisher", "ggn", "empirical"],
-        damping: float,
-        bandwidth_every: int,
-        options: MiniBatch,
+        bandwidth: Bandwidth | KroneckerBandwidth,
+        curvature: Curvature,
+        loss: NamedLoss | nn.Module | None,
+        damping: KroneckerDamping,
+        trust: float | Literal["graft"] | None,
+        averages: KroneckerAveraging,
     ) -> None:
-        self.model, self.options, self.bandwidth = model, options, bandwidth
-        self.curvature, self.damping = curvature, damping
-        self.choice = KroneckerBandwidth(bandwidth_every) if bandwidth == "auto" else None
+        self.model, self.bandwidth, self.curvature, self.loss = model, bandwidth, curvature, loss
+        self.damping, self.trust, self.averages = damping, trust, averages
+        self.choice = bandwidth if isinstance(bandwidth, KroneckerBandwidth) else None
         self.momentum: dict[Tensor, Tensor] = {}
         self.gradient_norm: float | None = None
         self.band = self._engine(groups)
 
     def _engine(self, groups: Groups) -> KroneckerBand:
-        bandwidth = 0 if self.bandwidth == "auto" else self.bandwidth
-        band = KroneckerBand(self.model, _all(groups), bandwidth, self.curvature, self.damping, self.options)
+        bandwidth = 0 if isinstance(self.bandwidth, KroneckerBandwidth) else self.bandwidth
+        band = KroneckerBand(
+            self.model, _all(groups), bandwidth, self.curvature, self.damping, self.loss, self.averages
+        )
         band.seeds.sign = -1 if groups[0]["maximize"] else 1
         return band
 
@@ -106,11 +112,16 @@ class KroneckerStep:
         """
         known = set(self.band.parameters)
         added = any(p.requires_grad and p not in known for p in _all(groups))
-        if closure is None and self.options.loss is None and self.curvature != "empirical":
+        if closure is None and self.loss is None and self.curvature != "empirical":
             raise ClosureError(
-                'BandedNewton.step() with factors="kronecker" needs the loss, for its curvature. Declare it, '
-                f"`mini_batch=MiniBatch(loss={' | '.join(map(repr, LOSSES))})` or the loss module itself, use "
-                "`curvature='empirical'`, or pass a closure, `optimizer.step(lambda: loss_fn(model(x), y))`."
+                "KroneckerNewton.step() needs the loss, for its curvature. Declare it, "
+                f"`loss={' | '.join(map(repr, LOSSES))}` or the loss module itself, use `curvature='empirical'`, or "
+                "pass a closure, `optimizer.step(lambda: loss_fn(model(x), y))`."
+            )
+        if closure is None and self.damping.adapt_every is not None:
+            raise ClosureError(
+                "KroneckerDamping(adapt_every=…) adapts the damping by further evaluations of the closure: pass one, "
+                "`optimizer.step(lambda: loss_fn(model(x), y))`."
             )
         if closure is not None and added:
             self.restart(groups)
@@ -120,13 +131,13 @@ class KroneckerStep:
         if closure is not None:
             self.band.begin()
             # The curvature of a declared loss is gathered in the closure's own backward.
-            tape = self.band.waits and self.options.loss is None
+            tape = self.band.waits and self.loss is None
             runner = ClosureRunner(closure, _all(groups), self.model, tape=tape)
             evaluation = runner.evaluate()
             gradients = self._gradients(evaluation)
             check_strided(gradients)
             norm = self._norm(gradients)
-            if self.band.waits and (tape or not evaluation.backward_called or isinstance(self.options.loss, nn.Module)):
+            if self.band.waits and (tape or not evaluation.backward_called or isinstance(self.loss, nn.Module)):
                 with torch.enable_grad():
                     self.band.gather(evaluation.loss, evaluation.output)
             loss = evaluation.loss.detach()
@@ -166,7 +177,7 @@ class KroneckerStep:
             self.choice.watch(self.band, gradients)
         direction = self.band.direction(gradients)
         steps = self._scaled(direction, gradients)
-        every = self.options.adapt_every
+        every = self.damping.adapt_every
         adapt = every is not None and runner is not None and self.band.steps % every == 0
         before = [p.clone() for p in parameters] if adapt else []
         moving = {p: s for p, s, g in zip(parameters, steps, gradients, strict=True) if g is not None}
@@ -181,12 +192,11 @@ class KroneckerStep:
 
     def _scaled(self, direction: Direction, gradients: list[Tensor | None]) -> list[Tensor]:
         steps = direction.steps
-        trust = self.options.trust
-        if trust is not None:
+        if isinstance(self.trust, float | int):
             tiny = torch.finfo(direction.decrement.dtype).tiny
-            scale = (trust * self.band.scale / direction.decrement.clamp_min(tiny)).sqrt().clamp_max(1.0)
+            scale = (self.trust * self.band.scale / direction.decrement.clamp_min(tiny)).sqrt().clamp_max(1.0)
             torch._foreach_mul_(direction.flat, scale)
-        if self.options.graft == "sgd":
+        elif self.trust == "graft":
             norms = torch._foreach_norm(steps)
             slopes = [torch.zeros_like(n) if g is None else g.norm() for n, g in zip(norms, gradients, strict=True)]
             tiny = torch.finfo(norms[0].dtype).tiny
@@ -245,12 +255,10 @@ class KroneckerStep:
         with self.band.paused():
             actual = runner.trial_loss() - loss.item()
         ratio = actual * (-1 if groups[0]["maximize"] else 1) / predicted if predicted < 0 else 0.0
-        assert self.options.adapt_every is not None
-        factor = self.options.adapt_rate**self.options.adapt_every
         if ratio > 0.75:
-            self.band.damping *= factor
+            self.band.damping *= self.damping.factor
         elif not ratio >= 0.25:
-            self.band.damping /= factor
+            self.band.damping /= self.damping.factor
 
     def state_dict(self, groups: Groups) -> dict[str, Any]:
         """What the next steps depend on: tensors, numbers and plain containers."""

@@ -54,7 +54,7 @@ def warn_of_diagonals(model: nn.Module, parameters: Collection[Tensor], others: 
         named = [f"{name} ({_percent(share)})" for name, share in list(shares.items())[:5]]
         more = ["…"] if len(shares) > 5 else []
         _log.warning(
-            'factors="kronecker": %s of the parameters have no Kronecker factors but a diagonal, which trains them '
+            "KroneckerNewton: %s of the parameters have no Kronecker factors but a diagonal, which trains them "
             "about as a diagonal method does: those of %s. `optimizer.band.report()` names each and the reason. Build "
             "such layers of torch.nn.Linear, Conv1d to Conv3d, Embedding and normalisations, or take another "
             "optimizer for them.",

@@ -1,4 +1,4 @@
-"""What the arguments of :class:`hessopt.BandedNewton` must be."""
+"""What the arguments of optimizers must be."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from hessopt.errors import ModelError
+
 Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
 
 
-def network_of(params: Params, model: nn.Module | None) -> nn.Module:
-    """The network among the arguments."""
-    if model is None and isinstance(params, nn.Module):
-        return params
+def network_of(params: Params, model: nn.Module | None) -> nn.Module | None:
+    """The network among the arguments; None if there is none.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there are two.
+    """
     if model is None:
-        raise TypeError(
-            "BandedNewton needs the network itself: pass it in place of the parameters, `BandedNewton(model)`, "
-            "or besides them, `BandedNewton(model.parameters(), model=model)`."
-        )
+        return params if isinstance(params, nn.Module) else None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(params, nn.Module) and params is not model:
@@ -27,11 +29,11 @@ def network_of(params: Params, model: nn.Module | None) -> nn.Module:
     return model
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless ``value`` is one of the choices."""
+def check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
+    """Raise a ValueError unless ``value`` is one of the choices; ``other`` says what else it may be."""
     if value not in choices:
         known = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} must be {'one of ' if len(choices) > 1 else ''}{known}, got {value!r}.")
+        raise ValueError(f"{name} must be {'one of ' if len(choices) > 1 else ''}{known}{other}, got {value!r}.")
 
 
 def check_count(name: str, value: object) -> None:
@@ -40,17 +42,42 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
-def check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
-    """Raise a ValueError unless a param group's options are in range and fit the first group's."""
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Raise a TypeError unless ``value`` is of one of these exported classes."""
+    if not isinstance(value, kinds):
+        known = " or ".join(f"hessopt.{kind.__name__}" for kind in kinds)
+        raise TypeError(f"{name} must be a {known}, got {type(value).__name__}.")
+
+
+def refuse_meta(parameters: Iterable[Tensor]) -> None:
+    """Raise a ModelError for parameters on the meta device."""
+    for p in parameters:
+        if p.is_meta:
+            raise ModelError(
+                f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values to train. Give the "
+                'network memory, `model.to_empty(device="cpu")`, and initialise or load it, before the optimizer is '
+                "made."
+            )
+
+
+def check_group(owner: str, group: dict[str, Any], first: dict[str, Any] | None, others: Iterable[str] = ()) -> None:
+    """Raise a ValueError unless a param group's options are in range.
+
+    Args:
+        owner: The optimizer's name.
+        group: The group, with ``lr``, ``weight_decay``, ``maximize`` and perhaps ``momentum``.
+        first: The first group, whose ``maximize`` is that of all; None if each may have its own.
+        others: More options that are finite and at least 0.
+    """
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
-    for name in ("lr", "weight_decay"):
+    for name in ("lr", "weight_decay", *others):
         if not 0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")
     if not 0 <= float(group.get("momentum", 0.0)) < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}.")
-    if bool(group["maximize"]) != bool(first["maximize"]):
+    if first is not None and bool(group["maximize"]) != bool(first["maximize"]):
         raise ValueError("maximize must be the same in all param groups: curvature has one sign for all.")
     for p in group["params"]:
         if p.is_complex():
-            raise ValueError("BandedNewton has no complex parameters; use torch.view_as_real.")
+            raise ValueError(f"{owner} has no complex parameters; use torch.view_as_real.")

@@ -25,12 +25,13 @@ class Layer:
     parameters: tuple[Tensor, ...]
 
 
-def layers_of(module: nn.Module, parameters: Iterable[Tensor]) -> tuple[Layer, ...]:
+def layers_of(owner: str, module: nn.Module, parameters: Iterable[Tensor]) -> tuple[Layer, ...]:
     """The layers that own the trained parameters, in the order of ``named_modules``.
 
     A parameter that several modules share belongs to the first of them.
 
     Args:
+        owner: The optimizer's name.
         module: The network.
         parameters: The optimizer's parameters; those that require grad are the trained ones.
 
@@ -39,7 +40,7 @@ def layers_of(module: nn.Module, parameters: Iterable[Tensor]) -> tuple[Layer, .
             trained parameter is not, or no longer, the network's; or they are on several devices.
     """
     _check_eager(module)
-    refuse_spread("BandedNewton", module)
+    refuse_spread(owner, module)
     trained = dict.fromkeys(p for p in parameters if p.requires_grad)
     if not trained:
         raise ModelError("none of the optimizer's parameters requires grad, so there is nothing to train.")

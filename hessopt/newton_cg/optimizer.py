@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hessopt.closure.all_or_nothing import AllOrNothing
-from hessopt.closure.finite import refuse_meta
 from hessopt.closure.objective import Objective
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature, output_of
 from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params
+from hessopt.network.arguments import Params, check_choice, check_count, check_group, network_of, refuse_meta
 from hessopt.network.processes import refuse_processes, refuse_spread
 from hessopt.network.saved_state import SavedState, asks_for_state
 from hessopt.newton_cg.curvature_choice import CurvatureChoice
@@ -164,14 +163,14 @@ class NewtonCG(SavedState):
         max_radius: float = 1e10,
         damping: float = 1e-2,
     ) -> None:
-        self.model = _network(params, model)
-        _check_choice("curvature", curvature, ("auto", "hessian", "ggn"))
-        _check_choice("method", method, ("trust-region", "levenberg-marquardt"))
+        self.model = network_of(params, model)
+        _check_eager(self.model)
+        check_choice("curvature", curvature, ("auto", "hessian", "ggn"))
+        check_choice("method", method, ("trust-region", "levenberg-marquardt"))
         if not callable(preconditioner):
-            _check_choice("preconditioner", preconditioner, ("none", "diagonal"), " or a function v ↦ M⁻¹v")
+            check_choice("preconditioner", preconditioner, ("none", "diagonal"), ", or a function v ↦ M⁻¹v")
         for name, count in (("max_products", max_products), ("max_trials", max_trials)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}.")
+            check_count(name, count)
         if not 0 < forcing < 1:
             raise ValueError(f"forcing must lie in (0, 1), got {forcing}.")
         if warm_start and callable(preconditioner):
@@ -199,7 +198,7 @@ class NewtonCG(SavedState):
         super().add_param_group(param_group)
         try:
             refuse_meta(self.param_groups[-1]["params"])
-            _check_group(self.param_groups[-1], self.param_groups[0])
+            check_group("NewtonCG", self.param_groups[-1], self.param_groups[0])
         except (ValueError, ModelError):
             self.param_groups.pop()
             raise
@@ -360,38 +359,11 @@ class NewtonCG(SavedState):
         return path, diagonal
 
 
-def _network(params: Params, model: nn.Module | None) -> nn.Module | None:
-    if model is None and isinstance(params, nn.Module):
-        model = params
-    if model is None:
-        return None
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(params, nn.Module) and params is not model:
-        raise ValueError("params and model are two different networks; pass one of them.")
-    for name, module in model.named_modules():
+def _check_eager(model: nn.Module | None) -> None:
+    for name, module in () if model is None else model.named_modules():
         compiled = torch._dynamo.eval_frame.OptimizedModule in type(module).__mro__
         if compiled or module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
             raise ModelError(
                 f"module {name or type(module).__name__!r} is compiled or scripted, and compiled code has no second "
                 "derivative. Pass the original nn.Module and call that in the closure; both share their parameters."
             )
-    return model
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}{other}, got {value!r}.")
-
-
-def _check_group(group: dict[str, Any], first: dict[str, Any]) -> None:
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
-    for name in ("lr", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")
-    if bool(group["maximize"]) != bool(first["maximize"]):
-        raise ValueError("maximize must be the same in all param groups: curvature has one sign for all.")
-    for p in group["params"]:
-        if p.is_complex():
-            raise ValueError("NewtonCG has no complex parameters; use torch.view_as_real.")

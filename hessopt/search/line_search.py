@@ -11,7 +11,7 @@ ARMIJO = 1e-4
 
 
 @dataclass(frozen=True)
-class LineSearch:
+class LineSearchResult:
     """What a search along a direction found.
 
     Attributes:
@@ -34,7 +34,7 @@ def line_search(
     max_trials: int = 10,
     expand: bool = False,
     rounding: float = 0.0,
-) -> LineSearch:
+) -> LineSearchResult:
     """Find t > 0 at which the objective goes down enough: ``change(t) ≤ 1e-4 (t · slope + ½ t² min(curvature, 0))``.
 
     While that does not hold, t goes to the minimizer of the parabola through what is known, within [t/10, t/2] (t/10
@@ -73,11 +73,11 @@ def line_search(
         best = -slope * t * t / (2 * above) if math.isfinite(above) and above > 0 else 0.0
         t = min(max(best, t / 10), t / 2)
     else:
-        return LineSearch(0.0, 0.0, trials)
+        return LineSearchResult(0.0, 0.0, trials)
     while expand and trials < max_trials:
         further = change(2 * t)
         trials += 1
         if not (further < value and enough(2 * t, further)):
             break
         t, value = 2 * t, further
-    return LineSearch(t, value, trials)
+    return LineSearchResult(t, value, trials)

@@ -14,17 +14,23 @@ from diagnostics.ranks.group import processes
 from diagnostics.ranks.spread import is_distributed
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import gradients_of
-from hessopt.closure.finite import gradient_norm, refuse_meta
+from hessopt.closure.finite import gradient_norm
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params
+from hessopt.network.arguments import Params, check_type, network_of, refuse_meta
 from hessopt.network.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
 from hessopt.network.saved_state import SavedState, asks_for_state, members
 from hessopt.spectral.exponent import Probe, measure_on_tape, smoothed
 from hessopt.spectral.groups import Selection, exponent_of, is_matrix, left_to_adamw
 from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
-from hessopt.spectral.step import SpectralStep, apply_adamw_step, apply_matrix_step, check_group, momentum_direction
+from hessopt.spectral.step import (
+    SpectralStep,
+    apply_adamw_step,
+    apply_matrix_step,
+    check_spectral_group,
+    momentum_direction,
+)
 from hessopt.spectral.transfer import spectral_map
 
 
@@ -123,14 +129,9 @@ class SpectralNewton(SavedState):
     ) -> None:
         coordinates = PowerLaw() if coordinates is None else coordinates
         adamw = AdamWPart() if adamw is None else adamw
-        for name, value, kind in (("coordinates", coordinates, PowerLaw), ("adamw", adamw, AdamWPart)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} must be a hessopt.{kind.__name__}, got {type(value).__name__}.")
-        network = params if isinstance(params, nn.Module) else model
-        if network is not None and not isinstance(network, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(network).__name__}.")
-        if isinstance(params, nn.Module) and model is not None and params is not model:
-            raise ValueError("params and model are two different networks; pass one of them.")
+        check_type("coordinates", coordinates, PowerLaw)
+        check_type("adamw", adamw, AdamWPart)
+        network = network_of(params, model)
         if adamw.select is not None and network is None:
             raise ValueError("AdamWPart(select=) chooses by name, for which the network is needed: pass model=.")
         self.online = OnlineExponent() if coordinates.online is None else coordinates.online
@@ -153,7 +154,7 @@ class SpectralNewton(SavedState):
         super().add_param_group(param_group)
         try:
             refuse_meta(self.param_groups[-1]["params"])
-            check_group(self.param_groups[-1], self.newton_schulz)
+            check_spectral_group(self.param_groups[-1], self.newton_schulz)
             check_distributed([p for group in self.param_groups for p in group["params"]], self.model)
             self._check_shards(self.param_groups[-1])
         except (ValueError, ModelError):

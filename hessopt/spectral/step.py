@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from hessopt.network.arguments import check_choice, check_group
 from hessopt.spectral.groups import check_exponents
 from hessopt.spectral.transfer import NewtonSchulz
 
@@ -69,27 +69,19 @@ def apply_adamw_step(group: Group, state: State, p: Tensor, g: Tensor) -> None:
     )  # fmt: skip
 
 
-def check_group(group: Group, newton_schulz: NewtonSchulz | None) -> None:
+def check_spectral_group(group: Group, newton_schulz: NewtonSchulz | None) -> None:
     """Raise ValueError for an option that is out of range."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}.")
-    for name in ("lr", "weight_decay", "delta", "adamw_ratio", "eps"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}.")
-    for name, value in (("momentum", group["momentum"]), *(("betas", b) for b in group["betas"])):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value}.")
-    if group["form"] not in ("scale_free", "published"):
-        raise ValueError(f'form must be "scale_free" or "published", got {group["form"]!r}.')
-    if group["method"] not in ("auto", "spectral", "adamw"):
-        raise ValueError(f'method must be "auto", "spectral" or "adamw", got {group["method"]!r}.')
+    check_group("SpectralNewton", group, None, ("delta", "adamw_ratio", "eps"))
+    for beta in group["betas"]:
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas must lie in [0, 1), got {beta}.")
+    check_choice("form", group["form"], ("scale_free", "published"))
+    check_choice("method", group["method"], ("auto", "spectral", "adamw"))
     check_exponents(group["alpha"])
     exponents = group["alpha"].values() if isinstance(group["alpha"], Mapping) else [group["alpha"]]
     if newton_schulz is not None and 1 not in exponents:
         raise ValueError("newton_schulz gives the polar factor, of alpha = 1; no layer has that exponent.")
     for p in group["params"]:
-        if p.is_complex():
-            raise ValueError("SpectralNewton has no complex parameters; use torch.view_as_real.")
         if p.dtype == torch.float16:
             raise ValueError(
                 "SpectralNewton has no float16 parameters: AdamW's eps and the squares of small gradients are zero in "

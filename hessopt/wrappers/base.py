@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import gradients_of
-from hessopt.closure.finite import gradient_norm, refuse_meta
+from hessopt.closure.finite import gradient_norm
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
+from hessopt.network.arguments import refuse_meta
 from hessopt.network.processes import refuse_own_gradients, refuse_spread
 from hessopt.network.saved_state import check_entry, check_groups, members, name_of, with_hooks
 

@@ -13,9 +13,12 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.testing._internal import common_optimizers as theirs
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput
 
-from hessopt.averages.options import MiniBatch
+from hessopt.averages.options import KroneckerAveraging
 from hessopt.banded.newton import BandedNewton
+from hessopt.kronecker.bandwidth import KroneckerBandwidth
+from hessopt.kronecker.newton import KroneckerNewton
 from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.search.rules import Fixed, LineSearch
 from hessopt.spectral.optimizer import SpectralNewton
 from hessopt.spectral.options import OnlineExponent, PowerLaw
 from hessopt.spectral.transfer import NewtonSchulz
@@ -53,7 +56,8 @@ def banded_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     return [
         *newton_inputs(device),
         OptimizerInput(None, {"bandwidth": "full"}, "full"),
-        OptimizerInput(None, {"adapt_damping": False, "damping": 1.0}, "fixed damping"),
+        OptimizerInput(None, {"search": Fixed(1.0)}, "fixed damping"),
+        OptimizerInput(None, {"search": LineSearch()}, "line search"),
     ]
 
 
@@ -61,7 +65,7 @@ def kronecker_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     return [
         *newton_inputs(device),
         OptimizerInput(None, {"bandwidth": "full"}, "full"),
-        OptimizerInput(None, {"bandwidth": "auto", "bandwidth_every": 2}, "auto"),
+        OptimizerInput(None, {"bandwidth": KroneckerBandwidth(2)}, "auto"),
     ]
 
 
@@ -95,12 +99,12 @@ newton_cg_errors = _own_errors(
     ({"forcing": 1.0}, "forcing must lie in"),
     ({"max_products": 0}, "max_products must be an integer"),
 )
-banded_errors = _own_errors(*BAD_RATE, ({"bandwidth": -1}, "integer of at least 0"), ({"damping": 0.0}, "damping must"))
+banded_errors = _own_errors(*BAD_RATE, ({"bandwidth": -1}, "integer of at least 0"), ({"space": "dense"}, "space must"))
 kronecker_errors = _own_errors(
     *BAD_RATE,
     ({"bandwidth": -1}, "integer of at least 0"),
     ({"damping": 0.0}, "damping must"),
-    ({"line_search": True}, "line_search is for exact factors"),
+    ({"trust": 0.0}, "trust must be positive"),
 )
 
 spectral_errors = _own_errors(
@@ -164,12 +168,12 @@ def _banded(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
 
 def _kronecker(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     # Exact columns: random ones are drawn on the device, so that runs on two devices would differ.
-    options = MiniBatch(columns="exact", factor_every=2, inverse_every=4)
-    return BandedNewton(params, model=net, factors="kronecker", curvature="ggn", mini_batch=options, **kwargs)
+    averages = KroneckerAveraging(columns="exact", factor_every=2, inverse_every=4)
+    return KroneckerNewton(params, model=net, curvature="ggn", averages=averages, **kwargs)
 
 
 def _kronecker_empirical(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
-    return BandedNewton(params, model=net, factors="kronecker", curvature="empirical", **kwargs)
+    return KroneckerNewton(params, model=net, curvature="empirical", **kwargs)
 
 
 def _spectral(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
@@ -216,13 +220,13 @@ SUBJECTS = {
         Subject(_info("NewtonCG(model=)", newton_cg_module_inputs, newton_cg_errors), _newton_cg_module),
         Subject(_info("BandedNewton", banded_inputs, banded_errors), _banded, needs_linear=True, concave=True),
         Subject(
-            _info("BandedNewton(kronecker)", kronecker_inputs, kronecker_errors),
+            _info("KroneckerNewton", kronecker_inputs, kronecker_errors),
             _kronecker,
             needs_linear=True,
             concave=True,
         ),
         Subject(
-            _info("BandedNewton(kronecker, empirical)", kronecker_inputs, kronecker_errors),
+            _info("KroneckerNewton(empirical)", kronecker_inputs, kronecker_errors),
             _kronecker_empirical,
             needs_linear=True,
             concave=True,

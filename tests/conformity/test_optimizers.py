@@ -68,8 +68,8 @@ NOT_FOR: dict[tuple[str, str], str] = {
         "NewtonCG",
         "NewtonCG(model=)",
         "BandedNewton",
-        "BandedNewton(kronecker)",
-        "BandedNewton(kronecker, empirical)",
+        "KroneckerNewton",
+        "KroneckerNewton(empirical)",
         "SpectralNewton",
         "SpectralNewton(model=)",
     )

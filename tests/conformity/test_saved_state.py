@@ -22,7 +22,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from hessopt import (
     BandedNewton,
-    MiniBatch,
+    KroneckerAveraging,
+    KroneckerBandwidth,
+    KroneckerNewton,
     NewtonCG,
     NullBoost,
     NullProject,
@@ -33,11 +35,11 @@ from hessopt import (
 )
 from tests.conformity.checks import same_state
 
-BATCH = MiniBatch(loss="cross_entropy", factor_every=2, inverse_every=3)
+AVERAGES = KroneckerAveraging(factor_every=2, inverse_every=3)
 
 
 def _kronecker(net: nn.Module, bandwidth: Any, **kwargs: Any) -> Optimizer:
-    return BandedNewton(net, factors="kronecker", mini_batch=BATCH, bandwidth=bandwidth, **kwargs)
+    return KroneckerNewton(net, bandwidth=bandwidth, loss="cross_entropy", averages=AVERAGES, **kwargs)
 
 
 def _projected(net: nn.Module) -> Optimizer:
@@ -51,9 +53,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "NewtonCG(all that is kept)": lambda net: NewtonCG(net, warm_start=True, preconditioner="diagonal"),
     "BandedNewton": BandedNewton,
     "BandedNewton(momentum)": lambda net: BandedNewton(net, momentum=0.5, bandwidth=1),
-    "BandedNewton(kronecker, 0)": lambda net: _kronecker(net, 0),
-    "BandedNewton(kronecker, 1)": lambda net: _kronecker(net, 1),
-    "BandedNewton(kronecker, auto)": lambda net: _kronecker(net, "auto", bandwidth_every=6),
+    "KroneckerNewton(0)": lambda net: _kronecker(net, 0),
+    "KroneckerNewton(1)": lambda net: _kronecker(net, 1),
+    "KroneckerNewton(auto)": lambda net: _kronecker(net, KroneckerBandwidth(6)),
     "SpectralNewton": SpectralNewton,
     "SpectralNewton(online)": lambda net: SpectralNewton(
         net, coordinates=PowerLaw("online", online=OnlineExponent(every=2))
@@ -66,7 +68,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "NullProject(SaddleEscape(SGD))": lambda net: NullProject(SaddleEscape(SGD(net.parameters(), lr=0.1))),
 }
 
-GROWS = ("BandedNewton(kronecker, 1)", "BandedNewton(kronecker, auto)", "NullProject(kronecker)", "NullBoost(AdamW)")
+GROWS = ("KroneckerNewton(1)", "KroneckerNewton(auto)", "NullProject(kronecker)", "NullBoost(AdamW)")
 """What they keep has a shape that only a step tells."""
 
 

@@ -61,16 +61,14 @@ LOCAL: dict[str, Callable[[nn.Module], Optimizer]] = {
     "NewtonCG": lambda net: hessopt.NewtonCG(net.parameters()),
     "NewtonCG(model)": hessopt.NewtonCG,
     "BandedNewton": hessopt.BandedNewton,
-    "BandedNewton(kronecker)": lambda net: hessopt.BandedNewton(
-        net, factors="kronecker", mini_batch=hessopt.MiniBatch(loss="mse")
-    ),
+    "KroneckerNewton": lambda net: hessopt.KroneckerNewton(net, loss="mse"),
     "SaddleEscape": lambda net: hessopt.SaddleEscape(SGD(net.parameters(), lr=0.1)),
     "NullBoost": lambda net: hessopt.NullBoost(SGD(net.parameters(), lr=0.1)),
     "SpectralNewton(online)": lambda net: hessopt.SpectralNewton(net, coordinates=hessopt.PowerLaw("online")),
 }
 """Optimizers whose steps are of the batch of one process."""
 
-WRAPPED = ("NewtonCG(model)", "BandedNewton", "BandedNewton(kronecker)")
+WRAPPED = ("NewtonCG(model)", "BandedNewton", "KroneckerNewton")
 """Those that are given the network."""
 
 SPECTRAL: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from hessopt import BandedNewton, LeastSquares, MiniBatch
+from hessopt import BandedNewton, Fixed, KroneckerAveraging, KroneckerDamping, LeastSquares, NamedLoss
+from hessopt.averages.options import declared_loss
 from hessopt.closure.output_curvature import curvature_roots, output_hessians
 from hessopt.closure.protocol import Evaluation
 from hessopt.factors.exact_curvature import ExactCurvature, Structure
@@ -95,12 +96,29 @@ def kronecker_band(
     *,
     parameters: Iterable[Tensor] | None = None,
     curvature: Any = "fisher",
-    damping: float = 2e-3,
     **options: Any,
 ) -> KroneckerBand:
     """The engine for all parameters of a network, with options by name."""
     trained = net.parameters() if parameters is None else parameters
-    return KroneckerBand(net, trained, bandwidth, curvature, damping, MiniBatch(**options))
+    own = kronecker_arguments(**options)
+    loss, damping, averages = declared_loss(own.pop("loss")), own.pop("damping"), own.pop("averages")
+    assert not own, own
+    return KroneckerBand(net, trained, bandwidth, curvature, damping, loss, averages)
+
+
+def kronecker_arguments(**options: Any) -> dict[str, Any]:
+    """Arguments of KroneckerNewton from options by name, in whatever object these are."""
+    loss = options.pop("loss", None)
+    form = {name: options.pop(name) for name in ("reduction", "class_dim") if name in options}
+    unit = options.pop("damping_unit", "loss")
+    adaptation = {name: options.pop(name) for name in ("adapt_every", "adapt_rate") if name in options}
+    names = [field.name for field in fields(KroneckerAveraging) if field.name in options]
+    return {
+        "loss": NamedLoss(loss, **form) if form else loss,
+        "damping": KroneckerDamping(options.pop("damping", None), unit, **adaptation),
+        "averages": KroneckerAveraging(**{name: options.pop(name) for name in names}),
+        **options,
+    }
 
 
 def gather(band: KroneckerBand, loss: Tensor) -> None:
@@ -237,7 +255,7 @@ def step_of(net: Dag, closure: Callable[[], Any], **options: Any) -> Tensor:
     """The change of the trained parameters by one undisturbed step."""
     parameters = [layer for layer in trained(net) if layer]
     before = flat(parameters).detach().clone()
-    BandedNewton(net, **{"damping": LAMBDA, "adapt_damping": False, **options}).step(closure)
+    BandedNewton(net, **{"search": Fixed(LAMBDA), **options}).step(closure)
     return flat(parameters).detach() - before
 
 

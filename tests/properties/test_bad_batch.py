@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from hessopt import (
     BandedNewton,
+    KroneckerNewton,
     NewtonCG,
     NullBoost,
     NullProject,
@@ -146,7 +147,7 @@ def test_a_line_search_of_the_wrapped_optimizer_that_does_not_end(error: type[Ba
 
 @pytest.mark.parametrize("kind", [*(name for name in MAKERS if name != "project off a memory"), "kronecker"])
 def test_parameters_without_values_are_refused(kind: str) -> None:
-    makers = {**MAKERS, "kronecker": lambda net: BandedNewton(net, factors="kronecker")}
+    makers = {**MAKERS, "kronecker": lambda net: KroneckerNewton(net, bandwidth="auto")}
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     with pytest.raises(ModelError, match=r"shape \(8, 6\) is on the meta device.*to_empty"):

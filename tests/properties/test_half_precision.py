@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Optimizer
 
-from hessopt import BandedNewton, MiniBatch, NewtonCG, NullBoost, NullProject, SaddleEscape, SpectralNewton
+from hessopt import (
+    BandedNewton,
+    Fixed,
+    KroneckerAveraging,
+    KroneckerNewton,
+    NewtonCG,
+    NullBoost,
+    NullProject,
+    SaddleEscape,
+    SpectralNewton,
+)
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -41,11 +51,11 @@ def remembered(net: nn.Module) -> Tensor:
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
-    "exact, sample": lambda net: BandedNewton(net, factors="sample", damping=0.3, adapt_damping=False),
-    "exact, dense": lambda net: BandedNewton(net, factors="dense", damping=0.3, adapt_damping=False),
-    "exact, hessian": lambda net: BandedNewton(net, curvature="hessian", damping=0.3, adapt_damping=False),
-    "kronecker": lambda net: BandedNewton(
-        net, factors="kronecker", curvature="ggn", mini_batch=MiniBatch(columns="exact")
+    "exact, sample": lambda net: BandedNewton(net, space="sample", search=Fixed(0.3)),
+    "exact, parameter": lambda net: BandedNewton(net, space="parameter", search=Fixed(0.3)),
+    "exact, hessian": lambda net: BandedNewton(net, curvature="hessian", search=Fixed(0.3)),
+    "kronecker": lambda net: KroneckerNewton(
+        net, bandwidth="auto", curvature="ggn", averages=KroneckerAveraging(columns="exact")
     ),
     "newton-cg, hessian": lambda net: NewtonCG(net, curvature="hessian", radius=0.5),
     "newton-cg, ggn": lambda net: NewtonCG(net, curvature="ggn", radius=0.5),

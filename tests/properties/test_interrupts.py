@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 import hessopt
 from hessopt import (
     BandedNewton,
-    MiniBatch,
+    Fixed,
+    KroneckerNewton,
+    LineSearch,
     NewtonCG,
     NullBoost,
     NullProject,
@@ -74,12 +76,10 @@ def projection(net: nn.Module) -> NullProject:
 
 MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "exact": lambda net: BandedNewton(net, bandwidth=1, momentum=0.5, weight_decay=0.01),
-    "exact, without a trial": lambda net: BandedNewton(net, bandwidth=1, adapt_damping=False, damping=1.0),
-    "exact, line search": lambda net: BandedNewton(net, bandwidth=1, line_search=True),
-    "kronecker": lambda net: BandedNewton(net, bandwidth=1, factors="kronecker", weight_decay=0.01),
-    "kronecker, declared": lambda net: BandedNewton(
-        net, bandwidth=0, factors="kronecker", mini_batch=MiniBatch(loss="mse", momentum=0.9)
-    ),
+    "exact, without a trial": lambda net: BandedNewton(net, bandwidth=1, search=Fixed(1.0)),
+    "exact, line search": lambda net: BandedNewton(net, bandwidth=1, search=LineSearch()),
+    "kronecker": lambda net: KroneckerNewton(net, bandwidth=1, weight_decay=0.01),
+    "kronecker, declared": lambda net: KroneckerNewton(net, bandwidth=0, loss="mse", momentum=0.9),
     "newton-cg": lambda net: NewtonCG(net, preconditioner="diagonal", warm_start=True),
     "levenberg-marquardt": lambda net: NewtonCG(net, method="levenberg-marquardt", weight_decay=0.01),
     "spectral": lambda net: SpectralNewton(net, weight_decay=0.01),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 import hessopt
 from examples.shared.task import Task
@@ -29,26 +30,36 @@ def newton_cg(task: Task, **settings: Any) -> Stepper:
     return ClosureStep(task, hessopt.NewtonCG(task.model, **settings))
 
 
-def banded_newton(task: Task, **settings: Any) -> Stepper:
-    return ClosureStep(task, hessopt.BandedNewton(task.model, **settings))
+def banded_newton(task: Task, *, damping: float = 1e-2, **settings: Any) -> Stepper:
+    return ClosureStep(task, hessopt.BandedNewton(task.model, search=hessopt.Damped(damping), **settings))
 
 
-def banded_search(task: Task, **settings: Any) -> Stepper:
+def banded_search(task: Task, *, damping: float | None = None, **settings: Any) -> Stepper:
     """With the line search: for full batches of residuals."""
     need_full_batch(task)
-    return ClosureStep(task, hessopt.BandedNewton(task.model, line_search=True, **settings))
+    return ClosureStep(task, hessopt.BandedNewton(task.model, search=hessopt.LineSearch(damping), **settings))
 
 
-def banded_kronecker(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
-    """The mini-batch form. Where the loss can be declared, by name or as a module, it needs no closure."""
-    names = [field.name for field in dataclasses.fields(hessopt.MiniBatch)]
-    options = {name: settings.pop(name) for name in names if name in settings}
-    if task.declared is not None:
-        options |= dict(zip(("loss", "reduction", "class_dim"), task.declared, strict=False))
-    optimizer = hessopt.BandedNewton(
-        task.model, factors="kronecker", mini_batch=hessopt.MiniBatch(**options), **settings
+def declared_loss(declared: Sequence[Any]) -> hessopt.NamedLoss | nn.Module:
+    """A task's loss: a module, or a name with perhaps a reduction and the dimension of the classes."""
+    return declared[0] if isinstance(declared[0], nn.Module) else hessopt.NamedLoss(*declared)
+
+
+def banded_kronecker(
+    task: Task, *, schedule: str = "constant", bandwidth: Any = "auto", damping_unit: Any = "loss", **settings: Any
+) -> Stepper:
+    """For mini-batches. Where the loss can be declared, by name or as a module, it needs no closure."""
+    names = [field.name for field in dataclasses.fields(hessopt.KroneckerAveraging) if field.name in settings]
+    averages = hessopt.KroneckerAveraging(**{name: settings.pop(name) for name in names})
+    optimizer = hessopt.KroneckerNewton(
+        task.model,
+        bandwidth=bandwidth,
+        loss=None if task.declared is None else declared_loss(task.declared),
+        damping=hessopt.KroneckerDamping(settings.pop("damping", None), damping_unit),
+        averages=averages,
+        **settings,
     )
-    if "loss" in options:
+    if task.declared is not None:
         return GradientStep(task, optimizer, schedule=schedule)
     return ClosureStep(task, optimizer, schedule)
 
@@ -156,7 +167,7 @@ _ALL = [
     ),
     Contender(
         "banded_kronecker",
-        "BandedNewton, Kronecker",
+        "KroneckerNewton",
         banded_kronecker,
         [
             {"trust": 2e-2},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessopt import BandedNewton, MiniBatch
+from hessopt import KroneckerNewton
 from hessopt.averages.blocks import plan_blocks
 from hessopt.kronecker.band import KroneckerBand
 from tests.helpers.kronecker_reference import gather, kronecker_band
@@ -408,7 +408,7 @@ def test_many_parameters_without_factors_are_warned_of_once(caplog: pytest.LogCa
         caplog.clear()
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(8, 10), Scale(size))  # 90 parameters and size
-        optimizer = BandedNewton(net, factors="kronecker", mini_batch=MiniBatch(loss="mse"))
+        optimizer = KroneckerNewton(net, bandwidth="auto", loss="mse")
         for _ in range(3):
             optimizer.zero_grad()
             functional.mse_loss(net(torch.randn(5, 8)), torch.zeros(5, 10)).backward()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hessopt import BandedNewton, MiniBatch
+from hessopt import KroneckerAveraging, KroneckerNewton
 from hessopt.errors import ClosureError, ModelError
-from tests.helpers.kronecker_reference import kronecker_band
+from tests.helpers.kronecker_reference import kronecker_arguments, kronecker_band
 
 KINDS = ["name", "module", "empirical", "empirical, module"]
 
@@ -39,66 +39,65 @@ def data(seed: int, size: int = 16, dtype: torch.dtype = torch.float64) -> tuple
     return x, (x[:, :3] * x[:, 1:]).argmax(1)
 
 
-def build(net: nn.Module, kind: str, **options: Any) -> tuple[BandedNewton, nn.Module]:
+def build(net: nn.Module, kind: str, **options: Any) -> tuple[KroneckerNewton, nn.Module]:
     criterion = nn.CrossEntropyLoss()
     loss: Any = criterion if "module" in kind else None if kind == "empirical" else "cross_entropy"
-    own = {name: options.pop(name) for name in ("bandwidth", "damping", "weight_decay") if name in options}
-    own["curvature"] = "empirical" if "empirical" in kind else "fisher"
-    mini_batch = MiniBatch(loss=loss, **{"factor_every": 2, "inverse_every": 4, **options})
-    return BandedNewton(net, factors="kronecker", mini_batch=mini_batch, **{"bandwidth": 1, **own}), criterion
+    options = {"bandwidth": 1, "factor_every": 2, "inverse_every": 4, "loss": loss, **options}
+    options["curvature"] = "empirical" if "empirical" in kind else "fisher"
+    return KroneckerNewton(net, **kronecker_arguments(**options)), criterion
 
 
-def averages(optimizer: BandedNewton) -> list[Tensor]:
+def averages(optimizer: KroneckerNewton) -> list[Tensor]:
     found = optimizer.band.averages
     assert found.factors is not None
     return [*found.factors.tensors, *found.diagonals.values()]
 
 
-def train(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module, seed: int) -> None:
+def train(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module, seed: int) -> None:
     x, y = data(seed)
     optimizer.zero_grad()
     criterion(net(x), y).backward()
     optimizer.step()
 
 
-def validation(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def validation(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     x, y = data(1000)
     criterion(net(x), y)
 
 
-def noise(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def noise(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     criterion(net(100 * data(1001)[0]), data(1001)[1])
 
 
-def part(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def part(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     assert isinstance(net, nn.Sequential)
     net[:3](data(1002)[0])
 
 
-def adversarial(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def adversarial(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     x, y = data(1003)
     torch.autograd.grad(criterion(net(x.requires_grad_()), y), x)
 
 
-def abandoned(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def abandoned(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     x, y = data(1004)
     optimizer.zero_grad()
     criterion(net(x), y).backward()
     optimizer.zero_grad()
 
 
-def measured(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def measured(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     x, y = data(1005)
     torch.autograd.grad(criterion(net(x), y), list(net.parameters()))
 
 
-def without_gradients(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def without_gradients(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     x, y = data(1006)
     with torch.no_grad():
         criterion(net(x), y)
 
 
-def failed(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module) -> None:
+def failed(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module) -> None:
     def closure() -> Tensor:
         x, y = data(1007)
         optimizer.zero_grad()
@@ -118,7 +117,7 @@ OTHERS = [validation, noise, part, adversarial, abandoned, measured, without_gra
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", OTHERS, ids=lambda f: f.__name__)
 def test_passes_that_no_step_follows_leave_no_trace(
-    kind: str, other: Callable[[BandedNewton, nn.Module, nn.Module], None]
+    kind: str, other: Callable[[KroneckerNewton, nn.Module, nn.Module], None]
 ) -> None:
     net = network()
     twin = copy.deepcopy(net)
@@ -184,7 +183,7 @@ class Token:
 def test_tapes_that_no_step_follows_are_freed(kind: str) -> None:
     net = network()
     if kind == "closure":
-        optimizer, criterion = BandedNewton(net, factors="kronecker"), nn.CrossEntropyLoss()
+        optimizer, criterion = KroneckerNewton(net, bandwidth="auto"), nn.CrossEntropyLoss()
     else:
         optimizer, criterion = build(net, kind)
     x, y = data(0)
@@ -211,7 +210,7 @@ def test_one_bad_batch_costs_one_batch(kind: str, value: float, at: int) -> None
         x, y = data(i, dtype=torch.float32)
         if i == at:
             x[3, 2] = value
-        state = copy.deepcopy([[*averages(optimizer)], net.state_dict(), optimizer._kronecker.momentum]) if i else None  # type: ignore[union-attr]
+        state = copy.deepcopy([[*averages(optimizer)], net.state_dict(), optimizer._kronecker.momentum]) if i else None
         before = copy.deepcopy(net.state_dict())
         optimizer.zero_grad()
         criterion(net(x), y).backward()
@@ -221,7 +220,7 @@ def test_one_bad_batch_costs_one_batch(kind: str, value: float, at: int) -> None
             assert state is not None
             assert all(torch.equal(a, b) for a, b in zip(averages(optimizer), state[0], strict=True))
             if not finite:
-                for a, b in zip(optimizer._kronecker.momentum.values(), state[2].values(), strict=True):  # type: ignore[union-attr]
+                for a, b in zip(optimizer._kronecker.momentum.values(), state[2].values(), strict=True):
                     assert torch.equal(a, b)
         if i == at and (not finite or not at):
             assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
@@ -260,7 +259,7 @@ def test_overflow_in_half_precision_is_the_scalers(kind: str) -> None:
     assert all(t.isfinite().all() for t in averages(optimizer))
 
 
-def state_of(optimizer: BandedNewton, net: nn.Module) -> list[Any]:
+def state_of(optimizer: KroneckerNewton, net: nn.Module) -> list[Any]:
     return copy.deepcopy(tree_leaves([optimizer.state_dict(), net.state_dict()]))
 
 
@@ -276,7 +275,7 @@ def test_a_closure_whose_gradient_is_not_finite_leaves_everything(kind: str) -> 
     net = network()
     optimizer, criterion = build(net, "name" if kind == "closure" else kind)
     if kind == "closure":
-        optimizer = BandedNewton(net, factors="kronecker", mini_batch=MiniBatch(factor_every=2))
+        optimizer = KroneckerNewton(net, bandwidth="auto", averages=KroneckerAveraging(factor_every=2))
     for i in range(4):
         x, y = data(i)
         optimizer.step(lambda x=x, y=y: criterion(net(x), y))

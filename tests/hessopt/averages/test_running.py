@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hessopt import MiniBatch
+from hessopt import KroneckerAveraging, KroneckerDamping, NamedLoss
 from hessopt.averages.gathering import Batch, Gathering
 from hessopt.averages.running import Pending, RunningAverages, Taper, no_pairs
 from hessopt.kronecker.damped_inverse import DampedInverse
@@ -22,7 +22,7 @@ from hessopt.kronecker.taper import BandTaper
 from tests.conformity.checks import same_state
 from tests.helpers.kronecker_reference import kronecker_band
 
-EXACT = MiniBatch(loss="cross_entropy", columns="exact", decay=0.7)
+EXACT = KroneckerAveraging(columns="exact", decay=0.7)
 
 
 class Scaled(nn.Sequential):
@@ -46,8 +46,9 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(7, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (7,), generator=generator)
 
 
-def build(net: nn.Module, taper: Taper = no_pairs, curvature: Any = "ggn", options: MiniBatch = EXACT) -> Any:
-    gathering: Gathering[Pending] = Gathering(net, net.parameters(), curvature, options)
+def build(net: nn.Module, taper: Taper = no_pairs, curvature: Any = "ggn", loss: Any = "cross_entropy") -> Any:
+    options = EXACT if curvature == "ggn" else KroneckerAveraging(decay=0.7)
+    gathering: Gathering[Pending] = Gathering(net, net.parameters(), curvature, NamedLoss(loss), options)
     return RunningAverages(gathering, options.decay, taper)
 
 
@@ -137,7 +138,7 @@ class Taker:
 
 def test_gathering_hands_its_batches_to_anyone() -> None:
     net, taker = network(), Taker()
-    gathering: Gathering[str] = Gathering(net, net.parameters(), "ggn", EXACT)
+    gathering: Gathering[str] = Gathering(net, net.parameters(), "ggn", NamedLoss("cross_entropy"), EXACT)
     gathering.hand_to(taker.take)
     x, y = data(0)
     loss = functional.cross_entropy(net(x), y)
@@ -252,7 +253,7 @@ def test_the_state_of_the_inverse(taper: Taper) -> None:
     averages = build(net, taper)
     update(averages, 0)
     gradients = [torch.ones_like(p) for p in averages.gathering.parameters]
-    inverse, other = (DampedInverse(averages, damping, EXACT) for damping in (0.1, 0.3))
+    inverse, other = (DampedInverse(averages, KroneckerDamping(damping), 3) for damping in (0.1, 0.3))
     inverse.refresh()
     update(averages, 1)  # the inverse is of the averages as they were
     other.load_state_dict(through_file(inverse.state_dict()))
@@ -271,14 +272,14 @@ def test_the_state_of_the_inverse(taper: Taper) -> None:
 
 def test_the_least_damping_is_in_the_units_of_the_loss() -> None:
     """In units of layers; also of the inverse that the first step makes."""
-    averages = build(network(), options=MiniBatch(loss="mse", columns="exact", damping_unit="layer"))
+    averages = build(network(), loss="mse")
     update(averages, 0)
-    inverse = DampedInverse(averages, 0.1, averages.gathering.options)
+    inverse = DampedInverse(averages, KroneckerDamping(0.1, "layer"), 3)
     assert averages.scale == pytest.approx(2.0)
     assert inverse.absolute_damping.floor == pytest.approx(30 * torch.finfo(torch.float64).eps * 2.0)
-    empirical = build(network(), curvature="empirical", options=MiniBatch(damping_unit="layer"))
+    empirical = build(network(), curvature="empirical")
     update(empirical, 0)
-    assert DampedInverse(empirical, 0.1, empirical.gathering.options).absolute_damping.floor == 0.0
+    assert DampedInverse(empirical, KroneckerDamping(0.1, "layer"), 3).absolute_damping.floor == 0.0
 
 
 @pytest.mark.parametrize("part", ["gathering", "averages", "inverse"])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt import BandedNewton, LeastSquares
-from hessopt.banded.bandwidth import BandwidthChoice, bandwidth_cliques, candidates, coupling_radius
+from hessopt import AutoBandwidth, BandedNewton, Fixed, LeastSquares, LineSearch
+from hessopt.banded.bandwidth import bandwidth_cliques, candidates, coupling_radius
 from hessopt.banded.systems import ParameterSystem, SampleSystem, step_operations
 from hessopt.network.cliques import Cliques, band_cliques
 from hessopt.search.gain import Candidate, most_gain
@@ -58,28 +58,28 @@ def test_both_spaces_give_the_same_step(net: Any, bandwidth: Any) -> None:
         assert torch.allclose(system.block_norms(), blocks, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("factors", ["sample", "dense"])
+@pytest.mark.parametrize("space", ["sample", "parameter"])
 @pytest.mark.parametrize("bandwidth", [0, "full"])
-def test_chosen_space_gives_the_dense_solve(factors: Any, bandwidth: Any) -> None:
+def test_chosen_space_gives_the_dense_solve(space: Any, bandwidth: Any) -> None:
     net = skip()
     expected = dense(net, batch()[0], losses(2)["mse"])
     matrix = expected.ggn + LAMBDA * torch.eye(len(expected.ggn), dtype=torch.float64)
     if bandwidth == 0:
         matrix = torch.block_diag(*(matrix[s, s] for s in expected.slices))
-    step = step_of(net, closure_of(net, "mse"), bandwidth=bandwidth, factors=factors)
+    step = step_of(net, closure_of(net, "mse"), bandwidth=bandwidth, space=space)
     assert relative(step, -torch.linalg.solve(matrix, expected.gradient)) < RTOL
 
 
-@pytest.mark.parametrize("factors", ["sample", "dense"])
+@pytest.mark.parametrize("space", ["sample", "parameter"])
 @pytest.mark.parametrize("bandwidth", [0, "full", "auto"])
-def test_loss_without_curvature_in_the_output_gives_a_damped_gradient_step(factors: Any, bandwidth: Any) -> None:
+def test_loss_without_curvature_in_the_output_gives_a_damped_gradient_step(space: Any, bandwidth: Any) -> None:
     """Linear in the output, so that the Gauss-Newton matrix is zero and its factors have no rows."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
     before = [p.detach().clone() for p in net.parameters()]
     x = torch.randn(9, 3, dtype=torch.float64)
     gradients = torch.autograd.grad(net(x).mean(), list(net.parameters()))
-    optimizer = BandedNewton(net, bandwidth=bandwidth, factors=factors, damping=0.5, adapt_damping=False)
+    optimizer = BandedNewton(net, bandwidth=bandwidth, space=space, search=Fixed(0.5))
     optimizer.step(lambda: net(x).mean())
     for p, old, g in zip(net.parameters(), before, gradients, strict=True):
         assert torch.allclose(p, old - g / 0.5, rtol=1e-12, atol=1e-15)
@@ -87,13 +87,13 @@ def test_loss_without_curvature_in_the_output_gives_a_damped_gradient_step(facto
 
 def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hessopt.banded.space"):
-        for width, space in ((2, "dense"), (40, "sample")):
+        for width, space in ((2, "parameter"), (40, "sample")):
             caplog.clear()
             net, x = chain(2, width=width, outputs=1), batch(40)[0]
             optimizer = BandedNewton(net, bandwidth=0)
             for _ in range(2):
                 optimizer.step(lambda net=net, x=x: net(x).square().mean())
-            assert [r.getMessage().split(":")[0] for r in caplog.records] == [f'factors="{space}"']
+            assert [r.getMessage().split(":")[0] for r in caplog.records] == [f'space="{space}"']
     chain_of_two = band_cliques(np.array([[0.0, 1.0], [1.0, 0.0]]), 0)
     # six passes of 10 rows; Gram matrices 10²·min(P, 2√P) and two systems 10³/3; blocks 10 P² and P³/3
     assert step_operations(10, [16, 25], chain_of_two, dense=False) == pytest.approx(60 * 41 + 100 * 18 + 2 * 1000 / 3)
@@ -103,8 +103,8 @@ def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None
 
 def test_dense_memory_is_refused() -> None:
     net, closure = regression()
-    with pytest.raises(MemoryBudgetError, match='Use factors="sample" or raise memory_limit'):
-        BandedNewton(net, factors="dense", memory_limit=500_000).step(closure)
+    with pytest.raises(MemoryBudgetError, match='Use space="sample" or raise memory_limit'):
+        BandedNewton(net, space="parameter", memory_limit=500_000).step(closure)
     BandedNewton(net, memory_limit=500_000).step(closure)  # "auto" takes the other space
 
 
@@ -165,7 +165,7 @@ def test_a_bandwidth_that_costs_no_less_than_a_larger_one_is_not_tried(
         def predicted_reduction(self, step: int) -> float:
             return 1.0
 
-    found = BandwidthChoice().bandwidth({}, distances, Model(), System(), 0.1)  # type: ignore[arg-type]
+    found = AutoBandwidth().choose({}, distances, Model(), System(), 0.1)  # type: ignore[arg-type]
     assert (solved, found) == (tried, chosen)
 
 
@@ -179,10 +179,10 @@ def test_most_gain_with_hysteresis() -> None:
     assert most_gain([Candidate(0, 0.0, 0.0)], None, 0.1) == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"bandwidth_rule": "radius"}, {"cost": "measured"}])
+@pytest.mark.parametrize("options", [{}, {"rule": "radius"}, {"cost": "measured"}])
 def test_auto_decides_logs_and_keeps(options: Any, caplog: pytest.LogCaptureFixture) -> None:
     net, closure = regression()
-    optimizer = BandedNewton(net, bandwidth="auto", bandwidth_every=3, **options)
+    optimizer = BandedNewton(net, bandwidth=AutoBandwidth(every=3, **options))
     with caplog.at_level(logging.INFO, logger="hessopt.banded.bandwidth"):
         values = [optimizer.step(closure).item() for _ in range(7)]
     assert len(caplog.records) == 3
@@ -196,7 +196,7 @@ def test_radius_rule_is_the_radius() -> None:
     steps = []
     for epsilon in (1e-9, 0.999999):
         net, closure = regression()
-        optimizer = BandedNewton(net, bandwidth="auto", bandwidth_rule="radius", epsilon=epsilon)
+        optimizer = BandedNewton(net, bandwidth=AutoBandwidth("radius", epsilon=epsilon))
         optimizer.step(closure)
         steps.append(optimizer.state[net[0].weight]["bandwidth"])
     assert steps == [3, 0]
@@ -205,12 +205,12 @@ def test_radius_rule_is_the_radius() -> None:
 @pytest.mark.parametrize("through_file", [False, True])
 def test_resume_with_auto_bit_for_bit(through_file: bool) -> None:
     (net, closure), (other, again) = regression(), regression(seed=9)
-    optimizer, resumed = (BandedNewton(m, bandwidth="auto", bandwidth_every=3) for m in (net, other))
+    optimizer, resumed = (BandedNewton(m, bandwidth=AutoBandwidth(every=3)) for m in (net, other))
     resumes((net, optimizer, closure), (other, resumed, again), through_file)
 
 
-@pytest.mark.parametrize("factors", ["sample", "dense"])
-def test_rescaling_of_adjacent_relu_layers_changes_nothing(factors: Any) -> None:
+@pytest.mark.parametrize("space", ["sample", "parameter"])
+def test_rescaling_of_adjacent_relu_layers_changes_nothing(space: Any) -> None:
     """The full Gauss-Newton step without damping does not depend on how a function is parametrized."""
     changes = []
     for scale in (1.0, 3.0):
@@ -223,7 +223,7 @@ def test_rescaling_of_adjacent_relu_layers_changes_nothing(factors: Any) -> None
         y = torch.linspace(-1, 1, 5, dtype=torch.float64).unsqueeze(1)
         before = net(x).detach()
         direction = {p: p.detach().clone() for p in net.parameters()}
-        BandedNewton(net, bandwidth="full", factors=factors, damping=1e-9, adapt_damping=False).step(
+        BandedNewton(net, bandwidth="full", space=space, search=Fixed(1e-9)).step(
             lambda net=net, x=x, y=y: LeastSquares(net(x) - y)
         )
         # the change of the function to first order
@@ -240,7 +240,7 @@ def test_rescaling_of_adjacent_relu_layers_changes_nothing(factors: Any) -> None
 def test_line_search(maximize: bool) -> None:
     net, closure = regression()
     sign = -1 if maximize else 1
-    options = {"adapt_damping": False, "line_search": True, "damping": 1e-8, "maximize": maximize}
+    options = {"search": LineSearch(1e-8, adapt=False), "maximize": maximize}
     optimizer = BandedNewton(net, weight_decay=1e-3, **options)
     for _ in range(15):
         before = flat([list(net.parameters())]).detach().clone()
@@ -260,7 +260,7 @@ def test_line_search(maximize: bool) -> None:
 def test_damping_of_a_line_search_is_relative_to_the_trace(adapt: bool) -> None:
     """The trace by back-propagation of every output; 1e-8 of it to start with, 50 ε of it at least."""
     net, closure = regression()
-    optimizer = BandedNewton(net, line_search=True, adapt_damping=adapt)
+    optimizer = BandedNewton(net, search=LineSearch(adapt=adapt))
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # regression()'s own
     used = []
     for _ in range(12):
@@ -285,7 +285,7 @@ def test_line_search_that_finds_nothing_leaves_the_parameters() -> None:
         count += 1
         return closure() + count
 
-    optimizer = BandedNewton(net, adapt_damping=False, line_search=True)
+    optimizer = BandedNewton(net, search=LineSearch(adapt=False))
     optimizer.step(rises)
     assert not optimizer.last_step.accepted
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
@@ -320,5 +320,5 @@ def test_tape_is_freed() -> None:
         outputs.append(weakref.ref(inner))
         return LeastSquares(slope[:, 0] - 1)
 
-    BandedNewton(net, adapt_damping=False).step(closure)
+    BandedNewton(net, search=Fixed()).step(closure)
     assert outputs[1]() is None

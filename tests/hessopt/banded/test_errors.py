@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt import BandedNewton, MiniBatch
+from hessopt import AutoBandwidth, BandedNewton, Damped, Fixed, LineSearch
 from hessopt.errors import ClosureError, ModelError, NotConvexError
 from tests.helpers.kronecker_reference import (
     Dag,
@@ -26,31 +26,50 @@ RTOL = 1e-8
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factors": "lanczos"}, "factors must be one of .*got 'lanczos'"),
-        ({"mini_batch": MiniBatch()}, 'pass factors="kronecker" with it'),
-        ({"factors": "kronecker", "line_search": True, "epsilon": 0.2}, "line_search, epsilon are for exact factors"),
-        ({"factors": "kronecker", "curvature": "hessian"}, "curvature must be one of .*got 'hessian'"),
-        ({"factors": "kronecker", "damping": 0.0}, "damping must lie in"),
-        ({"bandwidth_rule": "best"}, "bandwidth_rule must be one of .*got 'best'"),
-        ({"bandwidth_every": 0}, "bandwidth_every must be an integer of at least 1, got 0"),
-        ({"cost": "guessed"}, "cost must be one of .*got 'guessed'"),
-        ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
+        ({"space": "lanczos"}, "space must be one of .*got 'lanczos'"),
+        ({"space": "lanczos", "curvature": "hessian"}, "space must be one of .*got 'lanczos'"),
+        ({"space": "sample", "curvature": "hessian"}, 'pass space="parameter"'),
         ({"bandwidth": -1}, 'integer of at least 0 or "full", got -1'),
         ({"bandwidth": 1.5}, 'integer of at least 0 or "full", got 1.5'),
         ({"curvature": "fisher"}, 'curvature must be one of "ggn", "hessian", got \'fisher\''),
         ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
-        ({"damping": 0.0}, "damping must lie in"),
-        ({"damping": -1.0}, "damping must lie in"),
-        ({"min_damping": 1.0, "max_damping": 0.1}, "damping bounds"),
-        ({"max_rejections": 0}, "max_rejections must be an integer of at least 1, got 0"),
+        ({"momentum": 1.0}, "momentum must lie in"),
         ({"memory_limit": 0}, "memory_limit must be"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BandedNewton(chain(), **options)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (AutoBandwidth, {"rule": "best"}, "rule must be one of .*got 'best'"),
+        (AutoBandwidth, {"every": 0}, "every must be an integer of at least 1, got 0"),
+        (AutoBandwidth, {"cost": "guessed"}, "cost must be one of .*got 'guessed'"),
+        (AutoBandwidth, {"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
+        (AutoBandwidth, {"rule": "radius", "cost": "model"}, "asks for no cost"),
+        *((rule, {"damping": value}, "damping must lie in") for rule in (Damped, LineSearch) for value in (0.0, -1.0)),
+        (Fixed, {"damping": 0.0}, "damping must lie in"),
+        (Fixed, {"damping": 1e11}, "damping must lie in"),
+        (Damped, {"minimum": 1.0, "maximum": 0.1}, "damping bounds"),
+        (LineSearch, {"minimum": 1.0, "maximum": 0.1}, "damping bounds"),
+        (Damped, {"max_rejections": 0}, "max_rejections must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_rules(rule: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rule(**options)
+
+
+def test_a_rule_of_another_type() -> None:
+    with pytest.raises(TypeError, match=r"search must be a hessopt.Damped or hessopt.LineSearch or .*, got float"):
+        BandedNewton(chain(), search=1e-2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="factors"):
+        BandedNewton(chain(), factors="kronecker")  # type: ignore[call-arg]
 
 
 def test_missing_or_wrong_network() -> None:

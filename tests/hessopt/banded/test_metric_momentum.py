@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessopt import BandedNewton, LeastSquares
+from hessopt import BandedNewton, Damped, Fixed, LeastSquares, LineSearch
 from tests.helpers.kronecker_reference import (
     batch,
     chain,
@@ -47,13 +47,11 @@ def squares(net: nn.Module, x: Tensor, y: Tensor) -> Any:
     return lambda: LeastSquares(net(x) - y)
 
 
-@pytest.mark.parametrize("factors", ["sample", "dense"])
+@pytest.mark.parametrize("space", ["sample", "parameter"])
 @pytest.mark.parametrize("lr", [1.0, 0.3])
-def test_full_steps_are_the_least_squares_that_stay_near_the_last_step(factors: Any, lr: float) -> None:
+def test_full_steps_are_the_least_squares_that_stay_near_the_last_step(space: Any, lr: float) -> None:
     net, (x, y, _) = chain(), batch()
-    optimizer = BandedNewton(
-        net, lr=lr, bandwidth="full", factors=factors, damping=LAMBDA, adapt_damping=False, momentum=MU
-    )
+    optimizer = BandedNewton(net, lr=lr, bandwidth="full", space=space, search=Fixed(LAMBDA), momentum=MU)
     last = torch.zeros(len(vector(net)), dtype=F64)
     for _ in range(4):
         residuals, rows = residual_system(net, x, y)
@@ -70,7 +68,7 @@ def test_full_steps_are_the_least_squares_that_stay_near_the_last_step(factors: 
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 def test_banded_steps_solve_the_models_gradient_at_the_last_step(loss: str, bandwidth: int, decay: float) -> None:
     net = chain()
-    options: dict[str, Any] = {"bandwidth": bandwidth, "damping": LAMBDA, "adapt_damping": False, "weight_decay": decay}
+    options: dict[str, Any] = {"bandwidth": bandwidth, "search": Fixed(LAMBDA), "weight_decay": decay}
     optimizer = BandedNewton(net, momentum=MU, **options)
     closure = closure_of(net, loss)
     start = vector(net)
@@ -105,20 +103,20 @@ def completion(matrix: Tensor, slices: list[slice], bandwidth: int) -> Tensor:
     return torch.linalg.inv(inverse)
 
 
-@pytest.mark.parametrize("line_search", [False, True])
-def test_without_momentum_nothing_is_kept(line_search: bool) -> None:
+@pytest.mark.parametrize("search", [Damped(), LineSearch()])
+def test_without_momentum_nothing_is_kept(search: Any) -> None:
     net, closure = regression()
-    optimizer = BandedNewton(net, line_search=line_search, momentum=0.0)
+    optimizer = BandedNewton(net, search=search, momentum=0.0)
     for _ in range(3):
         optimizer.step(closure)
     assert not any("momentum_buffer" in state for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("search", [Damped(), LineSearch()])
 @pytest.mark.parametrize("momentum", [0.5, 0.95])
-def test_every_step_goes_down(line_search: bool, momentum: float) -> None:
+def test_every_step_goes_down(search: Any, momentum: float) -> None:
     net, closure = regression()
-    optimizer = BandedNewton(net, line_search=line_search, momentum=momentum)
+    optimizer = BandedNewton(net, search=search, momentum=momentum)
     values = [optimizer.step(closure).item() for _ in range(30)]
     assert all(b <= a for a, b in pairwise(values))
     assert values[-1] < 1e-2 * values[0]
@@ -126,7 +124,7 @@ def test_every_step_goes_down(line_search: bool, momentum: float) -> None:
 
 def test_a_rejected_step_keeps_nothing() -> None:
     net, closure = regression()
-    optimizer = BandedNewton(net, momentum=0.9, max_rejections=1)
+    optimizer = BandedNewton(net, momentum=0.9, search=Damped(max_rejections=1))
     optimizer.step(closure)
     assert optimizer.state[net[0].weight]["momentum_buffer"].any()
     values = iter([1.0, 1e9])  # the trial is worse
@@ -144,8 +142,8 @@ def test_groups_have_their_own_momentum() -> None:
     net, closure = regression()
     twin, again = regression()
     first = [{"params": net[0].parameters(), "momentum": 0.9}, {"params": net[2:].parameters()}]
-    apart = BandedNewton(first, model=net, bandwidth=0, adapt_damping=False, damping=1.0)
-    together = BandedNewton(twin, bandwidth=0, adapt_damping=False, damping=1.0, momentum=0.9)
+    apart = BandedNewton(first, model=net, bandwidth=0, search=Fixed(1.0))
+    together = BandedNewton(twin, bandwidth=0, search=Fixed(1.0), momentum=0.9)
     for _ in range(3):
         apart.step(closure)
         together.step(again)
@@ -173,5 +171,3 @@ def test_out_of_range() -> None:
     net = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1"):
         BandedNewton(net, momentum=1.0)
-    with pytest.raises(ValueError, match="momentum is for exact factors"):
-        BandedNewton(net, momentum=0.5, factors="kronecker")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hessopt import BandedNewton
+from hessopt import BandedNewton, Damped, Fixed
 from hessopt.errors import SolveError
 from tests.helpers.kronecker_reference import (
     LAMBDA,
@@ -80,7 +80,7 @@ def test_weight_decay_is_part_of_the_objective() -> None:
         {"params": net.layers[2:].parameters(), "lr": 0.5},
     ]
     before = theta.clone()
-    optimizer = BandedNewton(groups, model=net, bandwidth="full", damping=LAMBDA, adapt_damping=False, weight_decay=0.1)
+    optimizer = BandedNewton(groups, model=net, bandwidth="full", search=Fixed(LAMBDA), weight_decay=0.1)
     optimizer.step(closure_of(net, "mse"))
     start = expected.slices[2].start
     omega, lr = torch.full_like(theta, 0.1), torch.ones_like(theta)
@@ -166,7 +166,7 @@ def test_rejected_step_leaves_parameters_bit_for_bit(backward: bool) -> None:
             loss.backward()
         return loss
 
-    optimizer = BandedNewton(net, max_rejections=3, damping=1.0)
+    optimizer = BandedNewton(net, search=Damped(1.0, max_rejections=3))
     loss = optimizer.step(rises)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     step = optimizer.last_step
@@ -181,7 +181,7 @@ def test_report_of_an_accepted_step() -> None:
     net, closure = regression()
     expected = closure().item()
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(closure(), list(net.parameters()))])
-    optimizer = BandedNewton(net, damping=10.0)
+    optimizer = BandedNewton(net, search=Damped(10.0))
     assert optimizer.last_step is None
     loss = optimizer.step(closure)
     step = optimizer.last_step
@@ -203,7 +203,7 @@ def test_fixed_damping_runs_the_closure_once() -> None:
         count += 1
         return closure()
 
-    optimizer = BandedNewton(net, adapt_damping=False)
+    optimizer = BandedNewton(net, search=Fixed())
     for _ in range(3):
         optimizer.step(counted)
     assert count == 3
@@ -219,9 +219,9 @@ def test_singular_solve_raises_with_fixed_damping_and_is_damped_otherwise(monkey
         net[-1].weight *= 1e6
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(SolveError, match="Use more damping or float64"):
-        BandedNewton(net, bandwidth=0, damping=1e-10, adapt_damping=False).step(closure)
+        BandedNewton(net, bandwidth=0, search=Fixed(1e-10)).step(closure)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-    optimizer = BandedNewton(net, bandwidth=0, damping=1e-10, max_rejections=20)
+    optimizer = BandedNewton(net, bandwidth=0, search=Damped(1e-10, max_rejections=20))
     optimizer.step(closure)
     assert optimizer.last_step.accepted
     assert optimizer.last_step.solves > optimizer.last_step.closure_runs - 1
@@ -229,7 +229,7 @@ def test_singular_solve_raises_with_fixed_damping_and_is_damped_otherwise(monkey
 
 def test_damping_is_kept_above_the_precision() -> None:
     net, closure = regression(dtype=torch.float32)
-    optimizer = BandedNewton(net, damping=1e-10, adapt_damping=False)
+    optimizer = BandedNewton(net, search=Fixed(1e-10))
     optimizer.step(closure)
     assert optimizer.last_step.damping > 1e-8
     assert torch.cat([p.flatten() for p in net.parameters()]).isfinite().all()
@@ -243,7 +243,7 @@ def test_float32_trains() -> None:
     assert closure().item() < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"factors": "sample"}, {"factors": "dense"}, {"curvature": "hessian"}])
+@pytest.mark.parametrize("options", [{"space": "sample"}, {"space": "parameter"}, {"curvature": "hessian"}])
 @pytest.mark.parametrize("first", [torch.float32, torch.float64])
 def test_layers_of_different_precision(
     options: dict[str, Any], first: torch.dtype, caplog: pytest.LogCaptureFixture

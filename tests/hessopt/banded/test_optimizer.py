@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessopt import BandedNewton
+from hessopt import BandedNewton, Damped, Fixed
 from tests.helpers.kronecker_reference import (
     LAMBDA,
     Dag,
@@ -142,7 +142,7 @@ def test_some_parameters_only() -> None:
 def test_single_linear_layer_as_the_network() -> None:
     torch.manual_seed(0)
     net, (x, y, _) = nn.Linear(2, 2).double(), batch()
-    optimizer = BandedNewton(net, damping=1e-10)
+    optimizer = BandedNewton(net, search=Damped(1e-10))
     for _ in range(3):
         optimizer.step(lambda: functional.mse_loss(net(x), y))
     ones = torch.cat([x, torch.ones(6, 1, dtype=torch.float64)], dim=1)
@@ -155,7 +155,7 @@ def test_resume_bit_for_bit(through_file: bool) -> None:
     net, closure = regression()
     other, again = regression(seed=9)
     resumed = BandedNewton(other)  # the options come with the state
-    resumes((net, BandedNewton(net, damping=1e-4, lr=0.9), closure), (other, resumed, again), through_file)
+    resumes((net, BandedNewton(net, search=Damped(1e-4), lr=0.9), closure), (other, resumed, again), through_file)
     assert resumed.state_dict()["state"][0]["step"] == 9
 
 
@@ -170,13 +170,13 @@ def test_param_groups_hold_hyperparameters_only() -> None:
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_go_on_alike(clone: Callable[[BandedNewton], BandedNewton]) -> None:
     net, closure = regression()
-    optimizer = BandedNewton(net, bandwidth=2, max_rejections=7, damping=0.1)
+    optimizer = BandedNewton(net, bandwidth=2, search=Damped(0.1, max_rejections=7))
     for _ in range(3):
         optimizer.step(closure)
     twin = clone(optimizer)
     assert twin.model is not net
     assert twin.param_groups[0]["params"][0] is twin.model[0].weight
-    assert (twin.bandwidth, twin.max_rejections, twin.last_step) == (2, 7, optimizer.last_step)
+    assert (twin.bandwidth, twin.search, twin.last_step) == (2, optimizer.search, optimizer.last_step)
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y = (x[:, :1] * x[:, 1:]).sin()
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_structure_may_change_between_steps() -> None:
             return self.c(h) + torch.tanh(self.b(x)) if self.parallel else self.c(torch.tanh(self.b(h)))
 
     net, (x, y, _) = Switch(), batch()
-    optimizer = BandedNewton(net, bandwidth="full", damping=LAMBDA, adapt_damping=False)
+    optimizer = BandedNewton(net, bandwidth="full", search=Fixed(LAMBDA))
     for parallel in (False, True, False):
         net.parallel = parallel
         layers = [net.a, net.c, net.b] if parallel else [net.a, net.b, net.c]

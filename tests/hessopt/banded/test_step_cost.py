@@ -47,23 +47,23 @@ def warnings_of(
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("factors", ["auto", "sample", "dense"])
+@pytest.mark.parametrize("space", ["auto", "sample", "parameter"])
 def test_a_dear_step_is_warned_of_once_with_what_to_take(
-    factors: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    space: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_cost, "FEW_OPERATIONS", 1e4)
-    monkeypatch.setattr(step_cost, "MANY_GRADIENTS", 100 if factors == "sample" else 10)
-    (message,) = warnings_of(caplog, 8, 40, factors=factors)
+    monkeypatch.setattr(step_cost, "MANY_GRADIENTS", 100 if space == "sample" else 10)
+    (message,) = warnings_of(caplog, 8, 40, space=space)
     assert "320 rows" in message
     assert "86 parameters" in message
-    assert all(way in message for way in ('factors="kronecker"', "smaller batch", "NewtonCG"))
+    assert all(way in message for way in ("KroneckerNewton", "smaller batch", "NewtonCG"))
     monkeypatch.setattr(step_cost, "MANY_GRADIENTS", 1e5)
-    assert warnings_of(caplog, 8, 40, factors=factors) == []
+    assert warnings_of(caplog, 8, 40, space=space) == []
 
 
 def test_small_problems_are_silent(caplog: pytest.LogCaptureFixture) -> None:
     """As the README's: a ratio above 100 of next to nothing."""
-    assert warnings_of(caplog, 8, 40, steps=1, factors="sample") == []
+    assert warnings_of(caplog, 8, 40, steps=1, space="sample") == []
     warning = CostWarning(False)
     warning.check(1e8, 1e4, 320, 86)
     assert not warning.given

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessopt import BandedNewton, MiniBatch
+from hessopt import KroneckerNewton
 from hessopt.closure.loss_curvature import criterion_curvature
 from hessopt.errors import ClosureError, ModelError, NotConvexError
-from tests.helpers.kronecker_reference import batch, chain, gather, kronecker_band
+from tests.helpers.kronecker_reference import batch, chain, gather, kronecker_arguments, kronecker_band
 
 F64 = torch.float64
 WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=F64)
@@ -165,7 +165,7 @@ def test_predicted_variances_reach_both_heads() -> None:
     net, x = Heads(), torch.randn(64, 4, generator=generator())
     y = x[:, :2] + 0.1 * x[:, 2:].exp() * torch.randn(64, 2, generator=generator(1))
     criterion = nn.GaussianNLLLoss()
-    optimizer = BandedNewton(net, bandwidth=1, factors="kronecker", mini_batch=MiniBatch(loss=criterion))
+    optimizer = KroneckerNewton(net, bandwidth=1, loss=criterion)
     losses = []
     for _ in range(60):
         mean, variance = net(x)
@@ -266,11 +266,11 @@ def problem() -> tuple[nn.Sequential, Tensor, Tensor]:
     return net, x, (x[:, :3] * x[:, 1:]).argmax(1)
 
 
-def build(net: nn.Module, criterion: nn.Module, **options: Any) -> BandedNewton:
-    return BandedNewton(net, bandwidth=0, factors="kronecker", mini_batch=MiniBatch(loss=criterion, **options))
+def build(net: nn.Module, criterion: nn.Module, **options: Any) -> KroneckerNewton:
+    return KroneckerNewton(net, **kronecker_arguments(loss=criterion, **options))
 
 
-def step(optimizer: BandedNewton, criterion: nn.Module, net: nn.Module, x: Tensor, y: Tensor) -> float:
+def step(optimizer: KroneckerNewton, criterion: nn.Module, net: nn.Module, x: Tensor, y: Tensor) -> float:
     optimizer.zero_grad()
     loss = criterion(net(x), y)
     loss.backward()
@@ -318,7 +318,7 @@ def test_copies_go_on_alike_and_hooks_leave_with_theoptimizer(clone: Any) -> Non
     for _ in range(3):
         step(optimizer, criterion, net, x, y)
     twin, resumed, its = clone((net, optimizer, criterion))
-    assert resumed.mini_batch.loss is its
+    assert resumed.loss is its
     for _ in range(15):
         assert step(optimizer, criterion, net, x, y) == step(resumed, its, twin, x, y)
     assert hooks(criterion) == hooks(its) == 1
@@ -333,9 +333,7 @@ def test_copies_go_on_alike_and_hooks_leave_with_theoptimizer(clone: Any) -> Non
 def test_any_module_without_a_closure(maximize: bool) -> None:
     net, x, _ = problem()
     criterion = PseudoHuber(-1 if maximize else 1)
-    optimizer = BandedNewton(
-        net, bandwidth=0, factors="kronecker", maximize=maximize, mini_batch=MiniBatch(loss=criterion)
-    )
+    optimizer = KroneckerNewton(net, maximize=maximize, loss=criterion)
     losses = [criterion.sign * step(optimizer, criterion, net, x, x[:, :3]) for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -381,14 +379,14 @@ def test_modules_that_do_not_fit(criterion: nn.Module, error: type[Exception], m
             "weight of the declared CrossEntropyLoss has neg",
         ),
         ({"loss": nn.BCEWithLogitsLoss(pos_weight=torch.tensor([-1.0]))}, "pos_weight of the declared"),
-        ({"loss": nn.MSELoss(), "reduction": "sum"}, "reduction='sum' is of a loss by name"),
-        ({"loss": nn.CrossEntropyLoss(), "class_dim": -1}, "class_dim must be an integer, and loss="),
-        ({"loss": nn.functional.mse_loss}, "loss must be one of 'cross_entropy'.*a torch.nn.Module"),
+        ({"loss": nn.functional.mse_loss}, 'loss must be one of "cross_entropy".*a torch.nn.Module'),
+        ({"loss": "mse", "class_dim": -1}, "class_dim must be an integer, and the loss"),
+        ({"loss": None, "reduction": "sum"}, 'only the reduction is known, is for curvature="empirical"'),
     ],
 )
 def test_bad_declarations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MiniBatch(**options)
+        KroneckerNewton(nn.Linear(2, 2), **kronecker_arguments(**options))
 
 
 def test_a_declared_module_that_is_not_called() -> None:

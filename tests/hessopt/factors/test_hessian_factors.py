@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt import BandedNewton, LeastSquares
+from hessopt import BandedNewton, Damped, Fixed, LeastSquares, LineSearch
 from tests.helpers.kronecker_reference import Dag, batch, chain, dags, regression, relative, resumes, skip, trained
 
 F64 = torch.float64
@@ -58,20 +58,20 @@ def by_double_back_propagation(net: nn.Module, x: Tensor, y: Tensor, loss: Any) 
 
 def step_of(net: nn.Module, closure: Any, **options: Any) -> Tensor:
     before = flat(net)
-    BandedNewton(net, curvature="hessian", damping=LAMBDA, adapt_damping=False, **options).step(closure)
+    BandedNewton(net, curvature="hessian", search=Fixed(LAMBDA), **options).step(closure)
     return flat(net) - before
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("make", [chain, skip])
-@pytest.mark.parametrize("factors", ["auto", "dense"])
-def test_step_is_the_dense_solve(make: Any, loss: str, factors: Any) -> None:
+@pytest.mark.parametrize("space", ["auto", "parameter"])
+def test_step_is_the_dense_solve(make: Any, loss: str, space: Any) -> None:
     for bandwidth in (0, "full"):
         net, (x, y, _) = make(), batch()
         gradient, matrix, slices = by_double_back_propagation(net, x, y, LOSSES[loss])
         if bandwidth == 0:
             matrix = torch.block_diag(*(matrix[s, s] for s in slices))
-        step = step_of(net, lambda net=net, x=x, y=y: LOSSES[loss](net(x), y), bandwidth=bandwidth, factors=factors)
+        step = step_of(net, lambda net=net, x=x, y=y: LOSSES[loss](net(x), y), bandwidth=bandwidth, space=space)
         expected = -torch.linalg.solve(matrix + LAMBDA * torch.eye(len(matrix), dtype=F64), gradient)
         assert relative(step, expected) < 1e-8
 
@@ -100,17 +100,17 @@ def test_a_quadratic_saddle_by_hand() -> None:
             return self.at
 
     net = Point()
-    optimizer = BandedNewton(net, curvature="hessian", damping=1e-9, adapt_damping=False)
+    optimizer = BandedNewton(net, curvature="hessian", search=Fixed(1e-9))
     signs = torch.tensor([1.0, -1.0], dtype=F64)
     optimizer.step(lambda: (signs * net().square()).sum() / 2)
     assert torch.allclose(net.at, torch.tensor([0.0, 0.5], dtype=F64), atol=1e-8)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
-@pytest.mark.parametrize("line_search", [False, True])
-def test_every_step_goes_down(momentum: float, line_search: bool) -> None:
+@pytest.mark.parametrize("search", [Damped(), LineSearch()])
+def test_every_step_goes_down(momentum: float, search: Any) -> None:
     net, (x, y, _) = chain(), batch()
-    optimizer = BandedNewton(net, curvature="hessian", momentum=momentum, line_search=line_search, bandwidth="auto")
+    optimizer = BandedNewton(net, curvature="hessian", momentum=momentum, search=search, bandwidth="auto")
     values = [optimizer.step(lambda: functional.mse_loss(net(x), y)).item() for _ in range(25)]
     assert all(b <= a for a, b in pairwise(values))
     assert values[-1] < 0.1 * values[0]
@@ -155,10 +155,10 @@ def test_resumes_bit_for_bit(through_file: bool) -> None:
 
 def test_refusals() -> None:
     net, closure = regression()
-    with pytest.raises(ValueError, match='has no factors by samples: pass factors="dense"'):
-        BandedNewton(net, curvature="hessian", factors="sample")
+    with pytest.raises(ValueError, match='has no factors by samples: pass space="parameter"'):
+        BandedNewton(net, curvature="hessian", space="sample")
     with pytest.raises(ValueError, match="curvature must be one of"):
-        BandedNewton(net, curvature="hessian", factors="kronecker")
+        BandedNewton(net, curvature="fisher")  # type: ignore[arg-type]
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(MemoryBudgetError, match=r"the Hessian of \d+ parameters .*curvature=\"ggn\", hessopt.NewtonCG"):
         BandedNewton(net, curvature="hessian", memory_limit=10_000).step(closure)

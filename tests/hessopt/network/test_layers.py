@@ -182,13 +182,13 @@ def test_replaced_layer() -> None:
     parameters = list(net.parameters())
     net[0] = nn.Linear(2, 3)
     with pytest.raises(ModelError, match="no longer, a parameter of the network"):
-        layers_of(net, parameters)
+        layers_of("BandedNewton", net, parameters)
 
 
 def test_nothing_to_train() -> None:
     net = chain().requires_grad_(False)
     with pytest.raises(ModelError, match="none of the optimizer's parameters requires grad"):
-        layers_of(net, net.parameters())
+        layers_of("BandedNewton", net, net.parameters())
 
 
 def test_empty_batch() -> None:
@@ -200,12 +200,12 @@ def test_empty_batch() -> None:
 def test_compiled_scripted_and_wrapped_networks() -> None:
     net = nn.Sequential(nn.Linear(2, 1))
     with pytest.raises(ModelError, match="the network is compiled"):
-        layers_of(torch.compile(net), net.parameters())
+        layers_of("BandedNewton", torch.compile(net), net.parameters())
     compiled = nn.Sequential(nn.Linear(2, 1))
     compiled[0].compile()
     with pytest.raises(ModelError, match="module '0' is compiled"):
-        layers_of(compiled, compiled.parameters())
+        layers_of("BandedNewton", compiled, compiled.parameters())
     with pytest.raises(ModelError, match="the network is scripted"):
-        layers_of(torch.jit.script(net), net.parameters())
+        layers_of("BandedNewton", torch.jit.script(net), net.parameters())
     with pytest.raises(ModelError, match="spread by DataParallel"):
-        layers_of(nn.DataParallel(net), net.parameters())
+        layers_of("BandedNewton", nn.DataParallel(net), net.parameters())

@@ -486,9 +486,9 @@ def test_no_second_derivative() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"curvature": "fisher"}, "curvature must be 'auto' or 'hessian' or 'ggn', got 'fisher'"),
+        ({"curvature": "fisher"}, 'curvature must be one of "auto", "hessian", "ggn", got .fisher.'),
         ({"method": "newton"}, "method must be"),
-        ({"preconditioner": "jacobi"}, "preconditioner must be 'none' or 'diagonal' or a function"),
+        ({"preconditioner": "jacobi"}, 'preconditioner must be one of "none", "diagonal", or a function'),
         ({"max_products": 0}, "max_products must be an integer of at least 1"),
         ({"max_trials": True}, "max_trials must be"),
         ({"forcing": 1.0}, r"forcing must lie in \(0, 1\)"),

@@ -359,7 +359,8 @@ def test_bad_gradients_change_nothing() -> None:
         (lambda: {"adamw": AdamWPart(betas=(0.9, 1.0))}, ValueError, "betas must lie"),
         (lambda: {"adamw": AdamWPart(ratio=-1.0)}, ValueError, "ratio must be"),
         (lambda: {"adamw": ["0"]}, TypeError, "must be a hessopt.AdamWPart"),
-        (lambda: {"model": "net"}, ValueError, "two different networks"),
+        (lambda: {"model": "net"}, TypeError, "model must be a torch.nn.Module, got str"),
+        (lambda: {"model": nn.Linear(1, 1)}, ValueError, "two different networks"),
     ],
 )
 def test_bad_arguments(options: Callable[[], dict[str, Any]], error: type[Exception], says: str) -> None:

@@ -259,9 +259,7 @@ def test_around_optimizers_of_this_package(base: str) -> None:
     """The steps are the base's own, and what it saw of loss and gradient is what the checks go by."""
     make = {
         "banded": hessopt.BandedNewton,
-        "kronecker": partial(
-            hessopt.BandedNewton, factors="kronecker", mini_batch=hessopt.MiniBatch(loss="cross_entropy")
-        ),
+        "kronecker": partial(hessopt.KroneckerNewton, bandwidth="auto", loss="cross_entropy"),
         "newton-cg": hessopt.NewtonCG,
         "spectral": partial(hessopt.SpectralNewton, lr=0.01),
     }[base]
