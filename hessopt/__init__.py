@@ -12,7 +12,7 @@ from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.newton import KroneckerNewton
 from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.newton_cg.record import NewtonStep
-from hessopt.search.rules import Damped, Fixed, KroneckerDamping, LineSearch
+from hessopt.search.rules import Damped, Fixed, KroneckerDamping, LevenbergMarquardt, LineSearch, TrustRadius
 from hessopt.spectral.groups import left_to_adamw
 from hessopt.spectral.optimizer import SpectralNewton
 from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
@@ -38,6 +38,7 @@ __all__ = [
     "KroneckerDamping",
     "KroneckerNewton",
     "LeastSquares",
+    "LevenbergMarquardt",
     "LineSearch",
     "NamedLoss",
     "NewtonCG",
@@ -51,6 +52,7 @@ __all__ = [
     "SpectralNewton",
     "SpectralStep",
     "Stationarity",
+    "TrustRadius",
     "left_to_adamw",
     "memories",
     "separate_networks",

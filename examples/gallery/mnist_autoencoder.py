@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 import hessopt
 
+METHODS = {"trust-region": hessopt.TrustRadius(), "levenberg-marquardt": hessopt.LevenbergMarquardt()}
+
 
 def images(folder: Path, count: int) -> Tensor:
     """The first training images, ``(count, 784)`` in [0, 1]."""
@@ -154,12 +156,12 @@ def main() -> None:
         ("LBFGS", len(x), lambda net: torch.optim.LBFGS(net.parameters(), line_search_fn="strong_wolfe")),
         *(
             (
-                f"NewtonCG, ggn, {method}", curvature_batch,
+                f"NewtonCG, ggn, {name}", curvature_batch,
                 lambda net, method=method: hessopt.NewtonCG(
                     net, curvature="ggn", method=method, max_products=30, warm_start=True
                 ),
             )
-            for method in ("trust-region", "levenberg-marquardt")
+            for name, method in METHODS.items()
         ),
         ("NewtonCG, auto", curvature_batch, lambda net: hessopt.NewtonCG(net, max_products=30)),
     ]  # fmt: skip

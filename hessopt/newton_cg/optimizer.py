@@ -25,11 +25,9 @@ from hessopt.newton_cg.preconditioners import RunningDiagonal
 from hessopt.newton_cg.record import NewtonStep, both_models
 from hessopt.newton_cg.trial import Setting, search_line, search_radius
 from hessopt.newton_cg.truncated_cg import Exit, Path, truncated_cg
-from hessopt.search.damping import NielsenDamping
-from hessopt.search.trust_region import TrustRegion
+from hessopt.search.rules import LevenbergMarquardt, TrustRadius
 
 Curvature: TypeAlias = Literal["auto", "hessian", "ggn"]
-Method: TypeAlias = Literal["trust-region", "levenberg-marquardt"]
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class NewtonCG(SavedState):
     loss, :math:`10 \epsilon |f|`, are discounted in :math:`\rho`. So with the full Hessian, and γ = 1, convergence
     near a minimum is quadratic up to the last digits.
 
-    With ``method="levenberg-marquardt"``, conjugate gradients solve ``(B + λI) d = −g`` without a radius, a rejected
+    With ``method=LevenbergMarquardt()``, conjugate gradients solve ``(B + λI) d = −g`` without a radius, a rejected
     step is followed by a line search back along it, and λ follows :math:`\rho` of the full step by Nielsen's rule
     (:class:`hessopt.search.damping.NielsenDamping`). Negative curvature is then followed for ``gᵀd / ‖dᵀ(B + λI)d‖``.
 
@@ -88,7 +86,8 @@ class NewtonCG(SavedState):
         lr: γ, a factor on the step; at least 0. Default: 1.
         curvature: ``"auto"``, ``"hessian"`` or ``"ggn"`` (the generalized Gauss-Newton matrix). Default: ``"auto"``.
         model: The network, if ``params`` is not the network itself; may be left out, see above.
-        method: ``"trust-region"`` or ``"levenberg-marquardt"``. Default: ``"trust-region"``.
+        method: :class:`hessopt.TrustRadius` or :class:`hessopt.LevenbergMarquardt`, with its options. Default:
+            ``TrustRadius(radius=1)``.
         preconditioner: Of conjugate gradients, and the norm of the radius: ``"none"``; ``"diagonal"``, a running
             estimate of the curvature's diagonal (:class:`hessopt.newton_cg.preconditioners.RunningDiagonal`, one
             product a step); or ``v ↦ M⁻¹v`` for vectors of all parameters, flattened and concatenated in the order of
@@ -99,9 +98,6 @@ class NewtonCG(SavedState):
         max_trials: Most trials in a step. Default: 10.
         forcing: Bound of the tolerance η, in (0, 1). Default: 0.5.
         warm_start: Begin conjugate gradients at the best multiple of the last step (one product). Default: False.
-        radius: Δ to start from. Default: 1.
-        max_radius: Upper bound of Δ. Default: 1e10.
-        damping: λ to start from, for ``"levenberg-marquardt"``. Default: 1e-2.
 
     Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups). Different
     learning rates cost one product a trial.
@@ -151,7 +147,7 @@ class NewtonCG(SavedState):
         curvature: Curvature = "auto",
         *,
         model: nn.Module | None = None,
-        method: Method = "trust-region",
+        method: TrustRadius | LevenbergMarquardt | None = None,
         preconditioner: str | Callable[[Tensor], Tensor] = "none",
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -159,14 +155,15 @@ class NewtonCG(SavedState):
         max_trials: int = 10,
         forcing: float = 0.5,
         warm_start: bool = False,
-        radius: float = 1.0,
-        max_radius: float = 1e10,
-        damping: float = 1e-2,
     ) -> None:
         self.model = network_of(params, model)
         _check_eager(self.model)
         check_choice("curvature", curvature, ("auto", "hessian", "ggn"))
-        check_choice("method", method, ("trust-region", "levenberg-marquardt"))
+        method = TrustRadius() if method is None else method
+        if not isinstance(method, TrustRadius | LevenbergMarquardt):
+            raise TypeError(
+                f"method must be a hessopt.TrustRadius or a hessopt.LevenbergMarquardt, got {type(method).__name__}."
+            )
         if not callable(preconditioner):
             check_choice("preconditioner", preconditioner, ("none", "diagonal"), ", or a function v ↦ M⁻¹v")
         for name, count in (("max_products", max_products), ("max_trials", max_trials)):
@@ -179,15 +176,15 @@ class NewtonCG(SavedState):
                 'use preconditioner="none" or "diagonal".'
             )
         self.curvature: Curvature = curvature
-        self.method: Method = method
+        self.method = method
         self.preconditioner = preconditioner
         self.max_products = max_products
         self.max_trials = max_trials
         self.forcing = forcing
         self.warm_start = warm_start
         self.last_step: NewtonStep | None = None
-        self._region = TrustRegion(radius, maximum=max_radius)
-        self._damping = NielsenDamping(damping)
+        self._region = (method if isinstance(method, TrustRadius) else TrustRadius()).start()
+        self._damping = (method if isinstance(method, LevenbergMarquardt) else LevenbergMarquardt()).start()
         self._verified = self._told = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
@@ -255,7 +252,7 @@ class NewtonCG(SavedState):
         model = Setting(objective, g, product, evaluation.loss.detach(), runner, self.max_trials)
 
         region, damping = kept.restored(self._region), kept.restored(self._damping)
-        shift = damping.value if self.method == "levenberg-marquardt" else 0.0
+        shift = damping.value if isinstance(self.method, LevenbergMarquardt) else 0.0
         forcing = kept.forcing(norm, self.forcing)
         path, diagonal = self._path(kept, model, forcing, math.inf if shift else region.radius, shift)
         trial = search_line(model, path, damping) if shift else search_radius(model, path, region)

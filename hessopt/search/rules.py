@@ -1,4 +1,4 @@
-"""Rules with options of their own: how far an exact step goes, and how running averages are damped."""
+"""Rules with options of their own: how far a step goes, and how running averages are damped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from hessopt.search.damping import NielsenDamping
+from hessopt.search.trust_region import TrustRegion
 
 LEAST, MOST = 1e-14, 1e10
 """Default bounds of λ."""
@@ -99,6 +100,51 @@ class Fixed:
 
 
 Search: TypeAlias = Damped | LineSearch | Fixed
+
+
+@dataclass(frozen=True)
+class TrustRadius:
+    """NewtonCG's steps stay within a radius Δ, which follows the ratio of the actual to the predicted reduction.
+
+    Args:
+        radius: Δ to start from. Default: 1.
+        maximum: Upper bound of Δ. Default: 1e10.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    radius: float = 1.0
+    maximum: float = MOST
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> TrustRegion:
+        """Δ of the first step, with its bounds."""
+        return TrustRegion(self.radius, maximum=self.maximum)
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """NewtonCG's conjugate gradients solve ``(B + λI) d = −g``, and a rejected step is searched back along its line.
+
+    Args:
+        damping: λ to start from; it follows Nielsen's rule (:class:`hessopt.search.damping.NielsenDamping`).
+            Default: 1e-2.
+
+    Raises:
+        ValueError: the option is out of range.
+    """
+
+    damping: float = 1e-2
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> NielsenDamping:
+        """λ of the first step, with its bounds."""
+        return NielsenDamping(self.damping)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hessopt.banded.newton import BandedNewton
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.newton import KroneckerNewton
 from hessopt.newton_cg.optimizer import NewtonCG
-from hessopt.search.rules import Fixed, LineSearch
+from hessopt.search.rules import Fixed, LevenbergMarquardt, LineSearch
 from hessopt.spectral.optimizer import SpectralNewton
 from hessopt.spectral.options import OnlineExponent, PowerLaw
 from hessopt.spectral.transfer import NewtonSchulz
@@ -43,7 +43,7 @@ def newton_cg_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     return [
         *newton_inputs(device),
         OptimizerInput(None, {"curvature": "hessian"}, "hessian"),
-        OptimizerInput(None, {"method": "levenberg-marquardt"}, "levenberg-marquardt"),
+        OptimizerInput(None, {"method": LevenbergMarquardt()}, "levenberg-marquardt"),
         OptimizerInput(None, {"preconditioner": "diagonal", "warm_start": True}, "diagonal, warm start"),
     ]
 

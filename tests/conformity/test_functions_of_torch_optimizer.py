@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from hessopt.newton_cg.optimizer import NewtonCG
+from hessopt.search.rules import LevenbergMarquardt
 from hessopt.wrappers.saddle import SaddleEscape
 
 
@@ -31,7 +32,7 @@ CASES = {
 }
 OPTIMIZERS: dict[str, tuple[Callable[[Tensor], Optimizer], int]] = {
     "NewtonCG": (lambda x: NewtonCG([x]), 20),
-    "NewtonCG, levenberg-marquardt": (lambda x: NewtonCG([x], method="levenberg-marquardt"), 30),
+    "NewtonCG, levenberg-marquardt": (lambda x: NewtonCG([x], method=LevenbergMarquardt()), 30),
     "NewtonCG, lr 0.5": (lambda x: NewtonCG([x], lr=0.5), 40),
     "SaddleEscape(SGD)": (lambda x: SaddleEscape(SGD([x], lr=3e-3, momentum=0.9)), 2000),
     "SaddleEscape(Adam)": (lambda x: SaddleEscape(Adam([x], lr=0.1)), 1200),

@@ -21,6 +21,7 @@ from hessopt import (
     SaddleEscape,
     SpectralNewton,
 )
+from hessopt.search.rules import LevenbergMarquardt, TrustRadius
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -57,9 +58,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "kronecker": lambda net: KroneckerNewton(
         net, bandwidth="auto", curvature="ggn", averages=KroneckerAveraging(columns="exact")
     ),
-    "newton-cg, hessian": lambda net: NewtonCG(net, curvature="hessian", radius=0.5),
-    "newton-cg, ggn": lambda net: NewtonCG(net, curvature="ggn", radius=0.5),
-    "newton-cg, damped": lambda net: NewtonCG(net, method="levenberg-marquardt", damping=1.0),
+    "newton-cg, hessian": lambda net: NewtonCG(net, curvature="hessian", method=TrustRadius(0.5)),
+    "newton-cg, ggn": lambda net: NewtonCG(net, curvature="ggn", method=TrustRadius(0.5)),
+    "newton-cg, damped": lambda net: NewtonCG(net, method=LevenbergMarquardt(1.0)),
     "spectral": lambda net: SpectralNewton(net, 0.1),
     "saddle escape": lambda net: SaddleEscape(SGD(net.parameters(), lr=0.5), model=net),
     "null boost": lambda net: NullBoost(SGD(net.parameters(), lr=0.5), model=net, krylov=12),

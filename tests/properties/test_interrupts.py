@@ -26,6 +26,7 @@ from hessopt import (
     SaddleEscape,
     SpectralNewton,
 )
+from hessopt.search.rules import LevenbergMarquardt
 
 PACKAGE = os.path.dirname(hessopt.__file__)
 
@@ -81,7 +82,7 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "kronecker": lambda net: KroneckerNewton(net, bandwidth=1, weight_decay=0.01),
     "kronecker, declared": lambda net: KroneckerNewton(net, bandwidth=0, loss="mse", momentum=0.9),
     "newton-cg": lambda net: NewtonCG(net, preconditioner="diagonal", warm_start=True),
-    "levenberg-marquardt": lambda net: NewtonCG(net, method="levenberg-marquardt", weight_decay=0.01),
+    "levenberg-marquardt": lambda net: NewtonCG(net, method=LevenbergMarquardt(), weight_decay=0.01),
     "spectral": lambda net: SpectralNewton(net, weight_decay=0.01),
     "spectral, online": lambda net: SpectralNewton(
         net, coordinates=PowerLaw("online", online=OnlineExponent(every=1, directions=3))

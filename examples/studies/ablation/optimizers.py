@@ -27,6 +27,8 @@ from examples.studies.ablation.contender import (
 
 
 def newton_cg(task: Task, **settings: Any) -> Stepper:
+    if settings.pop("method", None) == "levenberg-marquardt":
+        settings["method"] = hessopt.LevenbergMarquardt()
     return ClosureStep(task, hessopt.NewtonCG(task.model, **settings))
 
 

@@ -17,6 +17,7 @@ from hessopt.closure.protocol import LeastSquares
 from hessopt.newton_cg.curvature_choice import CurvatureChoice
 from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.newton_cg.truncated_cg import Path
+from hessopt.search.rules import LevenbergMarquardt, TrustRadius
 from tests.hessopt.closure.test_step_curvature import dense
 
 
@@ -266,7 +267,7 @@ def negative() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("rejected", [False, True])
 @pytest.mark.parametrize("rates", [(0.5, 0.5), (0.5, 0.25)])
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
-@pytest.mark.parametrize("method", ["trust-region", "levenberg-marquardt"])
+@pytest.mark.parametrize("method", [TrustRadius(), LevenbergMarquardt(0.7)])
 def test_both_models_of_the_gradient(
     negative: tuple[Tensor, Tensor, Tensor],
     method: Any,
@@ -289,7 +290,7 @@ def test_both_models_of_the_gradient(
         runs.append(1)
         return -functional.mse_loss(net(x), y) * (math.nan if rejected and len(runs) == 2 else 1.0)
 
-    optimizer = NewtonCG(groups, model=net, method=method, maximize=True, weight_decay=0.3, forcing=0.1, damping=0.7)
+    optimizer = NewtonCG(groups, model=net, method=method, maximize=True, weight_decay=0.3, forcing=0.1)
     optimizer.step(closure)
     last = optimizer.last_step
     assert last.accepted

@@ -20,17 +20,18 @@ from hessopt.closure.protocol import LeastSquares
 from hessopt.errors import ClosureError, ModelError
 from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.newton_cg.truncated_cg import Exit
+from hessopt.search.rules import LevenbergMarquardt, TrustRadius
 from tests.hessopt.closure.test_step_curvature import dense
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {},
     "hessian": {"curvature": "hessian"},
     "ggn": {"curvature": "ggn"},
-    "levenberg-marquardt": {"method": "levenberg-marquardt"},
+    "levenberg-marquardt": {"method": LevenbergMarquardt(1e-2)},
     "diagonal": {"preconditioner": "diagonal"},
     "warm start": {"warm_start": True},
     "everything": {
-        "method": "levenberg-marquardt",
+        "method": LevenbergMarquardt(1e-2),
         "curvature": "ggn",
         "preconditioner": "diagonal",
         "warm_start": True,
@@ -83,7 +84,7 @@ def test_full_step_is_the_dense_one_by_groups(kind: str, maximize: bool, device:
         {"params": net[0].parameters(), "lr": 0.5, "weight_decay": 3.0},
         {"params": net[2].parameters(), "lr": 0.25, "weight_decay": 2.0},
     ]
-    optimizer = NewtonCG(groups, curvature=kind, model=net, maximize=maximize, radius=1e6, forcing=1e-12)
+    optimizer = NewtonCG(groups, curvature=kind, model=net, maximize=maximize, method=TrustRadius(1e6), forcing=1e-12)
     optimizer.step(lambda: loss_fn(net(x)))
     last = optimizer.last_step
     assert last.accepted
@@ -107,7 +108,8 @@ def test_quadratic_in_one_step(options: str) -> None:
     a = torch.randn(12, 5, generator=generator, dtype=torch.float64)
     b = torch.randn(12, 1, generator=generator, dtype=torch.float64)
     net = nn.Linear(5, 1, bias=False).double()
-    chosen = {**OPTIONS[options], "weight_decay": 0.1, "forcing": 1e-12, "radius": 1e6, "damping": 1e-12}
+    far = LevenbergMarquardt(1e-12) if "method" in OPTIONS[options] else TrustRadius(1e6)
+    chosen = {**OPTIONS[options], "weight_decay": 0.1, "forcing": 1e-12, "method": far}
     run(net, lambda: LeastSquares(net(a) - b), 1, **chosen)
     best = torch.linalg.solve(a.T @ a + 0.1 * torch.eye(5, dtype=torch.float64), a.T @ b)
     assert torch.allclose(net.weight.T, best, rtol=1e-8)
@@ -184,7 +186,7 @@ def test_inside_no_grad_and_without_a_trace() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("method", ["trust-region", "levenberg-marquardt"])
+@pytest.mark.parametrize("method", [TrustRadius(), LevenbergMarquardt()])
 def test_rejection_restores_bit_for_bit(method: Any, bad: float) -> None:
     net, x, y = regression()
     before = [p.detach().clone() for p in net.parameters()]
@@ -201,7 +203,7 @@ def test_rejection_restores_bit_for_bit(method: Any, bad: float) -> None:
     assert last.trials == 3
     assert len(calls) == 4
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-    if method == "trust-region":
+    if isinstance(method, TrustRadius):
         assert last.radius == pytest.approx(0.0625**3 * min(1.0, 1.0), rel=0.9)
         assert last.radius <= 0.0625**3
     else:
@@ -214,7 +216,7 @@ def test_rejection_restores_bit_for_bit(method: Any, bad: float) -> None:
 
 def test_rejected_trial_shrinks_and_succeeds_without_products() -> None:
     p = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
-    optimizer = NewtonCG([p], radius=100.0)
+    optimizer = NewtonCG([p], method=TrustRadius(100.0))
     optimizer.step(lambda: (1 + p**2).sqrt().sum())  # Newton's step goes to -27
     last = optimizer.last_step
     assert last.accepted
@@ -226,7 +228,7 @@ def test_rejected_trial_shrinks_and_succeeds_without_products() -> None:
 
 def test_negative_curvature_is_followed_to_the_boundary() -> None:
     p = nn.Parameter(torch.tensor([1e-3, 1.0], dtype=torch.float64))
-    optimizer = NewtonCG([p], radius=0.5)
+    optimizer = NewtonCG([p], method=TrustRadius(0.5))
     before = p.detach().clone()
     optimizer.step(lambda: p[0] ** 4 / 4 - p[0] ** 2 / 2 + 5 * p[1] ** 2)
     last = optimizer.last_step
@@ -394,7 +396,7 @@ def test_preconditioner_by_hand() -> None:
         curvature="ggn",
         weight_decay=1.0,
         forcing=1e-8,
-        radius=1e6,
+        method=TrustRadius(1e6),
         preconditioner=lambda v: torch.linalg.solve(matrix, v),
     )
     optimizer.step(closures(net, x, y)["plain"])
@@ -487,15 +489,12 @@ def test_no_second_derivative() -> None:
     ("options", "message"),
     [
         ({"curvature": "fisher"}, 'curvature must be one of "auto", "hessian", "ggn", got .fisher.'),
-        ({"method": "newton"}, "method must be"),
         ({"preconditioner": "jacobi"}, 'preconditioner must be one of "none", "diagonal", or a function'),
         ({"max_products": 0}, "max_products must be an integer of at least 1"),
         ({"max_trials": True}, "max_trials must be"),
         ({"forcing": 1.0}, r"forcing must lie in \(0, 1\)"),
         ({"lr": -1.0}, "lr must be a finite number"),
         ({"weight_decay": math.nan}, "weight_decay must be"),
-        ({"radius": 0.0}, "radius must lie"),
-        ({"damping": -1.0}, "damping must lie"),
         ({"warm_start": True, "preconditioner": lambda v: v}, "warm_start needs products with M"),
         ({"model": nn.Linear(1, 1)}, "two different networks"),
     ],
@@ -523,13 +522,22 @@ def test_more_arguments() -> None:
         NewtonCG(compiled)
 
 
-@pytest.mark.parametrize("method", ["trust-region", "levenberg-marquardt"])
+def test_options_of_methods() -> None:
+    net, _, _ = regression()
+    for make in (lambda: TrustRadius(0.0), lambda: TrustRadius(1.0, 0.5), lambda: LevenbergMarquardt(-1.0)):
+        with pytest.raises(ValueError, match="must lie"):
+            make()
+    with pytest.raises(TypeError, match=r"a hessopt\.TrustRadius or a hessopt\.LevenbergMarquardt, got str"):
+        NewtonCG(net, method="levenberg-marquardt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [TrustRadius(), LevenbergMarquardt(0.7)])
 def test_prediction_is_the_undamped_models(method: Any) -> None:
     """For γ d, in one group: -γ gᵀd - ½ γ² dᵀBd, without λ."""
     net, x, y = regression()
     gradient, _, ggn = dense(net, x, lambda z: functional.mse_loss(z, y))
     theta = flat(net)
-    optimizer = NewtonCG(net, lr=0.3, curvature="ggn", method=method, damping=0.7, weight_decay=0.1, forcing=0.1)
+    optimizer = NewtonCG(net, lr=0.3, curvature="ggn", method=method, weight_decay=0.1, forcing=0.1)
     optimizer.step(closures(net, x, y)["plain"])
     step, g = flat(net) - theta, gradient + 0.1 * theta
     matrix = ggn + 0.1 * torch.eye(len(g), dtype=torch.float64)
