@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +89,7 @@ class AdamWPart:
 
     select: Selection = None
     ratio: float = 1.0
-    betas: tuple[float, float] = field(default=(0.9, 0.999))
+    betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
