@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from diagnostics.autograd.custom_backwards import check_custom_backwards, custom_backwards
 from diagnostics.autograd.kernels import (
     EXCLUSIVE,
     CompositeKernels,
@@ -24,8 +25,10 @@ from diagnostics.autograd.loss_checks import (
     check_tapes,
     check_unmodified,
     detached_output,
+    floating_tensors,
 )
 from diagnostics.autograd.refusals import check_inputs, check_loss_fn, check_model
+from diagnostics.autograd.second_order import second_order_errors
 from diagnostics.autograd.substitution import run_model
 from diagnostics.autograd.tape import ancestry, rounding
 from diagnostics.autograd.trees import map_tensors, tensors
@@ -94,6 +97,8 @@ def capture(
             loss is not a finite real scalar that depends on the output; a lazy module has no parameters yet; the model
             uses checkpointing, changes its own parameters, or works in place on a node whose memory other tensors
             share. The message names the module and the way out.
+        DiagnosticsError: the backward of a ``torch.autograd.Function`` (a fused loss or normalisation) keeps a part of
+            the second derivative off the tape, as five more runs of the model have shown.
         TypeError: an argument is of the wrong kind or in the wrong place (targets, a loss function that takes them).
     """
     if not isinstance(model, nn.Module):
@@ -169,13 +174,7 @@ class _Recipe:
         self, modules: dict[str, nn.Module], cuts: Cuts, parameters: dict[str, Tensor], kernels: LeanKernels | None
     ) -> tuple[tuple[str, ...], Tensor]:
         """Run model and loss once; returns the names of the output's nodes, and the loss."""
-        with ExitStack() as stack:
-            stack.enter_context(plain_autograd())
-            stack.enter_context(twice_differentiable())
-            stack.enter_context(without_saved_tensor_hooks())
-            stack.enter_context(self.random_state.replayed())
-            stack.enter_context(CompositeKernels())
-            stack.enter_context(kernels or nullcontext())
+        with self._recording(), kernels or nullcontext():
             with ExitStack() as hooks:
                 for name, module in modules.items():
                     handle = module.register_forward_hook(cuts.hook(name), with_kwargs=True)
@@ -184,6 +183,30 @@ class _Recipe:
                 result = run_model(self.model, map_tensors(_private_copy, self.inputs), replaced)
             z, outputs = cuts.cut_output(result)
             return outputs, self.loss_fn(z)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(plain_autograd())
+            stack.enter_context(twice_differentiable())
+            stack.enter_context(without_saved_tensor_hooks())
+            stack.enter_context(self.random_state.replayed())
+            stack.enter_context(CompositeKernels())
+            yield
+
+    def check_custom_backwards(self, ends: Sequence[Tensor]) -> None:
+        """Hold backward passes that are not PyTorch's own, on the tapes of ``ends``, against differences."""
+        if custom_backwards(ends):
+            with second_order_errors():
+                check_custom_backwards(self._run_at, list(self.parameters.values()))
+
+    def _run_at(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The model's output and the loss, uncut, with these parameters."""
+        replaced = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        replaced.update(zip(self.parameters, parameters, strict=True))
+        with self._recording():
+            z = run_model(self.model, map_tensors(_private_copy, self.inputs), replaced)
+            return [t for t in floating_tensors(z) if t.requires_grad], self.loss_fn(z)
 
     def _check_unmodified(self, cuts: Cuts, loss: Tensor) -> None:
         """Refuse a run in which the cuts kept an operation in place from reaching other names of the same memory."""
@@ -235,6 +258,7 @@ def _assemble(
     links = {name: sources(segment) for name, segment in cuts.segments.items()}
     check_scalar_loss(loss, recipe.parameters.items(), lambda: _called_nodes(cuts.values))
     check_tapes([*_called_nodes(cuts.segments), ("the loss", loss)])
+    recipe.check_custom_backwards([loss, *cuts.segments.values()])
     loss_parents, loss_parameters = sources(loss)
     if not loss_parents:
         raise CaptureError("the loss does not depend on the model's output: loss_fn must use its argument z.")

@@ -133,6 +133,7 @@ class JointTape(Tape):
                 loss, list(parameters.values()), list(parameters),
                 verify=not replay.verified, made_bytes=replay.made_bytes, size=batch.size,
             )  # fmt: skip
+        replay.check_custom_backwards(batch, [loss])
         replay.verified = True
         return tape
 
@@ -229,10 +230,12 @@ class SplitTape(Tape):
                     parts[i] = value.clone()  # the loss may work in place
                 return replay.loss(rebuild(parts), batch)
 
+            loss = loss_at(cut)
             tape = cls(
-                loss_at(cut), list(parameters.values()), list(parameters), outputs, cut,
+                loss, list(parameters.values()), list(parameters), outputs, cut,
                 made_bytes=replay.made_bytes, size=batch.size,
             )  # fmt: skip
+        replay.check_custom_backwards(batch, [loss, *outputs])
         tape.loss_at, tape.recording = loss_at, replay.recording
         return tape
 

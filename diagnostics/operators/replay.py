@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diagnostics.autograd.custom_backwards import check_custom_backwards, custom_backwards
 from diagnostics.autograd.kernels import (
     EXCLUSIVE,
     CompositeKernels,
@@ -26,6 +27,7 @@ from diagnostics.autograd.loss_checks import (
     floating_tensors,
 )
 from diagnostics.autograd.refusals import check_loss_fn, check_model, check_tensor
+from diagnostics.autograd.second_order import second_order_errors
 from diagnostics.autograd.substitution import run_model
 from diagnostics.errors import CaptureError, StaleGraphError
 from diagnostics.operators.data import Batch
@@ -64,6 +66,7 @@ class Replay:
         self.device = device
         self.made_bytes = 0
         self.verified = False
+        self._compared = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -146,6 +149,30 @@ class Replay:
         private = batch.private(self.device)
         z = run_model(self.model, private.inputs, {**self._copied_buffers(), **(parameters or {})})
         return float(self.loss_fn(z, private.targets).detach())
+
+    def check_custom_backwards(self, batch: Batch, ends: Sequence[Tensor]) -> None:
+        """Hold backward passes that are not PyTorch's own, on the tapes of ``ends``, against differences; once.
+
+        Raises:
+            DiagnosticsError: one of them keeps a part of the second derivative off the tape.
+        """
+        if self._compared:
+            return
+        if custom_backwards(ends):
+            with second_order_errors():
+                check_custom_backwards(lambda values: self._run_at(values, batch), list(self._values().values()))
+        self._compared = True
+
+    def _run_at(self, values: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], Tensor]:
+        own = batch.private(self.device)
+        replaced = {**self._copied_buffers(), **dict(zip(self._values(), values, strict=True))}
+        with self.replayed(), self.recording():
+            z = run_model(self.model, own.inputs, replaced)
+            outputs = [t for t in floating_tensors(z) if t.requires_grad]
+            return outputs, self.loss_fn(z, own.targets)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: parameter for name, (parameter, _, _) in self._parameters.items()}
 
     def changed_buffers(self, batch: Batch) -> list[str]:
         """Names of the buffers that a forward pass changes."""
