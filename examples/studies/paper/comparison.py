@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.studies.paper.architecture_experiments import ARCHITECTURES
 from examples.studies.paper.experiments import EXPERIMENTS
-from examples.studies.paper.label_experiment import LABELS
+from examples.studies.paper.extensions.architectures import ARCHITECTURES
+from examples.studies.paper.extensions.labels import LABELS
 
 PUBLISHED = Path(__file__).parent / "published"
 WITHIN = "within 2 σ"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.studies.paper.architecture_experiments import ARCHITECTURES
 from examples.studies.paper.experiments import EXPERIMENTS, Experiment, Variant
+from examples.studies.paper.extensions.architectures import ARCHITECTURES
+from examples.studies.paper.extensions.labels import LABELS
 from examples.studies.paper.images import Data, cifar10, cifar100, generated, toy_regression
-from examples.studies.paper.label_experiment import LABELS
 from examples.studies.paper.measurement import Batch, Rows, accuracy, row
 from examples.studies.paper.networks import Network
 from examples.studies.paper.store import Store

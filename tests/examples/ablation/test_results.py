@@ -12,7 +12,7 @@ from examples.studies.ablation.page import Page
 from examples.studies.ablation.parts import main_rows, part_tables
 from examples.studies.ablation.results import Entry, entries, standing, to_target, verdicts
 from examples.studies.ablation.table import Table
-from tests.examples.ablation_toys import BATCHES, FULL, NEVER, OURS, SGD, session
+from tests.examples.ablation.toys import BATCHES, FULL, NEVER, OURS, SGD, session
 
 CURVE = [[0.0, 0, 0, 8.0], [1.0, 10, 1, 4.0], [3.0, 30, 2, 6.0], [5.0, 60, 3, 2.0], [7.0, 90, 4, 1.0]]
 

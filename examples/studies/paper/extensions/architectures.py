@@ -13,8 +13,8 @@ from torch.nn.functional import avg_pool2d, cross_entropy, mse_loss
 import diagnostics
 from diagnostics.blocks.containers import MeanBlocks
 from examples.shared.problems.data import cifar10_pixels
-from examples.studies.paper.architecture_networks import ConvolutionalChain, SmallGPT, UNet
 from examples.studies.paper.experiments import Experiment, Variant, grid
+from examples.studies.paper.extensions.networks import ConvolutionalChain, SmallGPT, UNet
 from examples.studies.paper.images import Data, generated, scaled
 from examples.studies.paper.measurement import Batch, Loss, Rows, row
 from examples.studies.paper.networks import Network

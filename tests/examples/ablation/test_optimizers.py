@@ -14,7 +14,7 @@ from examples.studies.ablation import runner
 from examples.studies.ablation.budget import Budget
 from examples.studies.ablation.meter import loss_of
 from examples.studies.ablation.optimizers import CONTENDERS
-from tests.examples.ablation_toys import build
+from tests.examples.ablation.toys import build
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lbfgs", "muon", "adam_lbfgs", "scipy_lbfgsb", "scipy_trust_ncg"])

@@ -13,7 +13,7 @@ from examples.shared.task import Task
 from examples.studies.ablation import runner
 from examples.studies.ablation.contender import ClosureStep, Finished
 from examples.studies.ablation.meter import Meter, Work, loss_of
-from tests.examples.ablation_toys import BATCHES, FULL, LONG, contender, steps
+from tests.examples.ablation.toys import BATCHES, FULL, LONG, contender, steps
 
 
 def test_gradient_equivalents_of_sgd_are_its_steps() -> None:

@@ -12,7 +12,7 @@ from examples.studies.ablation import runner
 from examples.studies.ablation.optimizers import CONTENDERS
 from examples.studies.ablation.study import Session, Study
 from examples.studies.ablation.table import Table
-from tests.examples.ablation_toys import session, timeless
+from tests.examples.ablation.toys import session, timeless
 
 
 def test_a_study_runs_what_it_says(tmp_path: Path) -> None:

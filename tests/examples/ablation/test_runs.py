@@ -16,7 +16,7 @@ from examples.studies.ablation import runner
 from examples.studies.ablation.budget import Budget, Checkpoints
 from examples.studies.ablation.contender import Finished, GradientStep, NotApplicable
 from examples.studies.ablation.optimizers import CONTENDERS
-from tests.examples.ablation_toys import BATCHES, FULL, LONG, contender
+from tests.examples.ablation.toys import BATCHES, FULL, LONG, contender
 
 
 class Recorder:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import diagnostics
-from examples.studies.paper.architecture_experiments import ARCHITECTURES, characters, measure_sources
-from examples.studies.paper.architecture_networks import ConvolutionalChain, Heads, SmallGPT, UNet
 from examples.studies.paper.experiments import EXPERIMENTS, grid
+from examples.studies.paper.extensions.architectures import ARCHITECTURES, characters, measure_sources
+from examples.studies.paper.extensions.labels import LABELS
+from examples.studies.paper.extensions.networks import ConvolutionalChain, Heads, SmallGPT, UNet
 from examples.studies.paper.images import Data, generated
-from examples.studies.paper.label_experiment import LABELS
 from examples.studies.paper.measurement import Batch
 from examples.studies.paper.networks import Network, plain_mlp
 from examples.studies.paper.run import NAMES, only, run
