@@ -8,7 +8,6 @@ DEVICE ?= cpu
 WORKERS ?= auto
 export OMP_NUM_THREADS ?= 1
 DATA   ?= data
-PAPER   = exp1 exp1_deep exp1b exp2 exp3 exp3_norm exp4 exp5 exp6 ablation_probes labels architectures
 BIN    := $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -75,11 +74,11 @@ ablation-full: $(VENV)/.stamp-ablation ## the same on all problems (an hour); DA
 	$(BIN)/python -m examples.studies.ablation report
 
 paper-quick: $(VENV)/.stamp-examples ## the paper's tables at initialisation, on generated images
-	for name in $(PAPER); do $(BIN)/python -m examples.studies.paper $$name --quick || exit 1; done
+	$(BIN)/python -m examples.studies.paper --quick
 	$(BIN)/python -m examples.studies.paper report --results paper-results --docs paper-results
 
 paper: $(VENV)/.stamp-examples ## the paper's tables and docs/paper.md (hours); DATA is the folder of the data sets
-	for name in $(PAPER); do $(BIN)/python -m examples.studies.paper $$name --data $(DATA) || exit 1; done
+	$(BIN)/python -m examples.studies.paper --data $(DATA)
 	$(BIN)/python -m examples.studies.paper report
 
 theories: $(VENV)/.stamp-examples ## the three other theories, with their controls; DATA is the folder of the data sets

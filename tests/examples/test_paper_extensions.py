@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import diagnostics
-from examples.studies.paper.experiments import EXPERIMENTS, grid
+from examples.studies.paper.experiments import EXPERIMENTS, Experiment, grid
 from examples.studies.paper.extensions.architectures import ARCHITECTURES, characters, measure_sources
 from examples.studies.paper.extensions.labels import LABELS
 from examples.studies.paper.extensions.networks import ConvolutionalChain, Heads, SmallGPT, UNet
 from examples.studies.paper.images import Data, generated
 from examples.studies.paper.measurement import Batch
 from examples.studies.paper.networks import Network, plain_mlp
-from examples.studies.paper.run import NAMES, only, run
+from examples.studies.paper.run import GROUPS, main, only, run
 from examples.studies.paper.store import Store
 from examples.studies.paper.trained import Trained
 from examples.studies.paper.training import Schedule
@@ -208,13 +210,29 @@ def test_only_some_variants() -> None:
         only([EXPERIMENTS["exp4"]], ["k=9"])
 
 
+def test_no_name_is_every_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def note(experiment: Experiment, seeds: Sequence[int], store: Store, *_: Any) -> None:
+        ran.append((store.path.stem, experiment.name))
+
+    monkeypatch.setattr("examples.studies.paper.run.run", note)
+    command = ["--quick", "--out", str(tmp_path)]
+    main(None, command)
+    assert ran == [(name, experiment.name) for name, group in GROUPS.items() for experiment in group]
+    assert {name for name, _ in ran} == {*EXPERIMENTS, "architectures", "labels"}
+    ran.clear()
+    main(None, ["architectures", *command])
+    assert ran == [("architectures", name) for name in ("densenet", "unet", "gpt")]
+
+
 def test_measured_batch_is_of_the_test_set() -> None:
     data: Data = generated(10, 20)
     assert not torch.equal(data.x[:10], data.x_test[:10])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GROUPS)
 def test_script_runs_without_data(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.studies.paper", name, "--quick", "--seeds", "42", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1800, check=False)

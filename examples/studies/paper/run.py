@@ -133,7 +133,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", nargs="?", choices=GROUPS, help="default: every one")
     parser.add_argument("--data", type=Path, help="folder of CIFAR (.npz or torchvision's layout)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--epochs", type=int, help="other than the paper's")
@@ -149,29 +149,31 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def named(name: str) -> Sequence[Experiment]:
-    """The experiments behind a name of the command line."""
-    groups = {"architectures": tuple(ARCHITECTURES.values()), "labels": (LABELS,)}
-    return groups.get(name) or (EXPERIMENTS[name],)
-
-
-NAMES = (*EXPERIMENTS, "architectures", "labels")
+GROUPS: dict[str, Sequence[Experiment]] = {
+    **{name: (experiment,) for name, experiment in EXPERIMENTS.items()},
+    "architectures": tuple(ARCHITECTURES.values()),
+    "labels": (LABELS,),
+}
+"""The experiments behind each name of the command line."""
 
 
 def main(description: str | None, given: Sequence[str] | None = None) -> None:
-    """Run the experiments of a name, then print the tables."""
+    """Run the experiments of a name, or all, and print the tables of each."""
     from examples.studies.paper.tables import report  # after the arguments, so that --help is quick
 
     options: Any = arguments(description).parse_args(given)
     torch.set_num_threads(options.threads)
-    store = Store((options.out or (SCRATCH if options.quick else RESULTS)) / f"{options.name}.jsonl")
     folder = None if options.quick else options.data
-    for experiment in only(named(options.name), options.only):
-        if folder is None and not options.quick and experiment.data != "toy":
-            raise SystemExit("pass --data DIR with the data sets, or --quick for what needs none.")
-        seeds = options.seeds[: experiment.quick_seeds] if options.quick else options.seeds
-        run(experiment, seeds, store, folder, options.epochs, options.trained)
-        print(report(experiment.name, store.rows))
+    groups = {options.name: GROUPS[options.name]} if options.name else GROUPS
+    wanted = {e.name: e for e in only([e for group in groups.values() for e in group], options.only)}
+    for name, group in groups.items():
+        store = Store((options.out or (SCRATCH if options.quick else RESULTS)) / f"{name}.jsonl")
+        for experiment in (wanted[e.name] for e in group if e.name in wanted):
+            if folder is None and not options.quick and experiment.data != "toy":
+                raise SystemExit("pass --data DIR with the data sets, or --quick for what needs none.")
+            seeds = options.seeds[: experiment.quick_seeds] if options.quick else options.seeds
+            run(experiment, seeds, store, folder, options.epochs, options.trained)
+            print(report(experiment.name, store.rows))
 
 
 def only(experiments: Sequence[Experiment], wanted: Sequence[str]) -> list[Experiment]:
