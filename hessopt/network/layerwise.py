@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from hessopt.errors import ModelError
-from hessopt.network.arguments import Params, check_group, network_of, refuse_meta
+from hessopt.network.arguments import Params, network_of
 from hessopt.network.layers import layers_of
-from hessopt.network.saved_state import SavedState
+from hessopt.network.saved_state import Group, SavedState
 
 
 class LayerwiseOptimizer(SavedState):
@@ -30,8 +29,6 @@ class LayerwiseOptimizer(SavedState):
     model: nn.Module
 
     _TENSORS = ("momentum_buffer",)
-    _OWN: ClassVar[tuple[str, ...]] = ()
-    """Names of attributes that a copy has as well, but for ``model``."""
 
     def __init__(self, params: Params, model: nn.Module | None, defaults: dict[str, Any]) -> None:
         owner, network = type(self).__name__, network_of(params, model)
@@ -44,31 +41,15 @@ class LayerwiseOptimizer(SavedState):
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
         layers_of(owner, self.model, self._parameters())
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters of the network, with its own ``lr`` and ``weight_decay`` if wanted."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
         known = set(self.model.parameters())
-        try:
-            refuse_meta(group["params"])
-            check_group(type(self).__name__, group, self.param_groups[0])
-            for position, p in enumerate(group["params"]):
-                if p not in known:
-                    raise ValueError(
-                        f"parameter {position} of group {len(self.param_groups) - 1}, of shape {tuple(p.shape)}, is "
-                        "not a parameter of the network; pass the network that owns it as model=."
-                    )
-        except (ValueError, ModelError):
-            self.param_groups.pop()
-            raise
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ("model", *self._OWN)}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("maximize", False)  # states of older versions
+        for position, p in enumerate(group["params"]):
+            if p not in known:
+                raise ValueError(
+                    f"parameter {position} of group {len(self.param_groups) - 1}, of shape {tuple(p.shape)}, is "
+                    "not a parameter of the network; pass the network that owns it as model=."
+                )
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

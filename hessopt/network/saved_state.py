@@ -1,4 +1,4 @@
-"""State dicts that are checked completely before anything is taken up, and that hold all there is by parameter."""
+"""Param groups, copies and state dicts that are checked completely before anything is taken up."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from hessopt.errors import ModelError
+from hessopt.network.arguments import check_group, refuse_meta
 
 StateDict = dict[str, Any]
 Group = dict[str, Any]
@@ -19,7 +22,7 @@ FLAGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
 
 
 class SavedState(Optimizer):
-    """Base class of optimizers whose state dict has one structure, from before the first step on.
+    """Base class: param groups that are checked, copies, and a state dict of one structure from before the first step.
 
     :mod:`torch.distributed.checkpoint` loads into the structure of a state dict that it is given, and drops what is not
     in there. Therefore every parameter has an entry with all that it will have: what is not there yet is a zero tensor
@@ -34,6 +37,38 @@ class SavedState(Optimizer):
 
     _MARKED: ClassVar[bool] = True
     """Whether ``"kept"`` is needed: an entry that is blank is not the same as none. ``"shape"`` comes with it."""
+
+    _OWN: ClassVar[tuple[str, ...]] = ()
+    """Names of attributes that a copy has as well, but for ``model``."""
+
+    model: nn.Module | None
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, with options of its own (``lr``, ``weight_decay`` …) if wanted.
+
+        Raises:
+            ValueError: an option is out of range, or a parameter is not one that can be trained; nothing is added then.
+            ModelError: a parameter has no values, or is spread over processes in a way that is not known; likewise.
+        """
+        super().add_param_group(param_group)
+        try:
+            refuse_meta(self.param_groups[-1]["params"])
+            self._check_group(self.param_groups[-1])
+        except (ValueError, ModelError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Group) -> None:
+        """Raise a ValueError or a ModelError if the last group cannot be taken."""
+        check_group(type(self).__name__, group, self.param_groups[0])
+
+    def __getstate__(self) -> StateDict:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ("model", *self._OWN)}}
+
+    def __setstate__(self, state: StateDict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # states of older versions
 
     def _blank(self, number: int, group: Group, p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         """The entry of a parameter before the first step.

@@ -16,7 +16,7 @@ from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature, output_of
 from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params, check_choice, check_count, check_group, network_of, refuse_meta
+from hessopt.network.arguments import Params, check_choice, check_count, network_of
 from hessopt.network.processes import refuse_processes, refuse_spread
 from hessopt.network.saved_state import SavedState, asks_for_state
 from hessopt.newton_cg.curvature_choice import CurvatureChoice
@@ -126,7 +126,6 @@ class NewtonCG(SavedState):
     """
 
     _OWN = (
-        "model",
         "curvature",
         "method",
         "preconditioner",
@@ -189,16 +188,6 @@ class NewtonCG(SavedState):
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
         refuse_spread("NewtonCG", self.model, [p for group in self.param_groups for p in group["params"]])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own ``lr`` and ``weight_decay`` if wanted."""
-        super().add_param_group(param_group)
-        try:
-            refuse_meta(self.param_groups[-1]["params"])
-            check_group("NewtonCG", self.param_groups[-1], self.param_groups[0])
-        except (ValueError, ModelError):
-            self.param_groups.pop()
-            raise
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.
@@ -293,13 +282,8 @@ class NewtonCG(SavedState):
         shared.update(step=0, choice=CurvatureChoice().state_dict())
         return {**(shared if number == 0 else {}), **{name: zeros() for name in kept}}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("maximize", False)  # states of older versions
         self._verified = self._told = False
 
     def _output(self, evaluation: Evaluation, parameters: list[Tensor]) -> Tensor | None:

@@ -18,9 +18,9 @@ from hessopt.closure.finite import gradient_norm
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params, check_type, network_of, refuse_meta
+from hessopt.network.arguments import Params, check_type, network_of
 from hessopt.network.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
-from hessopt.network.saved_state import SavedState, asks_for_state, members
+from hessopt.network.saved_state import Group, SavedState, asks_for_state, members
 from hessopt.spectral.exponent import Probe, measure_on_tape, smoothed
 from hessopt.spectral.groups import Selection, exponent_of, is_matrix, left_to_adamw
 from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
@@ -112,7 +112,7 @@ class SpectralNewton(SavedState):
     """
 
     _MARKED = False
-    _OWN = ("model", "newton_schulz", "online", "last_step", "_adamw")
+    _OWN = ("newton_schulz", "online", "last_step")
 
     def __init__(
         self,
@@ -149,17 +149,10 @@ class SpectralNewton(SavedState):
         }  # fmt: skip
         super().__init__(self._named_groups(params, lr, adamw.ratio), defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with options of its own if wanted."""
-        super().add_param_group(param_group)
-        try:
-            refuse_meta(self.param_groups[-1]["params"])
-            check_spectral_group(self.param_groups[-1], self.newton_schulz)
-            check_distributed([p for group in self.param_groups for p in group["params"]], self.model)
-            self._check_shards(self.param_groups[-1])
-        except (ValueError, ModelError):
-            self.param_groups.pop()
-            raise
+    def _check_group(self, group: Group) -> None:
+        check_spectral_group(group, self.newton_schulz)
+        check_distributed([p for _, p in members(self)], self.model)
+        self._check_shards(group)
 
     def _check_shards(self, group: dict[str, Any]) -> None:
         """Raise ModelError for a matrix in parts whose map takes more than operations that PyTorch knows on these."""
@@ -248,9 +241,8 @@ class SpectralNewton(SavedState):
         return {"step": step, "momentum_buffer": zeros(), **exponent}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in self._OWN if name != "_adamw"}
         left = None if self.model is None else [p for p in self.model.parameters() if id(p) in (self._adamw or ())]
-        return {**super().__getstate__(), **own, "_left": left}
+        return {**super().__getstate__(), "_left": left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         left = state.pop("_left", "absent")
@@ -259,8 +251,7 @@ class SpectralNewton(SavedState):
         if left != "absent":  # a copy; its parameters are others
             self._adamw = None if left is None else {id(p) for p in left}
         for group in self.param_groups:
-            for name, value in (("maximize", False), ("method", "auto")):
-                group.setdefault(name, value)
+            group.setdefault("method", "auto")
         for own in self.state.values():
             if "step" in own and not isinstance(own["step"], Tensor):
                 own["step"] = torch.tensor(float(own["step"]))
