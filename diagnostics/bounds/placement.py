@@ -83,7 +83,7 @@ def recommend_skips(
         for i, j in combinations(range(len(names)), 2)
         if not network.has_edge(names[i], names[j]) and (allowed is None or allowed(names[i], names[j]))
     ]
-    before = shortest_paths(network, names)
+    before = shortest_paths(names, network.edges)
     budget = min(budget, len(candidates))
     exhaustive = math.comb(len(candidates), budget) <= exhaustive_limit
     chosen, after = _search_all(before, candidates, budget) if exhaustive else _greedy(before, candidates, budget)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -21,6 +21,7 @@ Part: TypeAlias = Literal["total", "gn", "tensor"]
 """The Hessian, its Gauss-Newton part, or its tensor part."""
 
 T = TypeVar("T")
+V = TypeVar("V", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +193,9 @@ class Graph:
     @cached_property
     def distances(self) -> Tensor:
         """Shortest undirected path length between every two nodes, ``(n, n)``; infinite when unconnected (Thm 77)."""
-        return torch.from_numpy(shortest_paths(self.to_networkx(), list(self._by_name))).to(torch.get_default_dtype())
+        return torch.from_numpy(shortest_paths(list(self._by_name), self.to_networkx().edges)).to(
+            torch.get_default_dtype()
+        )
 
     def distance(self, v: str, w: str) -> float:
         """Length of the shortest undirected path between nodes ``v`` and ``w``; infinite when there is none."""
@@ -264,11 +267,13 @@ class Graph:
             )
 
 
-def shortest_paths(network: nx.DiGraph[str], names: Sequence[str]) -> NDArray[np.float64]:
-    """Length of the shortest undirected path between every two nodes, in the order of ``names``; infinite for none."""
-    at = {name: i for i, name in enumerate(names)}
-    distances = np.full((len(names), len(names)), np.inf)
-    for v, lengths in nx.all_pairs_shortest_path_length(network.to_undirected(as_view=True)):
-        for w, length in lengths.items():
-            distances[at[v], at[w]] = length
+def shortest_paths(nodes: Sequence[V], edges: Iterable[tuple[V, V]]) -> NDArray[np.float64]:
+    """``(n, n)`` lengths of the shortest undirected paths between the nodes, in their order; infinite for none."""
+    at = {node: i for i, node in enumerate(nodes)}
+    graph: nx.Graph[int] = nx.Graph()
+    graph.add_nodes_from(at.values())
+    graph.add_edges_from((at[v], at[w]) for v, w in edges)
+    distances = np.full((len(at), len(at)), np.inf)
+    for i, lengths in nx.all_pairs_shortest_path_length(graph):
+        distances[i, list(lengths)] = list(lengths.values())
     return distances

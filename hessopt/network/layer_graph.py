@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnostics.autograd.tape import Function, ancestry
+from diagnostics.graph.graph import shortest_paths
 from hessopt.network.layers import Layer
 from hessopt.network.parameter_uses import Use
 
@@ -54,10 +54,4 @@ def layer_distances(count: int, edges: Iterable[tuple[int, int]]) -> NDArray[np.
         edges: As of :func:`layer_edges`: pairs of layers of which one feeds the other without a third one in between;
             the output is number n.
     """
-    graph: nx.Graph[int] = nx.Graph()
-    graph.add_nodes_from(range(count + 1))
-    graph.add_edges_from(edges)
-    distance = np.full((count + 1, count + 1), np.inf)
-    for v, lengths in nx.all_pairs_shortest_path_length(graph):
-        distance[v, list(lengths)] = list(lengths.values())
-    return distance[:count, :count]
+    return shortest_paths(range(count + 1), edges)[:count, :count]
