@@ -65,7 +65,8 @@ class _Matrix:
 
 NUMBER, MATRIX = _Number(), _Matrix()
 NUMBERS = ListOf(NUMBER)
-_METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
+TABLE_METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
+"""What a table of pairs has in a matrix each, with an error each where it is estimated."""
 _LEVELS = ("measured", "jacobian", "path", "depth", "count", "geometric")
 _MEANS = ("resonance", "coupling", "stable_rank", "gn_gap", "gap_ratio")
 _MOST_INTEGER = 2**63 - 1
@@ -73,8 +74,8 @@ _MOST_INTEGER = 2**63 - 1
 _TABLE: dict[str, Any] = {
     "exact": bool,
     "nodes": ListOf(str),
-    **dict.fromkeys((*_METRICS, "distance"), MATRIX),
-    "errors": Maybe(dict.fromkeys(_METRICS, MATRIX)),
+    **dict.fromkeys((*TABLE_METRICS, "distance"), MATRIX),
+    "errors": Maybe(dict.fromkeys(TABLE_METRICS, MATRIX)),
     "probes": Maybe(int),
     "products": Maybe(int),
     "gap_ratio": NUMBER,

@@ -22,6 +22,7 @@ Part: TypeAlias = Literal["total", "gn", "tensor"]
 
 T = TypeVar("T")
 V = TypeVar("V", bound=Hashable)
+Again = TypeVar("Again", bound="Graph | WholeTape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,10 +221,7 @@ class Graph:
         Raises:
             DiagnosticsError: this run gave another loss, so the model keeps state of its own.
         """
-        self.check_fresh()
-        graph = self._refine()
-        self._check_same_loss(graph.loss)
-        return graph
+        return self._run_again(self._refine)
 
     @cached_property
     def whole(self) -> WholeTape:
@@ -234,10 +232,7 @@ class Graph:
         Raises:
             DiagnosticsError: this run gave another loss, so the model keeps state of its own.
         """
-        self.check_fresh()
-        tape = self._record_whole()
-        self._check_same_loss(tape.loss)
-        return tape
+        return self._run_again(self._record_whole)
 
     def once(self, make: Callable[[Graph], T]) -> T:
         """``make(graph)``, made at the first call with this ``make`` and kept with the graph.
@@ -249,13 +244,17 @@ class Graph:
         made: T = self._made[make]
         return made
 
-    def _check_same_loss(self, loss: Tensor) -> None:
+    def _run_again(self, run: Callable[[], Again]) -> Again:
+        self.check_fresh()
+        found = run()
+        loss = found.loss
         if not loss.equal(self.loss) and not torch.allclose(loss, self.loss, rtol=rounding([loss]) ** 0.75, atol=0):
             raise DiagnosticsError(
                 f"running the model again on the same batch gave the loss {loss.item():.8g} instead of "
                 f"{self.loss.item():.8g}, although buffers and random state were the same: its forward pass or the "
                 "loss function keeps state outside of buffers (a counter, NumPy's random numbers). Remove that."
             )
+        return found
 
     def check_fresh(self) -> None:
         """Raise :class:`diagnostics.StaleGraphError` if a parameter was changed in place since the capture."""

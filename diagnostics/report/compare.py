@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.document.figures import reach
@@ -15,7 +14,8 @@ from diagnostics.document.schema import check
 from diagnostics.document.summary import Figure, summary
 from diagnostics.document.values import encode
 from diagnostics.errors import DiagnosticsError
-from diagnostics.rendering.formats import IMAGES
+from diagnostics.rendering.formats import COMPARISON_FORMATS
+from diagnostics.rendering.saving import Saved
 from diagnostics.rendering.text import WIDTH, figure, short, wrapped
 from diagnostics.report.report import Report, read_document
 from diagnostics.results.files import write_text
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMPARISON_SCHEMA = "hessopt-diagnostics-comparison/1"
 
 
-class Comparison:
+class Comparison(Saved):
     """Reports side by side; made by :func:`compare`.
 
     A change between two reports a and b is significant if ``|a − b| > √((t_a se_a)² + (t_b se_b)²)``, with Student's t
@@ -37,6 +37,8 @@ class Comparison:
         reports: The reports, in order.
         names: What they are called.
     """
+
+    _KIND, _FORMATS = "comparison", COMPARISON_FORMATS
 
     def __init__(self, reports: Sequence[Report], names: Sequence[str]) -> None:
         self.reports, self.names = tuple(reports), tuple(names)
@@ -111,35 +113,6 @@ class Comparison:
         from diagnostics.rendering.plot import plot_comparison
 
         return plot_comparison([report.data for report in self.reports], self.names)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the comparison in the format that the suffix says; an interrupted write leaves what was there before.
-
-        ``.json`` and ``.txt`` need nothing; the page ``.html`` and the figure of :meth:`plot` as ``.png``, ``.svg`` or
-        ``.pdf`` need the extra ``report``.
-
-        Raises:
-            ValueError: another suffix.
-            DiagnosticsError: a library of the extra is missing.
-        """
-        formats: dict[str, Callable[[str | os.PathLike[str]], None]] = {
-            ".json": self.to_json,
-            ".txt": self._to_text,
-            ".html": self.to_html,
-            **dict.fromkeys(IMAGES, self._to_image),
-        }
-        write = formats.get(Path(path).suffix.lower())
-        if write is None:
-            raise ValueError(f"a comparison is saved as {', '.join(formats)}; {os.fspath(path)!r} has another suffix.")
-        write(path)
-
-    def _to_text(self, path: str | os.PathLike[str]) -> None:
-        write_text(path, f"{self}\n")
-
-    def _to_image(self, path: str | os.PathLike[str]) -> None:
-        from diagnostics.rendering.plot import save_figure
-
-        save_figure(self.plot(), path)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Comparison:

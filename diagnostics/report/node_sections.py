@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diagnostics.blocks.pair_metrics import metrics
 from diagnostics.blocks.sources import curvature_sources
+from diagnostics.document.schema import TABLE_METRICS
 from diagnostics.errors import MemoryBudgetError
 from diagnostics.graph.flatness import cannot_bend
 from diagnostics.graph.graph import Graph
@@ -22,8 +23,6 @@ from diagnostics.operators.replay import along_the_tape
 from diagnostics.report.workbench import Workbench
 from diagnostics.results.metric_table import MetricTable
 from diagnostics.results.pair_formulas import coupling, gn_gap
-
-_METRICS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 
 
 def network(bench: Workbench) -> dict[str, Any]:
@@ -122,8 +121,8 @@ def tabulated(table: MetricTable) -> dict[str, Any]:
     return {
         "exact": errors is None,
         "nodes": list(table.nodes),
-        **{name: getattr(table, name) for name in (*_METRICS, "distance")},
-        "errors": None if errors is None else {name: getattr(errors, name) for name in _METRICS},
+        **{name: getattr(table, name) for name in (*TABLE_METRICS, "distance")},
+        "errors": None if errors is None else {name: getattr(errors, name) for name in TABLE_METRICS},
         "probes": None if errors is None else errors.probes,
         "products": None if errors is None else errors.products + errors.passes,
         "gap_ratio": table.gap_ratio,

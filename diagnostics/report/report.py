@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.document.schema import SCHEMA, check
+from diagnostics.document.schema import SCHEMA, TABLE_METRICS, check
 from diagnostics.document.values import number, tensor
 from diagnostics.document.verdict import Verdict
 from diagnostics.errors import DiagnosticsError
-from diagnostics.rendering.formats import IMAGES
+from diagnostics.rendering.formats import REPORT_FORMATS
+from diagnostics.rendering.saving import Saved
 from diagnostics.results.files import replacing, write_text
 from diagnostics.results.metric_table import MetricErrors, MetricTable
 
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA", "Report"]
 
-_COLUMNS = ("resonance", "coupling", "stable_rank", "gn_gap", "gn_norm", "tensor_norm")
 
-
-class Report:
+class Report(Saved):
     """What :func:`diagnostics.diagnose` found; it prints in at most 100 columns.
 
     Args:
@@ -38,6 +37,8 @@ class Report:
     Raises:
         DiagnosticsError: ``data`` is not of the schema; the message names the key.
     """
+
+    _KIND, _FORMATS = "report", REPORT_FORMATS
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         check(data, "report")
@@ -80,11 +81,11 @@ class Report:
         found = self.data["sections"][section]
         errors = None
         if found["errors"] is not None:
-            kept = {name: tensor(found["errors"][name]) for name in _COLUMNS}
+            kept = {name: tensor(found["errors"][name]) for name in TABLE_METRICS}
             errors = MetricErrors(
                 **kept, probes=found["probes"], products=found["products"], passes=0, leave_one_out={}
             )
-        columns = {name: tensor(found[name]) for name in (*_COLUMNS, "distance")}
+        columns = {name: tensor(found[name]) for name in (*TABLE_METRICS, "distance")}
         return MetricTable(tuple(found["nodes"]), **columns, standard_errors=errors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +105,8 @@ class Report:
         """
         with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["report", "table", "v", "w", "distance", *_COLUMNS, *(f"{c}_error" for c in _COLUMNS)])
+            errors = [f"{metric}_error" for metric in TABLE_METRICS]
+            writer.writerow(["report", "table", "v", "w", "distance", *TABLE_METRICS, *errors])
             for name in ("metrics", "parameters"):
                 found = self.data["sections"].get(name)
                 if found is not None:
@@ -147,36 +149,6 @@ class Report:
 
         return plot_report(self.data)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report in the format that the suffix says; an interrupted write leaves what was there before.
-
-        ``.json``, ``.csv`` and ``.txt`` need nothing; the page ``.html`` and the figure of :meth:`plot` as ``.png``,
-        ``.svg`` or ``.pdf`` need the extra ``report``.
-
-        Raises:
-            ValueError: another suffix.
-            DiagnosticsError: a library of the extra is missing.
-        """
-        formats: dict[str, Callable[[str | os.PathLike[str]], None]] = {
-            ".json": self.to_json,
-            ".csv": self.to_csv,
-            ".txt": self._to_text,
-            ".html": self.to_html,
-            **dict.fromkeys(IMAGES, self._to_image),
-        }
-        write = formats.get(Path(path).suffix.lower())
-        if write is None:
-            raise ValueError(f"a report is saved as {', '.join(formats)}; {os.fspath(path)!r} has another suffix.")
-        write(path)
-
-    def _to_image(self, path: str | os.PathLike[str]) -> None:
-        from diagnostics.rendering.plot import save_figure
-
-        save_figure(self.plot(), path)
-
-    def _to_text(self, path: str | os.PathLike[str]) -> None:
-        write_text(path, f"{self}\n")
-
     def __str__(self) -> str:
         from diagnostics.rendering.text import text_of
 
@@ -206,8 +178,8 @@ def _pairs(found: Mapping[str, Any]) -> list[list[Any]]:
     rows = []
     for i, v in enumerate(nodes):
         for j in range(i, len(nodes)):
-            values = [found[c][i][j] for c in _COLUMNS]
-            uncertain = [0.0 if errors is None else errors[c][i][j] for c in _COLUMNS]
+            values = [found[c][i][j] for c in TABLE_METRICS]
+            uncertain = [0.0 if errors is None else errors[c][i][j] for c in TABLE_METRICS]
             shown = ["" if value is None else number(value) for value in (found["distance"][i][j], *values, *uncertain)]
             rows.append([v, nodes[j], *shown])
     return rows
