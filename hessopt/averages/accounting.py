@@ -59,7 +59,7 @@ def sample_curvature(
     return total if along is None else total + along.square().sum()
 
 
-def step_operations(
+def kronecker_operations(
     factors: KroneckerAverages, rows: Sequence[int], factor_every: int, inverse_every: int, iterations: int
 ) -> float:
     """Multiplications of one step, to leading order, refreshes spread over the steps between them.

@@ -87,7 +87,7 @@ def banded_solve(
         # LAPACK factorizes one matrix after the other anyway; in one batch it would only take more memory.
         together = 1 if q.device.type == "cpu" else len(part)
         solutions = [
-            _solve_positive_definite(*pair, min(min(d) for d in damping))
+            solve_positive_definite(*pair, min(min(d) for d in damping))
             for pair in zip(matrices.split(together), right_sides.split(together), strict=True)
         ]
         for (members, sign), solution in zip(part, torch.cat(solutions), strict=True):
@@ -103,8 +103,17 @@ def banded_solve(
     ]
 
 
-def _solve_positive_definite(matrices: Tensor, right_sides: Tensor, damping: float) -> Tensor:
-    """Solutions ``(m, N)`` of m positive definite systems ``(m, N, N)``."""
+def solve_positive_definite(matrices: Tensor, right_sides: Tensor, damping: float) -> Tensor:
+    """Solutions ``(m, N)`` of m positive definite systems ``(m, N, N)``.
+
+    Args:
+        matrices: They.
+        right_sides: ``(m, N)``.
+        damping: The least one in them, for the message.
+
+    Raises:
+        SolveError: a matrix is numerically not positive definite.
+    """
     root, info = torch.linalg.cholesky_ex(matrices)
     if info.any():
         raise SolveError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from hessopt.banded.quadratic_model import QuadraticModel
+from hessopt.network.saved_state import Groups
 
 Step = list[list[Tensor]]
 
@@ -41,7 +42,7 @@ class MomentumSolve:
         self,
         model: QuadraticModel,
         solve: Callable[[QuadraticModel, float], Step],
-        groups: Sequence[dict[str, Any]],
+        groups: Groups,
         state: Any,
     ) -> None:
         self._model, self._solve, self._state = model, solve, state

@@ -99,9 +99,9 @@ class BandedNewton(LayerwiseOptimizer):
             leave saddle points (:func:`hessopt.factors.hessian_factors.hessian_factors`; ``P³`` operations, ``4 P²``
             numbers). Default: ``"ggn"``.
         space: Where to solve: ``"sample"``, in the space of the N rows, which ``|H|`` does not have; ``"parameter"``,
-            in that of the parameters; or ``"auto"``, where :func:`hessopt.banded.systems.step_operations` counts less.
-            The steps are the same but for rounding. A step that costs more than a hundred gradients, and more than 1e9
-            operations, is warned of once, in the log. Default: ``"auto"``.
+            in that of the parameters; or ``"auto"``, where :func:`hessopt.banded.systems.banded_operations` counts
+            less. The steps are the same but for rounding. A step that costs more than a hundred gradients, and more
+            than 1e9 operations, is warned of once, in the log. Default: ``"auto"``.
         search: λ, and how far to go: :class:`hessopt.Damped`, which tries steps with more and more damping;
             :class:`hessopt.LineSearch`, which tries multiples of a step; or :class:`hessopt.Fixed`, which tries
             nothing. Default: ``Damped(1e-2, max_rejections=5)``.

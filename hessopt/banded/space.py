@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from diagnostics.errors import MemoryBudgetError
 from hessopt.banded.bandwidth import AutoBandwidth, bandwidth_cliques
 from hessopt.banded.quadratic_model import QuadraticModel
-from hessopt.banded.systems import BandedSystem, ParameterSystem, SampleSystem, step_operations
+from hessopt.banded.systems import BandedSystem, ParameterSystem, SampleSystem, banded_operations
 from hessopt.network.arguments import check_choice
 from hessopt.network.cliques import Bandwidth
 
@@ -25,7 +25,7 @@ Space: TypeAlias = Literal["auto", "sample", "parameter"]
 class SpaceChoice:
     """Gives the system of a step, in sample space or in parameter space.
 
-    ``"auto"`` takes the space with fewer operations by :func:`hessopt.banded.systems.step_operations`, for the band
+    ``"auto"`` takes the space with fewer operations by :func:`hessopt.banded.systems.banded_operations`, for the band
     (where the bandwidth is chosen, the full matrix); sample space if the other does not fit into memory.
 
     Args:
@@ -62,7 +62,7 @@ class SpaceChoice:
     ) -> str:
         rows, sizes = model.factors[0].size, [sum(shape.numel() for shape in own) for own in shapes]
         cliques = bandwidth_cliques(distances, "full" if isinstance(bandwidth, AutoBandwidth) else bandwidth)
-        sample, dense = (step_operations(rows, sizes, cliques, dense=d) for d in (False, True))
+        sample, dense = (banded_operations(rows, sizes, cliques, dense=d) for d in (False, True))
         choice = "parameter" if dense < sample else "sample"
         if choice != self._last:
             _log.info(

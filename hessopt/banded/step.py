@@ -31,6 +31,7 @@ from hessopt.factors.sample_factors import Factor
 from hessopt.network.cliques import Bandwidth, Cliques
 from hessopt.network.layers import Layer
 from hessopt.network.parameter_uses import Use
+from hessopt.network.saved_state import Group, Groups
 from hessopt.search.damping import NielsenDamping
 from hessopt.search.rules import Damped, LineSearch, Search
 
@@ -39,7 +40,6 @@ SEARCH_START = 1e-8
 SEARCH_FLOOR = 50
 """Its least, in traces times the rounding unit. Below, solves fail every now and then."""
 
-Groups: TypeAlias = Sequence[dict[str, Any]]
 State: TypeAlias = Any  # torch.optim.Optimizer's, a defaultdict by parameter; the first one's has what is everyone's
 
 
@@ -215,9 +215,9 @@ def _gradients(evaluation: Evaluation, layers: Sequence[Layer], groups: Groups) 
     return [[gradients[p] for p in layer.parameters] for layer in layers]
 
 
-def _group_of(groups: Groups) -> dict[Tensor, dict[str, Any]]:
+def _group_of(groups: Groups) -> dict[Tensor, Group]:
     return {p: group for group in groups for p in group["params"]}
 
 
-def _sign(group: dict[str, Any]) -> int:
+def _sign(group: Group) -> int:
     return -1 if group["maximize"] else 1

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
-from hessopt.banded.linear_solve import banded_solve, check_solve_memory
-from hessopt.errors import SolveError
+from hessopt.banded.linear_solve import banded_solve, check_solve_memory, solve_positive_definite
 from hessopt.factors.sample_factors import Factor
 from hessopt.network.cliques import Cliques
 
@@ -92,7 +91,7 @@ class SampleSystem:
 
     def operations(self, cliques: Cliques) -> float:
         """Multiplications of one step with these cliques."""
-        return step_operations(self.factors[0].size, self._sizes, cliques, dense=False)
+        return banded_operations(self.factors[0].size, self._sizes, cliques, dense=False)
 
     def _gram(self, v: int, damping: Sequence[float]) -> Tensor:
         if not self._keeps or len(set(damping)) > 1:
@@ -139,17 +138,13 @@ class ParameterSystem:
             for pair in zip(gradients, damping, strict=True)
         ]
         steps = [torch.zeros_like(g) for g in flat]
+        least = min(min(d) for d in damping)
         for members, sign in [*((c, 1) for c in cliques.cliques), *((s, -1) for s in cliques.separators)]:
             matrix = torch.cat([torch.cat([self._block(v, w) for w in members], dim=1) for v in members])
             matrix.diagonal().add_(torch.cat([diagonals[v] for v in members]))
-            root, info = torch.linalg.cholesky_ex(matrix)
-            if info.any():
-                raise SolveError(
-                    f"the damped curvature is not positive definite in {matrix.dtype}: the damping, at least "
-                    f"{min(min(d) for d in damping):.3g}, is too small for this precision. Use more damping or float64."
-                )
-            solution = torch.cholesky_solve(torch.cat([flat[v] for v in members]).unsqueeze(1), root).squeeze(1)
-            for v, part in zip(members, solution.split([len(flat[v]) for v in members]), strict=True):
+            right = torch.cat([flat[v] for v in members])
+            solution = solve_positive_definite(matrix[None], right[None], least)
+            for v, part in zip(members, solution[0].split([len(flat[v]) for v in members]), strict=True):
                 steps[v] += sign * part
         return [
             [part.reshape(g.shape) for part, g in zip(step.split([g.numel() for g in own]), own, strict=True)]
@@ -163,7 +158,7 @@ class ParameterSystem:
 
     def operations(self, cliques: Cliques) -> float:
         """Multiplications of one step with these cliques."""
-        return step_operations(len(self._rows[0]), self._sizes, cliques, dense=True)
+        return banded_operations(len(self._rows[0]), self._sizes, cliques, dense=True)
 
     def _block(self, v: int, w: int) -> Tensor:
         if (v, w) not in self._blocks:
@@ -173,7 +168,7 @@ class ParameterSystem:
         return self._blocks[v, w]
 
 
-def step_operations(rows: int, sizes: Sequence[int], cliques: Cliques, *, dense: bool) -> float:
+def banded_operations(rows: int, sizes: Sequence[int], cliques: Cliques, *, dense: bool) -> float:
     """Multiplications of one step, to leading order: evaluation, matrices, and one solve.
 
     ``6 N P`` for the network's passes. In sample space ``N² min(P_v, 2 √P_v)`` for each layer's Gram matrix (that of

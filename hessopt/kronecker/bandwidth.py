@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessopt.averages.accounting import step_operations
+from hessopt.averages.accounting import kronecker_operations
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.running import Probe
 from hessopt.kronecker.band import KroneckerBand
@@ -36,7 +36,7 @@ class KroneckerBandwidth:
     where Λ has the layers' dampings and J is the Gauss-Newton matrix by the columns of the window's last batch, without
     a Kronecker product and without a band (:func:`hessopt.averages.accounting.sample_curvature`). How far to go along
     d, which the trust region decides by each P's own measure, does not enter. The gain is that over a step's operations
-    (:func:`hessopt.averages.accounting.step_operations`), not seconds, so runs repeat bit for bit. The present
+    (:func:`hessopt.averages.accounting.kronecker_operations`), not seconds, so runs repeat bit for bit. The present
     bandwidth is left only for a gain that is larger by ``hysteresis``; with another the engine goes on with the
     probe's averages. No off-diagonal factor is kept outside of the window while the bandwidth is 0.
 
@@ -106,7 +106,7 @@ class KroneckerBandwidth:
                 step = inverse.solve(gradient)[0]
             bend = probe.curvature(step) + widest.penalty(step, damping)
             reduction = (gradient @ step).square() / (2 * bend).clamp_min(torch.finfo(bend.dtype).tiny)
-            cost = step_operations(
+            cost = kronecker_operations(
                 factors, band.averages.rows, options.factor_every, options.inverse_every, band.inverse.iterations
             )
             found.append(Candidate(k, float(reduction), cost))

@@ -22,9 +22,8 @@ from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.damped_inverse import Direction
 from hessopt.network.cliques import Bandwidth
+from hessopt.network.saved_state import Group, Groups
 from hessopt.search.rules import KroneckerDamping
-
-Groups = Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -203,7 +202,7 @@ class KroneckerStep:
             steps = [s * (g / n.clamp_min(tiny)) for s, g, n in zip(steps, slopes, norms, strict=True)]
         return steps
 
-    def _add_changes(self, group: dict[str, Any], steps: dict[Tensor, Tensor], sound: Tensor, new: _Changes) -> None:
+    def _add_changes(self, group: Group, steps: dict[Tensor, Tensor], sound: Tensor, new: _Changes) -> None:
         """Work out what a group's parameters and momentum become. Nothing does, where steps were not finite."""
         own = [p for p in group["params"] if p in steps]
         if not own:

@@ -16,6 +16,7 @@ from hessopt.network.arguments import check_group, refuse_meta
 
 StateDict = dict[str, Any]
 Group = dict[str, Any]
+Groups = Sequence[Group]
 
 FLAGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
 """Options of groups that states of older versions may lack."""

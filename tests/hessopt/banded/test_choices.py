@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diagnostics.errors import MemoryBudgetError
 from hessopt import AutoBandwidth, BandedNewton, Fixed, LeastSquares, LineSearch
 from hessopt.banded.bandwidth import bandwidth_cliques, candidates, coupling_radius
-from hessopt.banded.systems import ParameterSystem, SampleSystem, step_operations
+from hessopt.banded.systems import ParameterSystem, SampleSystem, banded_operations
 from hessopt.network.cliques import Cliques, band_cliques
 from hessopt.search.gain import Candidate, most_gain
 from tests.helpers.kronecker_reference import (
@@ -96,9 +96,10 @@ def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None
             assert [r.getMessage().split(":")[0] for r in caplog.records] == [f'space="{space}"']
     chain_of_two = band_cliques(np.array([[0.0, 1.0], [1.0, 0.0]]), 0)
     # six passes of 10 rows; Gram matrices 10²·min(P, 2√P) and two systems 10³/3; blocks 10 P² and P³/3
-    assert step_operations(10, [16, 25], chain_of_two, dense=False) == pytest.approx(60 * 41 + 100 * 18 + 2 * 1000 / 3)
+    grams = 100 * 18 + 2 * 1000 / 3
+    assert banded_operations(10, [16, 25], chain_of_two, dense=False) == pytest.approx(60 * 41 + grams)
     blocks = 10 * (16**2 + 25**2) + (16**3 + 25**3) / 3
-    assert step_operations(10, [16, 25], chain_of_two, dense=True) == pytest.approx(60 * 41 + blocks)
+    assert banded_operations(10, [16, 25], chain_of_two, dense=True) == pytest.approx(60 * 41 + blocks)
 
 
 def test_dense_memory_is_refused() -> None:

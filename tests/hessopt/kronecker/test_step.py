@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hessopt import BandedNewton, KroneckerBandwidth, KroneckerDamping, KroneckerNewton, LeastSquares
-from hessopt.averages.accounting import step_operations
+from hessopt.averages.accounting import kronecker_operations
 from hessopt.closure.loss_curvature import named_curvature
 from hessopt.errors import ClosureError, ModelError
 from tests.helpers.kronecker_reference import gather, kronecker_arguments
@@ -503,7 +503,7 @@ def test_auto_decides_by_the_predicted_reduction_per_operation(caplog: pytest.Lo
         assert bool(factors.pairs) == (k > 0)
         d = torch.linalg.solve(_dense(factors) + _extra(factors, band.inverse.absolute_damping.value), gradient)
         reduction = (gradient @ d) ** 2 / (d @ placed @ d + band.inverse.absolute_damping.value * d @ d) / 2
-        cost = step_operations(factors, rows, 2, 40, 60)
+        cost = kronecker_operations(factors, rows, 2, 40, 60)
         assert f"{k}: {reduction:.3g} for {cost:.3g}" in record.message
         gains.append(reduction / cost)
     chosen = max(range(3), key=lambda k: gains[k])
@@ -593,7 +593,7 @@ def test_auto_takes_a_band_where_steps_are_cheap_and_leaves_it_where_they_are_no
     chosen = []
     costs = {0: 1e9, 1: 1e9, 2: 1.0}
     monkeypatch.setattr(
-        "hessopt.kronecker.bandwidth.step_operations",
+        "hessopt.kronecker.bandwidth.kronecker_operations",
         lambda factors, *_: costs[0 if not factors.pairs else 1 if len(_pairs(factors)) == 5 else 2],
     )
     for i in range(42):
