@@ -8,8 +8,8 @@ from typing import TypeAlias
 from torch import nn
 
 from hessopt.averages.blocks import Sharing
+from hessopt.checks import check_choice, check_count
 from hessopt.closure.loss_curvature import LOSSES, REDUCTIONS, Columns, LossName, Reduction, check_criterion
-from hessopt.network.arguments import check_choice, check_count
 
 CURVATURES = ("fisher", "ggn", "empirical")
 COLUMNS = 1

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hessopt.banded.quadratic_model import QuadraticModel
 from hessopt.banded.systems import BandedSystem
+from hessopt.checks import check_choice, check_count
 from hessopt.errors import SolveError
-from hessopt.network.arguments import check_choice, check_count
 from hessopt.network.cliques import Bandwidth, Cliques, band_cliques
 from hessopt.search.gain import Candidate, most_gain
 

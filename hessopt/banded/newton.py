@@ -13,10 +13,11 @@ from hessopt.banded.bandwidth import AutoBandwidth
 from hessopt.banded.damped_step import DampedStep
 from hessopt.banded.space import Space
 from hessopt.banded.step import ExactStep
+from hessopt.checks import check_choice, check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
 from hessopt.errors import ClosureError
-from hessopt.network.arguments import Params, check_choice, check_type
+from hessopt.network.arguments import Params
 from hessopt.network.cliques import Bandwidth, check_bandwidth
 from hessopt.network.layerwise import LayerwiseOptimizer
 from hessopt.network.processes import refuse_processes

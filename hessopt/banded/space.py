@@ -14,7 +14,7 @@ from diagnostics.errors import MemoryBudgetError
 from hessopt.banded.bandwidth import AutoBandwidth, bandwidth_cliques
 from hessopt.banded.quadratic_model import QuadraticModel
 from hessopt.banded.systems import BandedSystem, ParameterSystem, SampleSystem, banded_operations
-from hessopt.network.arguments import check_choice
+from hessopt.checks import check_choice
 from hessopt.network.cliques import Bandwidth
 
 _log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from torch import Tensor
 from hessopt.averages.accounting import kronecker_operations
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.running import Probe
+from hessopt.checks import check_count
 from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.inverse import KroneckerInverse
-from hessopt.network.arguments import check_count
 from hessopt.network.cliques import check_bandwidth
 from hessopt.search.gain import Candidate, most_gain
 

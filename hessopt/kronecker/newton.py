@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from hessopt.averages.causes import SEE_LOSS
 from hessopt.averages.gathering import Curvature
 from hessopt.averages.options import KroneckerAveraging, Loss, check_curvature, declared_loss
+from hessopt.checks import check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
 from hessopt.errors import ClosureError
 from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.step import KroneckerStep
-from hessopt.network.arguments import Params, check_type
+from hessopt.network.arguments import Params
 from hessopt.network.cliques import Bandwidth, check_bandwidth
 from hessopt.network.layerwise import LayerwiseOptimizer
 from hessopt.network.processes import refuse_processes

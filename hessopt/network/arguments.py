@@ -1,4 +1,4 @@
-"""What the arguments of optimizers must be."""
+"""What the parameters and param groups of optimizers must be."""
 
 from __future__ import annotations
 
@@ -27,26 +27,6 @@ def network_of(params: Params, model: nn.Module | None) -> nn.Module | None:
     if isinstance(params, nn.Module) and params is not model:
         raise ValueError("params and model are two different networks; pass one of them.")
     return model
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
-    """Raise a ValueError unless ``value`` is one of the choices; ``other`` says what else it may be."""
-    if value not in choices:
-        known = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} must be {'one of ' if len(choices) > 1 else ''}{known}{other}, got {value!r}.")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise a ValueError unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-
-
-def check_type(name: str, value: object, *kinds: type) -> None:
-    """Raise a TypeError unless ``value`` is of one of these exported classes."""
-    if not isinstance(value, kinds):
-        known = " or ".join(f"hessopt.{kind.__name__}" for kind in kinds)
-        raise TypeError(f"{name} must be a {known}, got {type(value).__name__}.")
 
 
 def refuse_meta(parameters: Iterable[Tensor]) -> None:

@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hessopt.checks import check_choice, check_count, check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.objective import Objective
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature, output_of
 from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params, check_choice, check_count, network_of
+from hessopt.network.arguments import Params, network_of
 from hessopt.network.processes import refuse_processes, refuse_spread
 from hessopt.network.saved_state import SavedState, asks_for_state
 from hessopt.newton_cg.curvature_choice import CurvatureChoice
@@ -159,10 +160,7 @@ class NewtonCG(SavedState):
         _check_eager(self.model)
         check_choice("curvature", curvature, ("auto", "hessian", "ggn"))
         method = TrustRadius() if method is None else method
-        if not isinstance(method, TrustRadius | LevenbergMarquardt):
-            raise TypeError(
-                f"method must be a hessopt.TrustRadius or a hessopt.LevenbergMarquardt, got {type(method).__name__}."
-            )
+        check_type("method", method, TrustRadius, LevenbergMarquardt)
         if not callable(preconditioner):
             check_choice("preconditioner", preconditioner, ("none", "diagonal"), ", or a function v ↦ M⁻¹v")
         for name, count in (("max_products", max_products), ("max_trials", max_trials)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from hessopt.checks import check_choice, check_count
 from hessopt.search.damping import NielsenDamping
 from hessopt.search.trust_region import TrustRegion
 
@@ -34,7 +35,7 @@ class Damped:
     max_rejections: int = 5
 
     def __post_init__(self) -> None:
-        _check_count("max_rejections", self.max_rejections)
+        check_count("max_rejections", self.max_rejections)
         self.start()
 
     def start(self) -> NielsenDamping:
@@ -173,10 +174,9 @@ class KroneckerDamping:
     def __post_init__(self) -> None:
         if self.value is not None and not 0 < self.value < float("inf"):
             raise ValueError(f"damping must be a positive number, got {self.value!r}.")
-        if self.unit not in ("loss", "layer"):
-            raise ValueError(f'unit of the damping must be one of "loss", "layer", got {self.unit!r}.')
+        check_choice("unit of the damping", self.unit, ("loss", "layer"))
         if self.adapt_every is not None:
-            _check_count("adapt_every", self.adapt_every)
+            check_count("adapt_every", self.adapt_every)
         elif self.adapt_rate is not None:
             raise ValueError("adapt_rate is the rate of adaptations, of which there are none without adapt_every.")
         if self.adapt_rate is not None and not 0 < self.adapt_rate < 1:
@@ -192,8 +192,3 @@ class KroneckerDamping:
         """λ's factor in one adaptation."""
         rate = 0.95 if self.adapt_rate is None else self.adapt_rate
         return float(rate ** (self.adapt_every or 0))
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from diagnostics.ranks.group import processes
 from diagnostics.ranks.spread import is_distributed
+from hessopt.checks import check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import gradients_of
 from hessopt.closure.finite import gradient_norm
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params, check_type, network_of
+from hessopt.network.arguments import Params, network_of
 from hessopt.network.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
 from hessopt.network.saved_state import Group, SavedState, asks_for_state, members
 from hessopt.spectral.exponent import Probe, measure_on_tape, smoothed

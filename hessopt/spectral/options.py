@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hessopt.checks import check_count
 from hessopt.spectral.groups import Exponents, Selection, check_exponents
 from hessopt.spectral.transfer import Form, NewtonSchulz
 
@@ -35,9 +36,8 @@ class OnlineExponent:
     loss_fn: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name, count, least in (("every", self.every, 1), ("directions", self.directions, 3)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}.")
+        check_count("every", self.every)
+        check_count("directions", self.directions, 3)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}.")
         if (self.batch is None) != (self.loss_fn is None):

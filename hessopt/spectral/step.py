@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hessopt.network.arguments import check_choice, check_group
+from hessopt.checks import check_choice
+from hessopt.network.arguments import check_group
 from hessopt.network.saved_state import Group
 from hessopt.spectral.groups import check_exponents
 from hessopt.spectral.transfer import NewtonSchulz

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from diagnostics.estimators.null_vectors import Inertia, inertia, pair_spectrally
 from diagnostics.operators.null_cones import RitzPairs, krylov_space
+from hessopt.checks import check_choice, check_count
 from hessopt.closure.loss_hessian import LossHessian, random_basis
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.step_curvature import StepCurvature
@@ -113,15 +114,12 @@ class NullBoost(OptimizerWrapper):
         rank: int | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}.")
+        check_choice("mode", mode, get_args(Mode))
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a finite factor of at least 0, got {beta}.")
         for name, value in (("every", every), ("krylov", krylov), ("rank", rank)):
-            if value is None and name != "krylov":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+            if value is not None or name == "krylov":
+                check_count(name, value)
         if rank is not None and rank > krylov:
             raise ValueError(f"rank must be at most krylov ({krylov}), got {rank}.")
         self._begin(base, model)

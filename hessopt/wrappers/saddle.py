@@ -16,6 +16,7 @@ from diagnostics.estimators.lanczos import ExtremeEigenpairs, extreme_eigenpairs
 from diagnostics.estimators.linear_operator import LinearOperator
 from diagnostics.graph.graph import Graph
 from diagnostics.matrix_free.routing import route
+from hessopt.checks import check_count
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.finite import refuse_not_finite
 from hessopt.closure.loss_hessian import LossHessian
@@ -128,8 +129,7 @@ class SaddleEscape(OptimizerWrapper):
     ) -> None:
         self._begin(base, model)
         for name, value in (("directions", directions), ("max_trials", max_trials)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+            check_count(name, value)
         if max_products < directions + 1:
             raise ValueError(f"max_products must be more than directions ({directions}), got {max_products}.")
         if not 0 <= threshold < 1:

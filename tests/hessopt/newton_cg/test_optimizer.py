@@ -527,7 +527,7 @@ def test_options_of_methods() -> None:
     for make in (lambda: TrustRadius(0.0), lambda: TrustRadius(1.0, 0.5), lambda: LevenbergMarquardt(-1.0)):
         with pytest.raises(ValueError, match="must lie"):
             make()
-    with pytest.raises(TypeError, match=r"a hessopt\.TrustRadius or a hessopt\.LevenbergMarquardt, got str"):
+    with pytest.raises(TypeError, match=r"a hessopt\.TrustRadius or hessopt\.LevenbergMarquardt, got str"):
         NewtonCG(net, method="levenberg-marquardt")  # type: ignore[arg-type]
 
 
