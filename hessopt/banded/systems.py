@@ -120,7 +120,8 @@ class ParameterSystem:
         if needed > memory_limit:
             raise MemoryBudgetError(
                 f"matrices of {sum(sizes)} parameters and {factors[0].size} rows need {needed / 2**30:.3g} GiB, more "
-                f'than the limit of {memory_limit / 2**30:.3g} GiB. Use space="sample" or raise memory_limit.'
+                f'than the limit of {memory_limit / 2**30:.3g} GiB. Use space="sample", which curvature="ggn" has, or '
+                "raise memory_limit."
             )
         self._rows = [factor.matrix() for factor in factors]
 

@@ -104,7 +104,7 @@ def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None
 
 def test_dense_memory_is_refused() -> None:
     net, closure = regression()
-    with pytest.raises(MemoryBudgetError, match='Use space="sample" or raise memory_limit'):
+    with pytest.raises(MemoryBudgetError, match='Use space="sample", which curvature="ggn" has, or raise'):
         BandedNewton(net, space="parameter", memory_limit=500_000).step(closure)
     BandedNewton(net, memory_limit=500_000).step(closure)  # "auto" takes the other space
 

@@ -163,3 +163,15 @@ def test_refusals() -> None:
     with pytest.raises(MemoryBudgetError, match=r"the Hessian of \d+ parameters .*curvature=\"ggn\", hessopt.NewtonCG"):
         BandedNewton(net, curvature="hessian", memory_limit=10_000).step(closure)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+
+
+def test_what_does_not_fit_is_never_sent_to_the_space_of_samples() -> None:
+    """Whatever the limit, ``|H|`` fits or the advice is one that ``curvature="hessian"`` can take."""
+    net, closure = regression()
+    bytes_of_a_matrix = 8 * sum(p.numel() for p in net.parameters()) ** 2
+    for matrices in (0.5, 1, 2, 3, 3.99):
+        limit = int(matrices * bytes_of_a_matrix)
+        with pytest.raises(MemoryBudgetError, match=r"memory_limit") as caught:
+            BandedNewton(net, curvature="hessian", memory_limit=limit).step(closure)
+        assert 'space="sample"' not in str(caught.value)
+    BandedNewton(net, curvature="hessian", memory_limit=4 * bytes_of_a_matrix).step(closure)
