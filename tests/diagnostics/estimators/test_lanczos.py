@@ -10,10 +10,8 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from diagnostics.errors import DiagnosticsError, MemoryBudgetError
-from diagnostics.estimators.krylov import CHANCE, Krylov
 from diagnostics.estimators.lanczos import ExtremeEigenpairs, extreme_eigenpairs
 from diagnostics.estimators.linear_operator import LinearOperator, MatrixOperator
-from diagnostics.estimators.probes import Products
 from tests.helpers.matrices import Counting, spread, symmetric
 
 ENDS = ["smallest", "largest", "both", "magnitude"]
@@ -79,58 +77,6 @@ def test_thick_restart(which: Any, vectors: int) -> None:
     assert found.products > vectors  # so that it did restart
     assert found.products >= free.products
     _check(found, op.matrix, _expected(eigenvalues, 3, which), 1e-14)
-
-
-def test_thick_restart_keeps_the_lanczos_relation() -> None:
-    matrix = symmetric(spread(60))
-    products = Products(MatrixOperator(matrix))
-    generator = torch.Generator().manual_seed(0)
-    space = Krylov(
-        products,
-        wanted=2,
-        steps=60,
-        reorthogonalise="full",
-        memory_limit=13 * 60 * 8,
-        generator=generator,
-        start=None,
-    )
-    assert space.capacity == 12
-    for _ in range(3):
-        while not space.full:
-            space.step()
-        basis = space._basis[: space.size]
-        projected = space._projected[: space.size, : space.size]
-        assert (basis @ basis.mT - torch.eye(12, dtype=torch.float64)).abs().max() < 1e-14
-        assert (basis @ matrix @ basis.mT - projected).abs().max() < 1e-13
-        residual = basis @ matrix - projected @ basis - torch.outer(space._coupling, space._next)
-        assert residual.abs().max() < 1e-13
-        space.restart(space.ritz(), torch.tensor([0, 1, 2, 10, 11]))
-
-
-def test_selective_keeps_half_the_digits_of_orthogonality_where_none_loses_it() -> None:
-    matrix = symmetric(OUTLIERS)
-
-    def basis(reorthogonalise: Any) -> tuple[Krylov, float]:
-        space = Krylov(
-            Products(MatrixOperator(matrix)),
-            wanted=2,
-            steps=120,
-            reorthogonalise=reorthogonalise,
-            memory_limit=2**30,
-            generator=torch.Generator().manual_seed(0),
-            start=None,
-        )
-        for _ in range(120):
-            space.step()
-        rows = space._basis[:120]
-        return space, (rows @ rows.mT - torch.eye(120, dtype=torch.float64)).abs().max().item()
-
-    space, level = basis("selective")
-    assert 1e-13 < level < 1e-6  # less than full, and enough
-    assert 0 < len(space._locked) < 120
-    assert basis("full")[1] < 1e-14
-    top = space.ritz().values[-3:]
-    assert top.tolist() == pytest.approx([14, 15, 40], rel=1e-13)  # no ghosts
 
 
 @pytest.mark.parametrize("reorthogonalise", ["full", "selective"])
@@ -301,38 +247,6 @@ def test_what_is_smaller_than_the_floor_needs_no_relative_accuracy() -> None:
     assert enough.converged
     assert enough.products < exact.products
     assert 1e-4 < enough.values.item() <= 1e-4 + 1e-2
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("steps", [2, 5, 15, 40])
-@pytest.mark.parametrize("restarts", [False, True])
-def test_no_eigenvector_of_the_start_lies_beyond_the_frontier(steps: int, sign: int, restarts: bool) -> None:
-    """With the share that a start really has of the outermost eigenvector in place of the one it has by chance."""
-    for seed in range(5):
-        values = torch.cat([spread(150, seed), torch.tensor([-6.0, 5.0], dtype=torch.float64)])
-        outermost = int((sign * values).argmin())
-        for share in (1e-1, 1e-5, 1e-9):
-            start = torch.randn(152, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            start[outermost] = 0
-            start /= start.norm()
-            start[outermost] = share
-            space = Krylov(
-                Products(_Diagonal(values)),
-                wanted=1,
-                steps=152,
-                reorthogonalise="full",
-                memory_limit=2**30 if not restarts else 13 * 152 * 8,
-                generator=torch.Generator().manual_seed(0),
-                start=start / start.norm(),
-                noise=share / (CHANCE * (torch.pi / 2 / 152) ** 0.5),
-            )
-            for _ in range(steps):
-                if space.full:
-                    space.restart(space.ritz(), torch.tensor([0, 1, 2, 3, 8, 9, 10, 11]))
-                space.step()
-            value, distance = space.frontier(sign)
-            slack = 1.1 if restarts else 1 + 1e-9
-            assert sign * value - distance * slack <= sign * values[outermost].item() + 1e-12
 
 
 def test_not_converged_is_said() -> None:

@@ -6,24 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diagnostics.errors import MemoryBudgetError
 from hessopt import AutoBandwidth, BandedNewton, Fixed, LeastSquares, LineSearch
 from hessopt.banded.bandwidth import bandwidth_cliques, candidates, coupling_radius
-from hessopt.banded.systems import ParameterSystem, SampleSystem, banded_operations
-from hessopt.network.cliques import Cliques, band_cliques
+from hessopt.network.cliques import Cliques
 from hessopt.search.gain import Candidate, most_gain
 from tests.helpers.kronecker_reference import (
     LAMBDA,
     batch,
     chain,
     closure_of,
-    dags,
     dense,
-    factors_of,
     flat,
     losses,
     regression,
@@ -31,31 +25,9 @@ from tests.helpers.kronecker_reference import (
     resumes,
     skip,
     step_of,
-    unflat,
 )
 
 RTOL = 1e-8
-
-
-@settings(deadline=None, derandomize=True, max_examples=40)
-@given(dags(), st.sampled_from([0, 1, 2, "full"]))
-def test_both_spaces_give_the_same_step(net: Any, bandwidth: Any) -> None:
-    x = batch()[0]
-    tape, factors = factors_of(net, x, losses(net(x).shape[1])["mse"])
-    parameters = [list(layer.parameters) for layer in tape.layers]
-    shapes = [[p.shape for p in own] for own in parameters]
-    expected = dense(net, x, losses(net(x).shape[1])["mse"], [dict(net.named_modules())[o.name] for o in tape.layers])
-    gradients = unflat(expected.gradient, parameters)
-    damping = [[0.05 + 0.01 * v, 0.2][: len(own)] for v, own in enumerate(parameters)]
-    cliques = band_cliques(tape.distances(), bandwidth)
-    systems = [kind(factors, shapes, 2**30) for kind in (SampleSystem, ParameterSystem)]
-    a, b = (flat(system.solve(gradients, damping, cliques)) for system in systems)
-    assert torch.allclose(a, b, rtol=RTOL, atol=1e-12)
-    again = [flat(system.solve(gradients, [[0.1] * len(own) for own in parameters], cliques)) for system in systems]
-    assert torch.allclose(*again, rtol=RTOL, atol=1e-12)
-    blocks = torch.stack([torch.stack([expected.ggn[s, t].norm() for t in expected.slices]) for s in expected.slices])
-    for system in systems:
-        assert torch.allclose(system.block_norms(), blocks, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("space", ["sample", "parameter"])
@@ -94,19 +66,6 @@ def test_space_is_chosen_by_operations(caplog: pytest.LogCaptureFixture) -> None
             for _ in range(2):
                 optimizer.step(lambda net=net, x=x: net(x).square().mean())
             assert [r.getMessage().split(":")[0] for r in caplog.records] == [f'space="{space}"']
-    chain_of_two = band_cliques(np.array([[0.0, 1.0], [1.0, 0.0]]), 0)
-    # six passes of 10 rows; Gram matrices 10²·min(P, 2√P) and two systems 10³/3; blocks 10 P² and P³/3
-    grams = 100 * 18 + 2 * 1000 / 3
-    assert banded_operations(10, [16, 25], chain_of_two, dense=False) == pytest.approx(60 * 41 + grams)
-    blocks = 10 * (16**2 + 25**2) + (16**3 + 25**3) / 3
-    assert banded_operations(10, [16, 25], chain_of_two, dense=True) == pytest.approx(60 * 41 + blocks)
-
-
-def test_dense_memory_is_refused() -> None:
-    net, closure = regression()
-    with pytest.raises(MemoryBudgetError, match='Use space="sample", which curvature="ggn" has, or raise'):
-        BandedNewton(net, space="parameter", memory_limit=500_000).step(closure)
-    BandedNewton(net, memory_limit=500_000).step(closure)  # "auto" takes the other space
 
 
 def path(count: int) -> np.ndarray:
