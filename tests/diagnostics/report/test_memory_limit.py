@@ -83,19 +83,6 @@ def test_responses_of_all_nodes_are_within_their_limit() -> None:
         estimate_metrics(graph, responses_limit=streamed - 1, deflate=0, spectral_rounds=0)
 
 
-def test_sampling_is_reduced_to_what_fits() -> None:
-    sampling, sizes = Sampling(30, "rademacher", 10, 1e-2, 20), [100, 50, 80]
-    assert sampling.within(sizes, 8, sampling.planned_bytes(sizes, 8)) == sampling
-    for limit in range(27 * 230 * 8, sampling.planned_bytes(sizes, 8), 997):
-        fitting = sampling.within(sizes, 8, limit)
-        assert fitting.planned_bytes(sizes, 8) <= limit
-        assert fitting.streams
-        more = Sampling(fitting.probes + 1, "rademacher", 0, 1e-2, 0)
-        assert fitting.probes == 30 or more.planned_bytes(sizes, 8) > limit
-    with pytest.raises(MemoryBudgetError, match="with 3 probes each"):
-        sampling.within(sizes, 8, 27 * 230 * 8 - 1)
-
-
 def test_a_basis_that_grows_stays_within_the_limit() -> None:
     n = 20_000
     values = torch.linspace(-1, 1, n)

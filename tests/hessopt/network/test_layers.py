@@ -1,7 +1,6 @@
 """The layers of a network, how a run of the closure connects them, and what is refused."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -9,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hessopt import LeastSquares
-from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
-from hessopt.factors.exact_curvature import ExactCurvature
 from hessopt.network.layers import layers_of
 from tests.helpers.kronecker_reference import Dag, batch, branches, chain, record, skip
 
@@ -47,18 +43,6 @@ def dags(draw: st.DrawFn) -> Dag:
 def test_distances_of_random_networks(net: Dag) -> None:
     tape, _, _ = record(net, batch(3)[0], mse)
     assert torch.equal(torch.from_numpy(tape.distances()), net.distances().double())
-
-
-def test_recording_changes_nothing() -> None:
-    net, x = chain(in_place=True), batch()[0]
-    before = net(x)
-    recorder = ExactCurvature(net, 2**30).recorder(list(net.parameters()))
-    with recorder.recording():
-        during = net(x)
-    assert torch.equal(before, during)
-    for a, b in zip(*(torch.autograd.grad(z.sum(), list(net.parameters())) for z in (before, during)), strict=True):
-        assert torch.allclose(a, b, rtol=1e-14)
-    assert not any(module._forward_hooks for module in net.modules())
 
 
 def test_frozen_parts() -> None:
@@ -117,66 +101,6 @@ def test_layers_that_are_not_seen_are_next_to_the_output() -> None:
     assert tape.structure.edges == ((0, 2), (1, 2))
 
 
-def test_derivatives_leave_the_graph_as_it_is() -> None:
-    net, x = chain(), batch()[0].requires_grad_()
-
-    def closure() -> LeastSquares:
-        (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
-        return LeastSquares(slope)
-
-    exact = ExactCurvature(net, 2**30)
-    recorder = exact.recorder(list(net.parameters()))
-    with recorder.recording():
-        evaluation = ClosureRunner(closure, net.parameters(), net).evaluate()
-    structure = exact.structure(evaluation, exact.layers(recorder.uses), recorder.uses)
-    assert structure.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
-
-
-def evaluated(loss_fn: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]], how: str = "") -> Any:
-    net, x = Bad(how), batch()[0]
-    exact = ExactCurvature(net, 2**30)
-    recorder = exact.recorder(list(net.parameters()))
-    with recorder.recording():
-        evaluation = ClosureRunner(lambda: loss_fn(net, x), net.parameters(), net).evaluate()
-    return exact.structure(evaluation, exact.layers(recorder.uses), recorder.uses)
-
-
-def penalized(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    z = net(x)
-    return mse(z) + net.first.weight.square().sum(), z
-
-
-def physics(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    z = net(x)
-    (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
-    return mse(slope), z
-
-
-def unrelated(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    z = net(x)
-    return mse(x.clone().requires_grad_()), z
-
-
-def detached(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    z = net(x)
-    return mse(z), z.detach()
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "message"),
-    [
-        (penalized, "'first.weight' reaches the loss otherwise than through the network's output.*weight_decay"),
-        (physics, r"otherwise than through the network's output.*LeastSquares"),
-        (unrelated, "does not depend on the output"),
-        (detached, r"output .* no autograd tape.*without `.detach\(\)`"),
-    ],
-)
-def test_refused_losses(loss_fn: Any, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        evaluated(loss_fn)
-
-
 def test_replaced_layer() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     parameters = list(net.parameters())
@@ -189,11 +113,6 @@ def test_nothing_to_train() -> None:
     net = chain().requires_grad_(False)
     with pytest.raises(ModelError, match="none of the optimizer's parameters requires grad"):
         layers_of("BandedNewton", net, net.parameters())
-
-
-def test_empty_batch() -> None:
-    with pytest.raises(ModelError, match="empty batch"):
-        record(chain(), batch(0)[0], lambda z: z.sum())
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
