@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.gallery import saddles
 from examples.shared.problems.common import measuring, seeded
+from examples.shared.saddle_starts import saddle_starts
 from examples.shared.task import Problem, Task
 
 NAMES = {
@@ -20,12 +20,12 @@ NAMES = {
     "saddle-factorisation": "matrix factorisation 20×15, rank 3",
     "saddle-twins": "MLP 2-8-1 with equal hidden units",
 }
-"""Ours and those of the script ``saddles.py``."""
+"""Ours and those of ``saddle_starts``."""
 
 
 def _build(title: str) -> Callable[[int, torch.device, Path | None], Task]:
     def build(seed: int, device: torch.device, data: Path | None) -> Task:
-        problem = next(p for p in saddles.problems(device) if p.name == title)
+        problem = next(p for p in saddle_starts(device) if p.name == title)
         # One of the builders seeds the device's generator as well.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), seeded(seed):
             model = problem.make(seed).to(device)
