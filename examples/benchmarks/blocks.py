@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import diagnostics
 from diagnostics.results.pair_formulas import gn_gap, resonance
-from examples.benchmarks.timing import median_seconds
 from examples.shared.models import mlp
+from examples.shared.timing import median_seconds
 
 Norms = dict[tuple[int, int], tuple[Tensor, Tensor]]
 """By pair: ‖H‖_F and the GN-Gap of the batch means."""

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from examples.benchmarks.timing import median_seconds
 from examples.shared.models import mlp
+from examples.shared.timing import median_seconds
 
 Runs = dict[str, Callable[[], Any]]
 """Method and run; the first is ours."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diagnostics
-from examples.benchmarks.timing import median_seconds
 from examples.shared.models import mlp
+from examples.shared.timing import median_seconds
 
 
 def small_cnn() -> nn.Sequential:

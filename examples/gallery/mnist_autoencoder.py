@@ -6,125 +6,51 @@ are the best of a grid. A gradient-equivalent is the work of one gradient of the
 
     python -m examples.gallery.mnist_autoencoder --data DIR [--scale 0.25] [--images 10000] [--seconds 60]
 
-DIR holds ``mnist.npz`` (``x_train``, uint8) or torchvision's ``MNIST/raw/train-images-idx3-ubyte``.
+DIR holds ``mnist.npz`` (``x_train``, ``y_train``, uint8) or torchvision's ``MNIST/raw/train-*-ubyte``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import hessopt
+from examples.shared.models import autoencoder
+from examples.shared.problems.autoencoder import BernoulliLoss, squared_error
+from examples.shared.problems.common import means, minibatches
+from examples.shared.problems.data import mnist_pixels
+from examples.shared.timing import Training, train_for
 
 METHODS = {"trust-region": hessopt.TrustRadius(), "levenberg-marquardt": hessopt.LevenbergMarquardt()}
-
-
-def images(folder: Path, count: int) -> Tensor:
-    """The first training images, ``(count, 784)`` in [0, 1]."""
-    packed, raw = folder / "mnist.npz", folder / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    if packed.exists():
-        pixels = np.load(packed)["x_train"]
-    elif raw.exists():
-        pixels = np.frombuffer(raw.read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
-    else:
-        raise SystemExit(f"neither {packed} nor {raw} exists: pass the folder of MNIST as --data.")
-    return torch.from_numpy(pixels[:count].reshape(-1, 784).astype(np.float32) / 255)
-
-
-def autoencoder(scale: float) -> nn.Sequential:
-    sizes = [784, *(max(2, round(scale * width)) for width in (1000, 500, 250)), 30]
-    layers: list[nn.Module] = []
-    for a, b in pairwise([*sizes, *sizes[-2::-1]]):
-        layers += [nn.Linear(a, b), nn.Tanh()]
-    del layers[2 * len(sizes) - 3]  # the code is linear
-    return nn.Sequential(*layers[:-1])
-
-
-def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-    """Cross entropy of the pixels, summed over an image, mean over images."""
-    return F.binary_cross_entropy_with_logits(net(x), x, reduction="sum") / len(x)
+loss = BernoulliLoss()
 
 
 @torch.no_grad()
-def errors(net: nn.Module, x: Tensor) -> tuple[float, float]:
-    """The loss and the squared reconstruction error of an image, means over all images."""
-    parts = x.split(5000)
-    loss = sum(loss_of(net, part).item() * len(part) for part in parts) / len(x)
-    squared = sum((torch.sigmoid(net(part)) - part).square().sum().item() for part in parts) / len(x)
-    return loss, squared
-
-
-@dataclass
-class Run:
-    name: str
-    steps: int
-    work: float
-    loss: float
-    squared: float
-    half_seconds: float
-
-
-def batches(x: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for rows in torch.randperm(len(x), generator=generator).split(size):
-            if len(rows) == size:
-                yield x[rows.to(x.device)]
+def errors(net: nn.Module, x: Tensor) -> dict[str, float]:
+    """``loss`` and ``squared_error`` of an image, means over all images."""
+    return means(net, x, x, lambda z, t: {"loss": loss(z, t), **squared_error(z, t)}, chunk=5000)
 
 
 def train(
-    name: str,
-    start: nn.Module,
-    x: Tensor,
-    batch: int,
-    seconds: float,
-    make: Callable[[nn.Module], torch.optim.Optimizer],
-) -> Run:
-    net = copy.deepcopy(start)
+    net: nn.Module, x: Tensor, batch: int, seconds: float, make: Callable[[nn.Module], torch.optim.Optimizer]
+) -> Training:
     optimizer = make(net)
-    work, steps, curve = 0.0, 0, [(0.0, errors(net, x)[0])]
-    spent, begin = 0.0, time.perf_counter()
-    evaluations = 0
-    for part in batches(x, batch, 0):
 
-        def closure(part: Tensor = part) -> Tensor:
-            nonlocal evaluations
-            evaluations += 1
-            optimizer.zero_grad()
-            loss = loss_of(net, part)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)  # type: ignore[arg-type]
-        steps += 1
-        gradients: float = evaluations
+    def gradients(runs: int) -> float:
         if isinstance(optimizer, hessopt.NewtonCG) and optimizer.last_step is not None:
-            gradients = optimizer.last_step.gradient_equivalents
-        work += gradients * batch / len(x)
-        evaluations = 0
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if spent + now - begin > len(curve) * seconds / 20:  # the time of evaluating it does not count
-            spent += now - begin
-            curve.append((spent, errors(net, x)[0]))
-            if spent >= seconds:
-                break
-            begin = time.perf_counter()
-    loss, squared = errors(net, x)
-    half = next(t for t, value in curve if value <= (curve[0][1] + loss) / 2)
-    return Run(name, steps, work, loss, squared, half)
+            return optimizer.last_step.gradient_equivalents * batch / len(x)
+        return runs * batch / len(x)
+
+    return train_for(
+        seconds, optimizer, minibatches(x, x, batch, 0), lambda pair: loss(net(pair[0]), pair[1]),
+        lambda: errors(net, x)["loss"], gradients,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -137,9 +63,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    x = images(options.data, options.images).to(options.device)
+    try:
+        pixels, _ = mnist_pixels(options.data, options.images)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    x = pixels.flatten(1).to(options.device) / 255
     torch.manual_seed(0)
-    start = autoencoder(options.scale).to(options.device)
+    widths = [784, *(max(2, round(options.scale * width)) for width in (1000, 500, 250)), 30]
+    start = autoencoder(widths).to(options.device)
     curvature_batch = min(len(x), 2000)
     methods: list[tuple[str, int, Callable[[nn.Module], torch.optim.Optimizer]]] = [
         *(
@@ -165,15 +96,19 @@ def main() -> None:
         ),
         ("NewtonCG, auto", curvature_batch, lambda net: hessopt.NewtonCG(net, max_products=30)),
     ]  # fmt: skip
-    widths = "-".join(str(m.out_features) for m in start if isinstance(m, nn.Linear))
-    print(f"784-{widths}, {len(x)} images, {options.seconds:g} s each, {options.device}, {options.threads} threads")
-    print(f"start: loss {errors(start, x)[0]:.2f}\n")
+    shown = "-".join(str(m.out_features) for m in start if isinstance(m, nn.Linear))
+    first = errors(start, x)["loss"]
+    print(f"784-{shown}, {len(x)} images, {options.seconds:g} s each, {options.device}, {options.threads} threads")
+    print(f"start: loss {first:.2f}\n")
     print(f"{'method':34}{'batch':>7}{'steps':>8}{'gradients':>11}{'loss':>9}{'squared error':>15}{'half way at':>13}")
     for name, batch, make in tqdm(methods, disable=None):
-        found = train(name, start, x, batch, options.seconds, make)
+        net = copy.deepcopy(start)
+        found = train(net, x, batch, options.seconds, make)
+        end = errors(net, x)
+        half = next(t for t, value in [(0.0, first), *found.curve] if value <= (first + end["loss"]) / 2)
         print(
-            f"{name:34}{batch:7}{found.steps:8}{found.work:11.1f}{found.loss:9.2f}{found.squared:15.2f}"
-            f"{found.half_seconds:11.1f} s",
+            f"{name:34}{batch:7}{found.steps:8}{found.work:11.1f}{end['loss']:9.2f}{end['squared_error']:15.2f}"
+            f"{half:11.1f} s",
             flush=True,
         )
 

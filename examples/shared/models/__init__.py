@@ -1,7 +1,8 @@
-"""Networks that the examples share: a perceptron, ResNet-18, a vision transformer and a small GPT."""
+"""Networks that the examples share: perceptrons, autoencoders, a small CNN, ResNet-18, a vision transformer, a GPT."""
 
-from .perceptron import mlp
+from .convolutional import mnist_cnn
+from .perceptron import autoencoder, mlp
 from .resnet import resnet18
 from .transformer import gpt, vit
 
-__all__ = ["gpt", "mlp", "resnet18", "vit"]
+__all__ = ["autoencoder", "gpt", "mlp", "mnist_cnn", "resnet18", "vit"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.shared.models import autoencoder
 from examples.shared.problems import data as datasets
 from examples.shared.problems.classification import digits
 from examples.shared.problems.common import folder_of, seeded, supervised
@@ -30,25 +30,20 @@ def squared_error(logits: Tensor, pixels: Tensor) -> Mapping[str, Tensor]:
     return {"squared_error": (torch.sigmoid(logits) - pixels).square().sum() / len(pixels)}
 
 
-def autoencoder(widths: list[int]) -> nn.Sequential:
-    """``widths`` and back again, tanh with a linear code and linear outputs (logits); initialised as by Glorot."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise([*widths, *widths[-2::-1]]):
-        layers += [nn.Linear(a, b), nn.Tanh()]
-    del layers[2 * len(widths) - 3]  # the code is linear
-    for layer in layers:
+def glorot(model: nn.Sequential) -> nn.Sequential:
+    """Glorot's initialisation: with PyTorch's bound, a third of the variance, signals die out over the depth."""
+    for layer in model:
         if isinstance(layer, nn.Linear):
-            # With PyTorch's own bound, a third of the variance, signals die out over the depth.
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers[:-1])
+    return model
 
 
 def _task(
     widths: list[int], x: Tensor, x_test: Tensor, batch: int, measured: int, seed: int, device: torch.device
 ) -> Task:
     with seeded(seed):
-        model = autoencoder(widths).to(device)
+        model = glorot(autoencoder(widths)).to(device)
     x, x_test = x.to(device), x_test.to(device)
     return supervised(
         model, BernoulliLoss(), (x, x), (x_test, x_test), seed=seed, batch=batch, figures=squared_error,

@@ -33,19 +33,16 @@ IMAGE_KEYS = ("x_train", "y_train", "x_test", "y_test")
 @lru_cache(maxsize=4)
 def mnist(folder: Path, train: int, test: int) -> Images:
     """The first ``train`` and ``test`` images, ``(N, 784)`` in [0, 1], and their digits: x, y, x_test, y_test."""
-    packed, raw = folder / "mnist.npz", folder / "MNIST" / "raw"
-    if packed.exists():
-        found = arrays(packed, IMAGE_KEYS)
-    elif raw.is_dir():
-        found = {
-            f"{kind}_{name}": _idx(raw / f"{prefix}-{file}")
-            for name, prefix in (("train", "train"), ("test", "t10k"))
-            for kind, file in (("x", "images-idx3-ubyte"), ("y", "labels-idx1-ubyte"))
-        }
-    else:
-        raise FileNotFoundError(f"neither {packed} nor {raw} exists: pass the folder of MNIST as `--data DIR`.")
+    found = _mnist(folder, ("train", "test"))
     x, y, x_test, y_test = _first(found, train, test)
     return x.flatten(1).float() / 255, y, x_test.flatten(1).float() / 255, y_test
+
+
+def mnist_pixels(folder: Path, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` training images as they are stored, uint8 ``(count, 28, 28)``, and their digits."""
+    found = _mnist(folder, ("train",))
+    x, y = (torch.from_numpy(np.array(found[key][:count])) for key in ("x_train", "y_train"))
+    return x, y.long()
 
 
 @lru_cache(maxsize=4)
@@ -134,6 +131,18 @@ def arrays(path: Path, keys: tuple[str, ...]) -> Mapping[str, Array]:
             if not unpacked.is_dir():
                 raise
     return {key: np.load(unpacked / f"{key}.npy", mmap_mode="r") for key in keys}
+
+
+def _mnist(folder: Path, splits: tuple[str, ...]) -> Mapping[str, Array]:
+    """``x_train``, ``y_train``, ``x_test``, ``y_test``, as far as they are of the splits."""
+    packed, raw = folder / "mnist.npz", folder / "MNIST" / "raw"
+    if packed.exists():
+        return arrays(packed, tuple(f"{kind}_{split}" for split in splits for kind in "xy"))
+    if not raw.is_dir():
+        raise FileNotFoundError(f"neither {packed} nor {raw} exists: pass the folder of MNIST as `--data DIR`.")
+    prefixes = {"train": "train", "test": "t10k"}
+    files = {"x": "images-idx3-ubyte", "y": "labels-idx1-ubyte"}
+    return {f"{k}_{split}": _idx(raw / f"{prefixes[split]}-{file}") for split in splits for k, file in files.items()}
 
 
 def _first(found: Mapping[str, Array], train: int, test: int) -> Images:

@@ -341,6 +341,10 @@ def test_mnist_in_both_layouts(tmp_path: Path) -> None:
     assert np.array_equal((x * 255).round().numpy().astype(np.uint8).reshape(-1, 28, 28), found["x_train"][:100])
     assert torch.equal(y_test, torch.arange(20) % 10)
     assert data.mnist(tmp_path / "a", 100, 20)[0] is x  # shared by the runs of a process
+    for part in "ab":
+        pixels, digits = data.mnist_pixels(tmp_path / part, 50)
+        assert np.array_equal(pixels.numpy(), found["x_train"][:50])
+        assert torch.equal(digits, y[:50])
     (raw / "train-labels-idx1-ubyte").write_bytes(b"\x1f\x8b")
     with pytest.raises(ValueError, match="not an IDX file"):
         data.mnist(tmp_path / "b", 101, 20)
