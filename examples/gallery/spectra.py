@@ -18,7 +18,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -27,14 +26,14 @@ from torch import Tensor, nn
 import diagnostics
 from diagnostics.operators.curvature import CurvatureOperator
 from examples.shared.models import mlp
+from examples.shared.plots import draw_densities
+from examples.shared.problems.data import mnist_pixels
 
 OPERATORS: dict[str, Callable[..., CurvatureOperator]] = {
     "H": diagnostics.HessianOperator,
     "GN": diagnostics.GaussNewtonOperator,
     "T": diagnostics.TensorOperator,
 }
-THRESHOLD = 1e-3  # below it the axis is linear
-SIGMA = 0.12
 COLORS = {"H": "tab:blue", "GN": "tab:green", "T": "tab:red"}
 
 
@@ -42,12 +41,11 @@ def samples(folder: Path | None) -> tuple[Tensor, Tensor]:
     """Centred images ``(N, d)`` and labels."""
     if folder is None:
         images, labels = load_digits(return_X_y=True)
-        scaled = images / 16
+        x, y = torch.from_numpy(images) / 16, torch.from_numpy(labels)
     else:
-        with np.load(folder / "mnist.npz") as archive:
-            images, labels = archive["x_train"][:5000], archive["y_train"][:5000]
-        scaled = images.reshape(len(images), -1) / 255
-    return torch.tensor(scaled - scaled.mean(0), dtype=torch.float64), torch.tensor(labels, dtype=torch.long)
+        pixels, y = mnist_pixels(folder, 5000)
+        x = pixels.flatten(1).double() / 255
+    return x - x.mean(0), y
 
 
 def train(x: Tensor, y: Tensor, steps: int) -> nn.Module:
@@ -62,25 +60,10 @@ def train(x: Tensor, y: Tensor, steps: int) -> nn.Module:
     return model
 
 
-def stretched(values: Tensor) -> Tensor:
-    """The coordinate that a symlog axis is even in: ±log(1 + |λ| / threshold)."""
-    return values.sign() * (values.abs() / THRESHOLD).log1p()
-
-
-def smoothed(density: diagnostics.SpectralDensity, grid: Tensor) -> Tensor:
-    """Eigenvalues per unit of the stretched coordinate, smoothed by a Gaussian in it."""
-    # nodes that are zero to rounding are zero, whatever their sign
-    nodes = stretched(torch.where(density.nodes.abs() < density.rounding, 0, density.nodes)).flatten()
-    weights = density.weights.flatten() / len(density.nodes)
-    kernel = (-0.5 * ((grid.unsqueeze(1) - nodes) / SIGMA).square()).exp() / (SIGMA * (2 * torch.pi) ** 0.5)
-    counts: Tensor = density.size * (kernel @ weights)
-    return counts
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--data", type=Path, help="folder with mnist.npz; by default the 8×8 digits")
+    parser.add_argument("--data", type=Path, help="folder of MNIST; by default the 8×8 digits")
     parser.add_argument("--out", type=Path, default=Path("docs/images/spectra.png"))
     options = parser.parse_args()
     x, y = samples(options.data)
@@ -99,23 +82,10 @@ def main() -> None:
         numbers = [*ends[name], mass.item(), mass.standard_error.item()]
         print(f"{name:4}" + "".join(f"{n:12.4g}" for n in numbers))
 
-    limits = stretched(torch.tensor([min(e[0] for e in ends.values()), max(e[1] for e in ends.values())]))
-    grid = torch.linspace(limits[0].item() - 1, limits[1].item() + 1, 1500, dtype=torch.float64)
-    eigenvalues = grid.sign() * grid.abs().expm1() * THRESHOLD
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    curves = {name: smoothed(density, grid).numpy() for name, density in densities.items()}
-    for name, density in densities.items():
-        mass = density.negative_mass()
-        label = f"{name}:  m⁻ = {mass.item():.3g} ± {mass.standard_error.item():.1g}"
-        axes.plot(eigenvalues.numpy(), curves[name], label=label, color=COLORS[name], lw=1.5)
-    axes.set_xscale("symlog", linthresh=THRESHOLD)
-    axes.set_yscale("log")
-    axes.set_ylim(0.3, 3 * max(curve.max() for curve in curves.values()))
-    axes.axvline(0, color="black", lw=0.6)
-    axes.set_xlabel("eigenvalue λ")
-    axes.set_ylabel("eigenvalues per e-fold")
+    limits = min(low for low, _ in ends.values()), max(high for _, high in ends.values())
+    draw_densities(axes, densities, limits, COLORS)
     axes.set_title("Spectral density of the Hessian and its parts: all negative curvature is the tensor part's")
-    axes.legend()
     figure.savefig(options.out, dpi=130)
     print(f"saved {options.out}")
 

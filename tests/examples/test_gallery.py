@@ -16,6 +16,7 @@ import torch
 from examples import gallery
 
 COMMANDS = {
+    "banded_on_digits": "--seconds 0.01 --seeds 1",
     "deep_narrow": "--seconds 0.01 --seeds 1",
     "diagnose_digits": "--steps 2 --out digits.json",
     "diagnose_models": "branches --verdicts --threads 1",
@@ -27,7 +28,7 @@ COMMANDS = {
     "saddles": "--steps 2 --seeds 1",
     "spectra": "--steps 2 --out spectra.png",
 }
-SLOW = {"deep_narrow", "diagnose_digits", "diagnose_models", "quickstart", "saddles", "spectra"}
+SLOW = {"banded_on_digits", "deep_narrow", "diagnose_digits", "diagnose_models", "quickstart", "saddles", "spectra"}
 
 
 @pytest.fixture
