@@ -165,6 +165,35 @@ def test_a_known_gauss_newton_part_is_taken_as_it_is_and_takes_its_error_away(op
     assert not found.squares["T"][0].any()
 
 
+def test_the_control_is_a_line_through_the_samples_at_the_known_norm() -> None:
+    """By least squares: the samples of H and T over those of G, at ``‖G[v,w]‖²``; and again without each probe."""
+    pairs, sampling, m = _matrices(), _sampling(6, **STREAMED), 6
+    exact = pairs.of_blocks(_squares, "G")
+    found = estimate_pairs(pairs, sampling, _seed(6), exact)
+    generator = _seed(6)
+    drawn = {w: sampling.draw(pairs, w, generator) for w in pairs.names}
+
+    def samples(part: str, v: str, w: str) -> Tensor:
+        block = pairs.block(part, v, w)
+        return ((block @ drawn[w]).square().sum(1) + (block.mT @ drawn[v]).square().sum(1)) / 2  # (S, m)
+
+    def at_known(part: str, kept: list[int], s: int, i: int, j: int) -> float:
+        names = pairs.names[i], pairs.names[j]
+        control = samples("G", *names)[s, kept] - exact[i, j, s]
+        design = torch.stack([torch.ones_like(control), control], 1)
+        line = torch.linalg.lstsq(design, samples(part, *names)[s, kept].unsqueeze(1)).solution
+        return max(0.0, line[0].item())
+
+    for part in "HT":
+        full, without = found.squares[part]
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):  # the third node has all unit vectors
+            for s in range(SAMPLES):
+                assert full[i, j, s].item() == pytest.approx(at_known(part, list(range(m)), s, i, j), rel=1e-8)
+                for k in range(m):
+                    kept = [n for n in range(m) if n != k]
+                    assert without[i, j, s, k].item() == pytest.approx(at_known(part, kept, s, i, j), rel=1e-8)
+
+
 def test_spectral_norms_are_bounds_from_below_that_iterations_reach() -> None:
     pairs = _matrices()
     true = pairs.of_blocks(_two_norm, "H")
