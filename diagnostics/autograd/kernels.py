@@ -126,13 +126,6 @@ class CompositeKernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def second_order_kernels() -> Iterator[None]:
-    """For a forward pass whose loss is differentiated twice: :func:`twice_differentiable` and composite kernels."""
-    with twice_differentiable(), CompositeKernels():
-        yield
-
-
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 

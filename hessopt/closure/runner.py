@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnostics.autograd.kernels import second_order_kernels
+from diagnostics.autograd.kernels import CompositeKernels, twice_differentiable
+from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import BackwardCalls, without_recomputation
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.result import (
@@ -41,7 +42,7 @@ class ClosureRunner:
         module: The network, if the optimizer knows it: its outputs are recorded and its buffers are protected.
         tape: The loss's tape is needed after a closure that calls ``backward``. Without, that call frees its tape.
         twice_differentiable: The loss will be differentiated twice: every run, trials too, uses kernels that can be
-            (:func:`diagnostics.autograd.kernels.second_order_kernels`), and checkpointing is refused.
+            (:func:`diagnostics.autograd.kernels.twice_differentiable`), and checkpointing is refused.
     """
 
     def __init__(
@@ -77,10 +78,12 @@ class ClosureRunner:
         calls = BackwardCalls(keep_tapes=self._tape)
         recorder = _OutputRecorder(self.module)
         try:
-            with ExitStack() as stack:
+            # An interrupt at the end of a context leaves it entered.
+            with AllOrNothing(), ExitStack() as stack:
                 if self._twice:
                     stack.enter_context(without_recomputation())
-                    stack.enter_context(second_order_kernels())
+                    stack.enter_context(twice_differentiable())
+                    stack.enter_context(CompositeKernels())
                 stack.enter_context(torch.enable_grad())
                 recorder.attach()
                 calls.watch(stack)
@@ -132,9 +135,10 @@ class ClosureRunner:
                 # A stand-in: zero_grad() may drop it or overwrite it in place.
                 p.grad = None if p.grad is None else p.grad.clone()
             calls = BackwardCalls(swallow_for=self._protected)
-            with ExitStack() as stack:
+            with AllOrNothing(), ExitStack() as stack:
                 if self._twice:
-                    stack.enter_context(second_order_kernels())
+                    stack.enter_context(twice_differentiable())
+                    stack.enter_context(CompositeKernels())
                 stack.enter_context(torch.set_grad_enabled(self._derives))
                 calls.watch(stack)
                 returned = self.closure()

@@ -138,6 +138,12 @@ def test_an_interrupted_step_is_taken_or_not(kind: str) -> None:
     interrupt(kind, backward=list(MAKERS).index(kind) % 2 == 0, samples=10)
 
 
+@pytest.mark.parametrize("kind", ["spectral", "newton-cg", "escape"])
+def test_an_interrupted_evaluation_leaves_nothing_behind(kind: str) -> None:
+    """At every line of it, those at which contexts are left among them."""
+    interrupt(kind, backward=True, files=("runner.py", "backward_calls.py"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("kind", list(MAKERS))
@@ -145,8 +151,8 @@ def test_an_interrupted_step_is_taken_or_not_at_many_lines(kind: str, backward: 
     interrupt(kind, backward=backward, samples=400)
 
 
-def interrupt(kind: str, *, backward: bool, samples: int) -> None:
-    """At lines spread over the whole second step, in which state is there already, and at its last twelve."""
+def interrupt(kind: str, *, backward: bool, samples: int = 2, files: tuple[str, ...] = ()) -> None:
+    """At lines spread over the whole second step, in which state is there already, at its last twelve, and in files."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     y = torch.randn(6, 2, generator=generator, dtype=torch.float64)
@@ -178,6 +184,7 @@ def interrupt(kind: str, *, backward: bool, samples: int) -> None:
     assert not same(before, after)
 
     numbers = {1 + round(i * (total - 1) / (samples - 1)) for i in range(samples)} | set(range(total - 11, total + 1))
+    numbers |= {i for i, line in enumerate(lines, 1) if line.startswith(files)} if files else set()
     taken = []
     again = True
     for number in sorted(n for n in numbers if n > 0):
