@@ -35,6 +35,7 @@ _MISSING_DERIVATIVE = (
     "is not implemented",
     "not differentiable",
     "second derivative",
+    "support automatic differentiation",
 )
 
 

@@ -14,7 +14,7 @@ from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, modu
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 import diagnostics
-from tests.helpers.oracle import check_against_double_backprop, joint_double_backprop
+from tests.helpers.oracle import check_against_double_backprop
 
 TOLERANCE = 1e-11
 TOLERANCES = {
@@ -32,8 +32,9 @@ NOT_FINITE = "output is not finite"
 
 NOT_APPLICABLE = {
     EMPTY: {"nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d", "nn.LayerNorm", "nn.RMSNorm", "nn.GroupNorm"},
-    # chunked computation has a backward of its own, "functions with out=... don't support automatic differentiation";
-    # the two margin losses and CTC have none: "derivative for aten::multi_margin_loss_backward is not implemented"
+    # chunked computation keeps the gradient that its forward computed, so double back-propagation takes it for a
+    # constant; the two margin losses and CTC have none: "derivative for aten::multi_margin_loss_backward is not
+    # implemented"
     NO_SECOND_DERIVATIVE: {"nn.LinearCrossEntropyLoss", "nn.MultiMarginLoss", "nn.MultiLabelMarginLoss", "nn.CTCLoss"},
     # roots and logarithms of negative numbers; a mean over labels that are all ignored
     NOT_FINITE: {"nn.LPPool1d", "nn.LPPool2d", "nn.LPPool3d", "nn.KLDivLoss", "nn.CrossEntropyLoss"},
@@ -162,23 +163,49 @@ def _outcome(model: Between, limit: int, tolerance: float) -> str:
         with pytest.raises(diagnostics.CaptureError, match=r"the loss is (nan|-?inf)"):
             diagnostics.capture(model, inputs, _loss, _chosen)
         return NOT_FINITE
-    graph = diagnostics.capture(model, inputs, _loss, _chosen)
-    if not _has_second_derivative(graph):
-        with pytest.raises(RuntimeError):  # neither can PyTorch
-            joint_double_backprop(model, inputs, _loss, [node.name for node in graph.nodes])
+    if not _has_second_derivative(model, inputs):
+        _check_refused_rightly(model, inputs)
         return NO_SECOND_DERIVATIVE
     graph = check_against_double_backprop(model, inputs, _loss, _chosen, tolerance)
     return "exact, joint form" if graph.coupled else "exact, per sample"
 
 
-def _has_second_derivative(graph: diagnostics.Graph) -> bool:
+def _has_second_derivative(model: Between, inputs: tuple[Any, ...]) -> bool:
     try:
-        diagnostics.hessian_blocks(graph)
+        diagnostics.hessian_blocks(diagnostics.capture(model, inputs, _loss, _chosen))
     except diagnostics.DiagnosticsError as error:
         if "cannot be differentiated twice" in str(error):
             return False
         raise
     return True
+
+
+def _check_refused_rightly(model: Between, inputs: tuple[Any, ...]) -> None:
+    """PyTorch has no second derivative by the parameters either, or not the one by central differences."""
+    parameters = list(model.parameters())
+    state = torch.get_rng_state()
+
+    def slopes(create_graph: bool = False) -> list[Tensor]:
+        torch.set_rng_state(state)
+        loss = _loss(model(*inputs))
+        found = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+    try:
+        total = torch.stack([g.sum() for g in slopes(create_graph=True)]).sum()
+        products = torch.autograd.grad(total, parameters, allow_unused=True)
+    except RuntimeError:
+        return
+    step, sides = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            torch._foreach_add_(parameters, sign * step)
+            with torch.enable_grad():
+                sides.append(slopes())
+        torch._foreach_add_(parameters, step)
+    differences = [(a - b) / (2 * step) for a, b in zip(*sides, strict=True)]
+    known = [torch.zeros_like(p) if h is None else h for h, p in zip(products, parameters, strict=True)]
+    assert not all(torch.allclose(h, d, rtol=1e-2, atol=1e-8) for h, d in zip(known, differences, strict=True))
 
 
 def _check(info: ModuleInfo, slow: bool) -> None:
