@@ -14,8 +14,10 @@ from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.newton_cg.record import NewtonStep
 from hessopt.search.rules import Damped, Fixed, KroneckerDamping, LevenbergMarquardt, LineSearch, TrustRadius
 from hessopt.spectral.groups import left_to_adamw
+from hessopt.spectral.kronecker import KroneckerSpectralNewton as _Kronecker  # noqa: F401 - a kind of SpectralNewton
 from hessopt.spectral.optimizer import SpectralNewton
-from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
+from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, OnlineExponent, PowerLaw
+from hessopt.spectral.power_law import PowerLawSpectralNewton as _PowerLaw  # noqa: F401 - a kind of SpectralNewton
 from hessopt.spectral.step import SpectralStep
 from hessopt.spectral.transfer import NewtonSchulz, spectral_map
 from hessopt.wrappers.escape import CurvatureCheck
@@ -29,12 +31,14 @@ __all__ = [
     "AutoBandwidth",
     "BandedNewton",
     "CurvatureCheck",
+    "CurvatureLengths",
     "Damped",
     "DampedStep",
     "Fixed",
     "KroneckerAveraging",
     "KroneckerBand",
     "KroneckerBandwidth",
+    "KroneckerCoordinates",
     "KroneckerDamping",
     "KroneckerNewton",
     "LeastSquares",

@@ -17,11 +17,11 @@ TORCH = frozenset(
         "_input_metadata", "_optimizer_state_dict_post_hooks", "_parameters", "_reversed_padding_repeated_twice",
         "_saved_alpha", "_saved_mat2", "_version",
         # classes and functions of its modules
-        "_BatchNorm", "_C", "_ConvNd", "_ConvTransposeNd", "_InstanceNorm", "_NormBase",
+        "_BatchNorm", "_C", "_ConvNd", "_ConvTransposeNd", "_InstanceNorm", "_NormBase", "_conv_forward",
         "_amp_foreach_non_finite_check_and_unscale_", "_autograd", "_current_autograd_node", "_current_graph_task_id",
-        "_current_level", "_dynamo", "_foreach_add_", "_foreach_copy_", "_foreach_mul", "_foreach_mul_",
-        "_foreach_norm", "_functorch", "_get_default_store", "_len_torch_function_stack", "_pop_torch_function_stack",
-        "_saved_tensors_hooks_enable", "_saved_tensors_hooks_get_disabled_error_message",
+        "_current_level", "_dynamo", "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_mul",
+        "_foreach_mul_", "_foreach_norm", "_functorch", "_get_default_store", "_len_torch_function_stack",
+        "_pop_torch_function_stack", "_saved_tensors_hooks_enable", "_saved_tensors_hooks_get_disabled_error_message",
         "_unsafe_preserve_version_counter", "_vmap", "_weight_norm", "_will_engine_execute_node",
     }
 )  # fmt: skip

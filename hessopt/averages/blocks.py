@@ -139,13 +139,16 @@ class Block:
         return Rows(inputs, j)
 
 
-def plan_blocks(module: nn.Module, trained: Iterable[Tensor], max_size: int) -> tuple[list[Block], dict[Tensor, str]]:
+def plan_blocks(
+    module: nn.Module, trained: Iterable[Tensor], max_size: int, *, tied: bool = False
+) -> tuple[list[Block], dict[Tensor, str]]:
     """Assign parameters to blocks.
 
     Args:
         module: The network.
         trained: Parameters to assign.
         max_size: Factors with more rows are diagonal.
+        tied: A weight that is an embedding's and a linear layer's has the factors of the linear layer alone.
 
     Returns:
         The blocks in the order of ``module.named_modules()``, and for every other parameter the reason.
@@ -158,6 +161,11 @@ def plan_blocks(module: nn.Module, trained: Iterable[Tensor], max_size: int) -> 
             if p in wanted:
                 owners.setdefault(p, []).append((name, child, kind))
                 names[p] = f"{name}.{kind}" if name else kind
+    if tied:
+        for p, places in owners.items():
+            heads = [place for place in places if not isinstance(place[1], nn.Embedding)]
+            if heads and all(_kind(layer) == "linear" for _, layer, _ in heads):
+                owners[p] = heads
     blocks: list[Block] = []
     rest: dict[Tensor, str] = {}
     done: set[Tensor] = set()

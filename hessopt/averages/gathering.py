@@ -93,6 +93,7 @@ class Gathering(Generic[T]):
             exact; ``"empirical"``: the gradients of the samples, for which no extra backward pass is needed.
         loss: What is declared of it: by name, the module that computes it, or None.
         options: Of the columns and the layers.
+        tied: See :func:`hessopt.averages.blocks.plan_blocks`.
 
     Attributes:
         blocks: Of the layers, whether called or not.
@@ -111,6 +112,8 @@ class Gathering(Generic[T]):
         curvature: Curvature,
         loss: NamedLoss | nn.Module | None,
         options: KroneckerAveraging,
+        *,
+        tied: bool = False,
     ) -> None:
         self.model, self.loss, self.options = model, loss, options
         self.empirical = curvature == "empirical"
@@ -123,7 +126,7 @@ class Gathering(Generic[T]):
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         generator = torch.Generator(self.device).manual_seed(options.seed)
         self.seeds = Seeds(loss, options.columns or COLUMNS, curvature == "fisher", generator)
-        self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size)
+        self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size, tied=tied)
         self.others = dict(self._planned)
         self.structure: Structure | None = None
         self.observer = PassObserver(model, self.blocks, self.parameters, self.seeds, self.empirical, self._receive)

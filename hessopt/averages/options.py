@@ -114,3 +114,8 @@ def check_curvature(curvature: str, loss: NamedLoss | nn.Module | None, averages
         raise ValueError('curvature="empirical" is that of the samples\' own gradients, without columns.')
     if isinstance(loss, NamedLoss) and loss.name is None and curvature != "empirical":
         raise ValueError('a loss without a name, of which only the reduction is known, is for curvature="empirical".')
+
+
+def due(step: int, every: int) -> bool:
+    """Whether to refresh at this step (the first is 0): every so many steps, and at powers of two before the first."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)

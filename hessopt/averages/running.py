@@ -47,6 +47,7 @@ class Pending:
         squares: For the diagonals.
         samples: B.
         scale: Trace of the loss's output curvature, if it is known.
+        batch: All that was gathered, where it is wanted.
     """
 
     moments: Moments
@@ -56,6 +57,7 @@ class Pending:
     squares: dict[Tensor, Tensor]
     samples: int
     scale: Tensor | None
+    batch: Batch | None = None
 
 
 @dataclass(eq=False)
@@ -101,8 +103,10 @@ class RunningAverages:
         gathering: What gathers.
         decay: Weight of the past.
         taper: Of the pairs' factors. Default: there are no pairs.
+        keep: Keep what was gathered until the step is over, in ``last``.
 
     Attributes:
+        last: What the last :meth:`commit` averaged in; None if it was nothing, or it is not kept.
         factors: The averages of the blocks that were called at the first batch; None before.
         diagonals: Of the other parameters.
         probe: Other pairs' factors that are averaged as well, or None.
@@ -113,8 +117,11 @@ class RunningAverages:
         unsound_start: Whether the last batch would have been the first one, and was not finite.
     """
 
-    def __init__(self, gathering: Gathering[Pending], decay: float, taper: Taper = no_pairs) -> None:
-        self.gathering, self.decay, self.taper = gathering, decay, taper
+    def __init__(
+        self, gathering: Gathering[Pending], decay: float, taper: Taper = no_pairs, *, keep: bool = False
+    ) -> None:
+        self.gathering, self.decay, self.taper, self.keep = gathering, decay, taper, keep
+        self.last: Batch | None = None
         self.factors: KroneckerAverages | None = None
         self.diagonals: dict[Tensor, Tensor] = {}
         self.probe: Probe | None = None
@@ -164,7 +171,8 @@ class RunningAverages:
         moments = self.factors.moments(rows, batch.samples)
         probe = None if self.probe is None else self.probe.factors.moments(rows, batch.samples)
         kept = [] if probe is None else rows
-        return Pending(moments, probe, kept, counts, batch.squares, batch.samples, batch.scale)
+        whole = batch if self.keep else None
+        return Pending(moments, probe, kept, counts, batch.squares, batch.samples, batch.scale, whole)
 
     def _build(self) -> None:
         self.factors = None  # the old ones are free before there are new ones
@@ -184,6 +192,7 @@ class RunningAverages:
             NotConvexError: the loss is not convex in the output.
         """
         pending, dtype = self.gathering.release(gradients), self.gathering.dtype
+        self.last = None
         if pending is None:
             return
         assert self.factors is not None
@@ -207,7 +216,7 @@ class RunningAverages:
         if self.probe is not None and pending.probe is not None:
             self.probe.factors.average(pending.probe, 1.0, sound)
             self.probe.last, self.probe.samples = pending.rows, pending.samples
-        self.rows, self.excluded = pending.counts, pending.moments.excluded
+        self.rows, self.excluded, self.last = pending.counts, pending.moments.excluded, pending.batch
         self.gathering.stop()
 
     def state_dict(self) -> dict[str, Any]:

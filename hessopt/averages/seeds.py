@@ -20,7 +20,7 @@ from hessopt.closure.loss_curvature import (
     random_signs,
 )
 from hessopt.closure.output_curvature import check_separable, loss_roots
-from hessopt.errors import ModelError
+from hessopt.errors import ClosureError, ModelError
 
 MAX_OUTPUTS = 256
 """Outputs a sample up to which the output Hessian of a loss without a closed form is formed."""
@@ -121,9 +121,12 @@ def hessian_columns(
         sign: -1: of minus the loss.
 
     Raises:
+        ClosureError: the batch is empty.
         ModelError: more than ``MAX_OUTPUTS`` outputs a sample.
         NotConvexError: the loss is not convex in the output.
     """
+    if not len(output):
+        raise ClosureError("the batch is empty, so its loss has no curvature. Skip it.")
     width = output[0].numel()
     if width > MAX_OUTPUTS:
         raise ModelError(

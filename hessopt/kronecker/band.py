@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hessopt.averages.accounting import numbers_kept
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.gathering import Curvature, Gathering
-from hessopt.averages.options import ITERATIONS, KroneckerAveraging, NamedLoss, check_curvature
+from hessopt.averages.options import ITERATIONS, KroneckerAveraging, NamedLoss, check_curvature, due
 from hessopt.averages.running import Pending, RunningAverages
 from hessopt.averages.saved import check_entries
 from hessopt.averages.seeds import Seeds
@@ -253,8 +253,3 @@ class KroneckerBand:
         self.gathering.load_state_dict(state["gathering"])
         self.averages.load_state_dict(averages, probe=probe)
         self.inverse.load_state_dict(state["inverse"])
-
-
-def due(step: int, every: int) -> bool:
-    """Whether to refresh at this step (the first is 0): every so many steps, and at powers of two before the first."""
-    return step % every == 0 or (step < every and step & (step - 1) == 0)

@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hessopt.averages.evaluation import evaluate
 from hessopt.averages.gathering import Curvature
 from hessopt.averages.options import KroneckerAveraging, NamedLoss
 from hessopt.averages.recorder import check_strided
-from hessopt.closure.backward_calls import gradients_of
-from hessopt.closure.finite import gradient_norm
 from hessopt.closure.loss_curvature import LOSSES
-from hessopt.closure.protocol import Closure, Evaluation
+from hessopt.closure.protocol import Closure
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ClosureError
 from hessopt.kronecker.band import KroneckerBand
@@ -125,22 +124,11 @@ class KroneckerStep:
         if closure is not None and added:
             self.restart(groups)
         runner, loss, norm = None, None, None
-        gradients = [p.grad for p in self.band.parameters]
+        gradients: list[Tensor | None] = [p.grad for p in self.band.parameters]
         sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
-            self.band.begin()
-            # The curvature of a declared loss is gathered in the closure's own backward.
-            tape = self.band.waits and self.loss is None
-            runner = ClosureRunner(closure, _all(groups), self.model, tape=tape)
-            evaluation = runner.evaluate()
-            gradients = self._gradients(evaluation)
-            check_strided(gradients)
-            norm = self._norm(gradients)
-            if self.band.waits and (tape or not evaluation.backward_called or isinstance(self.loss, nn.Module)):
-                with torch.enable_grad():
-                    self.band.gather(evaluation.loss, evaluation.output)
-            loss = evaluation.loss.detach()
-            del evaluation  # and the tape
+            found = evaluate(self.band.gathering, self.model, closure, _all(groups), self.band.parameters)
+            runner, loss, gradients, norm = found.runner, found.loss, found.gradients, found.norm
         else:
             check_strided(gradients)
         if sign < 0:
@@ -150,22 +138,6 @@ class KroneckerStep:
         if added and closure is None:
             self.restart(groups)  # the parameters that were added are trained from the next step on
         return loss
-
-    def _norm(self, gradients: list[Tensor | None]) -> float:
-        """Of a finite gradient; with a closure, whose loss was looked at already."""
-        try:
-            return gradient_norm(gradients, self.band.parameters, self.model)
-        except ClosureError:
-            self.band.begin()
-            raise
-
-    def _gradients(self, evaluation: Evaluation) -> list[Tensor | None]:
-        if evaluation.backward_called:
-            return [p.grad for p in self.band.parameters]
-        trained = [p for p in self.band.parameters if p.requires_grad]
-        found = gradients_of(evaluation.loss, trained, retain_graph=self.band.waits)
-        slopes = dict(zip(trained, found, strict=True))
-        return [slopes.get(p) for p in self.band.parameters]
 
     def _move(
         self, groups: Groups, gradients: list[Tensor | None], runner: ClosureRunner | None, loss: Tensor | None

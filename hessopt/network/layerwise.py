@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class LayerwiseOptimizer(SavedState):
 
     model: nn.Module
 
-    _TENSORS = ("momentum_buffer",)
+    _TENSORS: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def __init__(self, params: Params, model: nn.Module | None, defaults: dict[str, Any]) -> None:
         owner, network = type(self).__name__, network_of(params, model)

@@ -11,8 +11,8 @@ from diagnostics.ranks.spread import is_distributed, spread
 from hessopt.errors import ClosureError, ModelError
 
 _WAY_OUT = (
-    "Train in one process; or take SpectralNewton with a fixed alpha, which needs no more than the gradients that "
-    "DistributedDataParallel has averaged."
+    "Train in one process; or take SpectralNewton with coordinates=PowerLaw(…) and a fixed alpha, which needs no more "
+    "than the gradients that DistributedDataParallel has averaged."
 )
 
 

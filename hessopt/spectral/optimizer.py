@@ -1,106 +1,83 @@
-"""Spectral Newton: gradient matrices whose singular values are divided by a power law of curvature."""
+"""SpectralNewton, in whatever coordinates: the face, and what all kinds share."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from diagnostics.ranks.group import processes
-from diagnostics.ranks.spread import is_distributed
-from hessopt.checks import check_type
-from hessopt.closure.all_or_nothing import AllOrNothing
-from hessopt.closure.backward_calls import gradients_of
-from hessopt.closure.finite import gradient_norm
-from hessopt.closure.protocol import Closure, Evaluation
-from hessopt.closure.runner import ClosureRunner
-from hessopt.errors import ClosureError, ModelError
-from hessopt.network.arguments import Params, network_of
-from hessopt.network.processes import check_alike, check_distributed, refuse_own_gradients, refuse_processes
-from hessopt.network.saved_state import Group, SavedState, asks_for_state, members
-from hessopt.spectral.exponent import Probe, measure_on_tape, smoothed
-from hessopt.spectral.groups import Selection, exponent_of, is_matrix, left_to_adamw
-from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
-from hessopt.spectral.step import (
-    SpectralStep,
-    apply_adamw_step,
-    apply_matrix_step,
-    check_spectral_group,
-    momentum_direction,
-)
-from hessopt.spectral.transfer import spectral_map
+from hessopt.averages.options import Loss
+from hessopt.closure.protocol import Closure
+from hessopt.network.arguments import Params
+from hessopt.network.cliques import Bandwidth
+from hessopt.network.saved_state import SavedState
+from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, PowerLaw
 
 
 class SpectralNewton(SavedState):
-    r"""Each weight matrix moves along its gradient's singular vectors, by ``T(σ; α)`` along each.
+    r"""Spectral steps in the coordinates of the curvature, as long as the curvature between layers allows.
 
     .. math::
        \begin{aligned}
-            &M \leftarrow \mu M + (1 - \mu) G, \qquad \tilde G = (1 - \mu) G + \mu M \;\;(\text{nesterov; else } M),
-                \qquad \tilde G = U \Sigma V^\top                                                              \\
-            &\Delta W = U \, T(\Sigma; \alpha) \, V^\top, \qquad T(\sigma; \alpha) =
-                \frac{\hat\sigma}{\hat\sigma^\alpha + \delta}, \;\; \hat\sigma = \frac{\sigma}{\sigma_{\max}}, \;\;
-                \lVert \Delta W \rVert_F = \sqrt{\min(m, n)} \sqrt{\max(1, m/n)}                               \\
-            &W \leftarrow (1 - \gamma\lambda) W - \gamma \, \Delta W
+            &M \leftarrow \mu M + (1 - \mu) G, \qquad Z = B^{-p} (\mu M + (1 - \mu) G) A^{-p}, \qquad
+                D = B^{-p} (Z Z^\top)^{-1/2} Z A^{-p}                                                     \\
+            &\hat D = 0.2 \sqrt{oa} \, D / \lVert D \rVert_F, \qquad
+                W_v \leftarrow W_v - \gamma \eta s_v (\hat D_v + \lambda W_v)                             \\
+            &\bar W \leftarrow \bar W + \min(1, k/t) (W - \bar W)
        \end{aligned}
 
-    If curvature along ``u_k v_kᵀ`` is ``h_k = c σ_k^α``, Newton's step along it is ``σ_k/h_k ∝ σ_k^(1−α)``. α = 0 is
-    normalised gradient descent, α = 1, δ → 0 is Muon, α = 2 gives small singular values the longer steps. The form
-    ``"published"``, ``T = σ/(σ^α + δ)`` without any scale, drops c: with δ = 0.1 it is about gradient descent of rate
-    10 lr wherever σ^α ≪ 0.1, and needs another learning rate. See :func:`hessopt.spectral.transfer.spectral_map`, also
-    for how it is computed without singular vectors; weights of equal shape are mapped together. Convolutions are
-    flattened to (out, in·kh·kw).
+    for the weight matrices of linear and convolution layers, each with its bias as a further column, with running
+    averages A of the layer's inputs and B of back-propagated columns of the loss's output curvature. **No learning rate
+    is needed, nor a schedule**: the lengths s of all layers are those of the minimum of a model in which
+    ``C_vw = D̂_vᵀ F D̂_w`` is the curvature between the steps of two layers
+    (:class:`hessopt.spectral.coarse_curvature.CoarseCurvature`), and what is evaluated and shipped is the average
+    W̄ of the iterates: call ``optimizer.eval()`` before evaluating or saving the network, and ``optimizer.train()``
+    before training goes on (both do nothing where that is so already). Parameters of other layers, norms and embeddings
+    go along AdamW's direction, by the median of the lengths; :meth:`report` names them. A weight that an output layer
+    shares with an embedding has the factors of the output layer.
 
-    **AdamW** trains what is no matrix, embeddings and the head (:func:`hessopt.spectral.groups.left_to_adamw`). A
-    network passed as ``params`` makes two groups named ``"spectral"`` and ``"adamw"``, the latter with ``adamw.ratio``
-    times the learning rate. In groups and lists of parameters the choice is made for each (with ``model=`` by the same
-    rule, else by shape alone), with the same ratio. A group's ``"method"``, ``"spectral"`` or ``"adamw"``, overrides
-    it; the latter's learning rate is AdamW's as it is.
+    **Where the loss comes from.** Declare it, ``loss=criterion`` or ``loss="cross_entropy"``, and
+    ``loss.backward(); optimizer.step()`` is enough; or pass a closure that returns the loss, or ``(loss, output)``.
+    With neither, the factors of the inputs alone are used, and lengths are fixed at 0.01; that is logged.
 
-    **Online α** (``PowerLaw("online")``): every 100 steps α of each matrix is the slope of log h on log σ along the
-    ``directions`` largest singular directions of the gradient, with exact Hessian-vector products (one SVD
-    and as many products a layer, each about two gradients of what lies between it and the loss). It is measured on the
-    batch of the step's closure, or on a fixed ``batch`` with ``loss_fn``; clamped to [0.5, 2.5], averaged
-    exponentially, and 1 where R² < 0.8, which is logged. Fixed α need no closure: ``loss.backward()``, ``step()``.
+    **Batch-norm.** Running statistics are those of the iterates. After ``optimizer.eval()`` recompute them:
+    :func:`torch.optim.swa_utils.update_bn`.
+
+    **In the coordinates of a power law**, ``coordinates=PowerLaw(alpha, delta)``, singular values of gradients are
+    mapped by a power law, with a learning rate, and nothing of the network need be known:
+    :class:`hessopt.spectral.power_law.PowerLawSpectralNewton`.
 
     Args:
-        params: The network, or parameters in any form that :mod:`torch.optim` takes.
-        lr: γ. Default: 0.01.
-        coordinates: The transfer, :class:`hessopt.PowerLaw`. Default: ``PowerLaw(alpha=2, delta=0.1)``.
+        params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model=``.
+        loss: ``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"poisson_nll"``, a :class:`hessopt.NamedLoss`, or
+            the module that computes the loss, as for :class:`hessopt.KroneckerNewton`. Default: None.
+        lr: γ, a factor on the step lengths, for schedules and warm-up. Default: None, 1; with fixed lengths 0.01.
         model: The network, if ``params`` is not the network itself.
-        momentum: μ in [0, 1). Default: 0.95.
-        nesterov: Default: True.
-        weight_decay: λ, decoupled. Default: 0.
-        maximize: Maximize the loss.
-        adamw: What AdamW trains, and how, :class:`hessopt.AdamWPart`. Default: embeddings, the head and what is no
-            matrix, at the same rate.
+        coordinates: :class:`hessopt.KroneckerCoordinates` or :class:`hessopt.PowerLaw`. Default: None, the former.
+        bandwidth: Pairs of layers at most so far apart count in the step lengths; or ``"full"``. Default: ``"full"``.
+        step_lengths: ``"curvature"``, a :class:`hessopt.CurvatureLengths` with options, or ``"fixed"``: the learning
+            rate is the step length, in the units of Muon with matched root mean squares. Default: ``"curvature"``.
+        momentum: μ in [0, 1). Default: None, 0.9.
+        weight_decay: λ, decoupled, in units of the step lengths. Default: 0.
+        average: k, of the average of iterates; None: there is none, and a schedule is up to the user. Default: 8.
+        maximize: Maximize the loss, which must be concave in the output.
+        adamw: What is left to AdamW beside what has no factors, and its options. Its ratio is to the median of the step
+            lengths. Default: None, ``AdamWPart(betas=(0.9, 0.99))``.
 
-    **Several processes.** Under DistributedDataParallel with ``loss.backward()``, and a fixed α, steps are those of one
-    process. Under FSDP2 (``fully_shard``) α is 0 or 1, without ``newton_schulz``.
-
-    Param groups may have their own ``lr``, ``alpha``, ``form``, ``delta``, ``momentum``, ``nesterov``,
-    ``weight_decay``, ``maximize``, ``adamw_ratio``, ``betas``, ``eps`` and ``method``.
-
-    Attributes:
-        last_step: A :class:`SpectralStep`, or None before the first step.
+    Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups).
 
     Raises:
-        ValueError: an argument is out of range.
-        TypeError: ``model`` is not a module.
+        ValueError: an argument is out of range or does nothing, or a parameter is not the network's.
+        TypeError: the network is missing, or an argument is of another type.
+        ModelError: the network is compiled, scripted or wrapped for parallel training.
 
     Source:
-        arXiv 2606.02596 (the published form); Jordan et al., Muon (2024); the scale-free form is this package's.
+        docs/spectral.md. Polar factors: Jordan et al., Muon (2024).
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
-        >>> optimizer = SpectralNewton(model)
-        >>> [(group["name"], len(group["params"])) for group in optimizer.param_groups]
-        [('spectral', 2), ('adamw', 4)]
-        >>> x = torch.randn(64, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+        >>> optimizer = SpectralNewton(model, loss="mse")
+        >>> x = torch.randn(256, 4)
         >>> losses = []
         >>> for _ in range(60):
         ...     optimizer.zero_grad()
@@ -110,262 +87,65 @@ class SpectralNewton(SavedState):
         ...     losses.append(loss.item())
         >>> losses[-1] < 0.5 * losses[0]
         True
+        >>> optimizer.eval()  # the network is the average of the iterates from here on
     """
 
-    _MARKED = False
-    _OWN = ("newton_schulz", "online", "last_step")
+    _KINDS: ClassVar[dict[type, type[SpectralNewton]]] = {}
+
+    def __init_subclass__(cls, coordinates: type, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._KINDS[coordinates] = cls
+
+    def __new__(
+        cls, *args: Any, coordinates: KroneckerCoordinates | PowerLaw | None = None, **_: Any
+    ) -> SpectralNewton:
+        """An optimizer of the kind that the coordinates ask for."""
+        if cls is not SpectralNewton:
+            return super().__new__(cls)
+        kind = KroneckerCoordinates if coordinates is None else type(coordinates)
+        if kind not in cls._KINDS:
+            known = " or ".join(f"hessopt.{kind.__name__}" for kind in cls._KINDS)
+            raise TypeError(f"coordinates must be a {known}, got {kind.__name__}.")
+        return super().__new__(cls._KINDS[kind])
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 0.01,
-        coordinates: PowerLaw | None = None,
+        loss: Loss | None = None,
+        lr: float | Tensor | None = None,
         *,
         model: nn.Module | None = None,
-        momentum: float = 0.95,
-        nesterov: bool = True,
+        coordinates: KroneckerCoordinates | PowerLaw | None = None,
+        bandwidth: Bandwidth = "full",
+        step_lengths: Literal["curvature", "fixed"] | CurvatureLengths = "curvature",
+        momentum: float | None = None,
         weight_decay: float = 0.0,
+        average: float | None = 8,
         maximize: bool = False,
         adamw: AdamWPart | None = None,
     ) -> None:
-        coordinates = PowerLaw() if coordinates is None else coordinates
-        adamw = AdamWPart() if adamw is None else adamw
-        check_type("coordinates", coordinates, PowerLaw)
-        check_type("adamw", adamw, AdamWPart)
-        network = network_of(params, model)
-        if adamw.select is not None and network is None:
-            raise ValueError("AdamWPart(select=) chooses by name, for which the network is needed: pass model=.")
-        self.online = OnlineExponent() if coordinates.online is None else coordinates.online
-        if self.online.batch is not None and network is None:
-            raise ValueError("a fixed batch for the online alpha needs the network: pass model=.")
-        self.model = network
-        self.newton_schulz = coordinates.newton_schulz
-        self.last_step: SpectralStep | None = None
-        self._adamw = _ids(network, adamw.select)
-        self._compared = False
-        defaults = {
-            "lr": lr, "alpha": coordinates.alpha, "form": coordinates.form, "delta": coordinates.delta,
-            "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize,
-            "adamw_ratio": adamw.ratio, "betas": adamw.betas, "eps": adamw.eps, "method": "auto",
-        }  # fmt: skip
-        super().__init__(self._named_groups(params, lr, adamw.ratio), defaults)
+        raise NotImplementedError(f"{type(self).__name__} has no __init__.")
 
-    def _check_group(self, group: Group) -> None:
-        check_spectral_group(group, self.newton_schulz)
-        check_distributed([p for _, p in members(self)], self.model)
-        self._check_shards(group)
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """Take one step; returns the loss before it, detached, or None without a closure."""
+        raise NotImplementedError
 
-    def _check_shards(self, group: dict[str, Any]) -> None:
-        """Raise ModelError for a matrix in parts whose map takes more than operations that PyTorch knows on these."""
-        for p in group["params"]:
-            if is_distributed(p) and not self._left_to_adamw(group, p):
-                alpha = exponent_of(group["alpha"], p)
-                if alpha not in (0, 1) or (alpha == 1 and self.newton_schulz is not None):
-                    how = " with newton_schulz" if alpha == 1 else ""
-                    raise ModelError(
-                        f"a weight of shape {tuple(p.shape)} is a DTensor, of which each process has a part, and "
-                        f"alpha={alpha!r}{how} is not mapped in parts: pass alpha=1.0 (Muon) without newton_schulz, or "
-                        "train under DistributedDataParallel."
-                    )
+    def eval(self) -> None:
+        """Have the network hold the average of the iterates, if there is one: to evaluate and to save it."""
+
+    def train(self) -> None:
+        """Have the network hold the iterates again: to train it."""
 
     @property
     def alphas(self) -> dict[str, float]:
-        """α of every matrix as last used, by parameter name (its number, where names are not known)."""
-        known = {} if self.model is None else {id(p): name for name, p in self.model.named_parameters()}
-        found = {}
-        for number, (group, p) in enumerate((g, p) for g in self.param_groups for p in g["params"]):
-            if not self._left_to_adamw(group, p):
-                alpha = exponent_of(group["alpha"], p)
-                used = self.state[p].get("alpha", math.nan) if alpha == "online" and p in self.state else alpha
-                found[known.get(id(p), str(number))] = math.nan if used == "online" else float(used)
-        return found
-
-    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
-        """Take one step.
-
-        Args:
-            closure: Evaluates the loss, see :mod:`hessopt.closure.protocol`. None: the gradient is in ``.grad``.
-
-        Returns:
-            The loss before the step, detached; None without a closure.
-
-        Raises:
-            ClosureError: the closure does not give a finite, differentiable loss; the gradient is not finite; or α is
-                to be measured and there is nothing to measure it on. Parameters are then as they were.
-            ModelError: a gradient is sparse; or several processes train together, and α is to be measured, or
-                parameters differ at the first step (:func:`hessopt.separate_networks`).
-
-        In these cases, and where the step is interrupted or runs out of memory, parameters and state are as they were:
-        copies of both are kept while they are written.
-        """
-        if asks_for_state(self, closure):
-            for number, (group, p) in enumerate(members(self)):
-                self.state[p].update(self._blank(number, group, p, lambda p=p: torch.zeros_like(p)))  # type: ignore[misc]
-            return None
-        trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        due = self._due(trained)
-        if due:
-            refuse_processes('SpectralNewton with alpha="online"', "exponents")
-        if not self._compared and processes() > 1:
-            check_alike("SpectralNewton", "the parameters", [p for _, p in trained])
-            self._compared = True
-        if due and closure is None and self.online.batch is None:
-            raise ClosureError(
-                'alpha="online" measures curvature, which cannot be had from `.grad` alone. Pass a closure, '
-                "`optimizer.step(lambda: loss_fn(model(x), y))`; or a fixed batch to measure on, "
-                'PowerLaw("online", online=OnlineExponent(batch=(x, y), loss_fn=…)); or a fixed alpha.'
-            )
-        evaluation, gradients = self._evaluate(closure, trained, tape=bool(due) and self.online.batch is None)
-        moved = [(group, p, g) for (group, p), g in zip(trained, gradients, strict=True) if g is not None]
-        norm = gradient_norm([g for *_, g in moved], [p for _, p, _ in moved], self.model)
-        with AllOrNothing(state=self.state) as guard:
-            fallbacks = self._measure(due, evaluation)
-            guard.keep(p for _, p, _ in moved)
-            guard.keep_state()
-            with torch.no_grad():
-                self._move(moved)
-        loss = None if evaluation is None else evaluation.loss.detach()
-        self.last_step = SpectralStep(math.nan if loss is None else float(loss), norm, len(due), fallbacks)
-        return loss
+        """Exponents of a power law, by parameter name; empty in other coordinates."""
+        return {}
 
     @property
-    def gradient_norm(self) -> float | None:
-        """‖∇f‖ over the parameters that the last step moved, before it; None before the first."""
-        return None if self.last_step is None else self.last_step.gradient_norm
+    def step_lengths(self) -> dict[str, float]:
+        """``η s`` of each layer as last used, by its name; empty before the first step, and with a power law."""
+        return {}
 
-    def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
-        step = torch.tensor(0.0)
-        if self._left_to_adamw(group, p):
-            return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
-        online = exponent_of(group["alpha"], p) == "online"
-        exponent = {"alpha": math.nan, "alpha_good": False, "alpha_r2": math.nan} if online else {}
-        return {"step": step, "momentum_buffer": zeros(), **exponent}
-
-    def __getstate__(self) -> dict[str, Any]:
-        left = None if self.model is None else [p for p in self.model.parameters() if id(p) in (self._adamw or ())]
-        return {**super().__getstate__(), "_left": left}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        left = state.pop("_left", "absent")
-        super().__setstate__(state)
-        self._compared = False
-        if left != "absent":  # a copy; its parameters are others
-            self._adamw = None if left is None else {id(p) for p in left}
-        for group in self.param_groups:
-            group.setdefault("method", "auto")
-        for own in self.state.values():
-            if "step" in own and not isinstance(own["step"], Tensor):
-                own["step"] = torch.tensor(float(own["step"]))
-
-    def _named_groups(self, params: Params, lr: float | Tensor, ratio: float) -> Any:
-        if not isinstance(params, nn.Module):
-            return params
-        assert self._adamw is not None
-        named = list(params.named_parameters())
-        spectral = [(name, p) for name, p in named if id(p) not in self._adamw]
-        rest = [(name, p) for name, p in named if id(p) in self._adamw]
-        groups: list[dict[str, Any]] = [
-            {"params": spectral, "name": "spectral", "method": "spectral"},
-            {"params": rest, "name": "adamw", "method": "adamw", "lr": lr * ratio},
-        ]
-        return [group for group in groups if group["params"]]
-
-    def _left_to_adamw(self, group: dict[str, Any], p: Tensor) -> bool:
-        if group["method"] != "auto":
-            return bool(group["method"] == "adamw") or not is_matrix(p)
-        return not is_matrix(p) or (self._adamw is not None and id(p) in self._adamw)
-
-    def _due(self, trained: list[tuple[dict[str, Any], Tensor]]) -> list[tuple[dict[str, Any], Tensor]]:
-        """The matrices whose exponent is to be measured now."""
-        return [
-            (group, p)
-            for group, p in trained
-            if not self._left_to_adamw(group, p)
-            and exponent_of(group["alpha"], p) == "online"
-            and (p not in self.state or int(self.state[p].get("step", 0)) % self.online.every == 0)
-        ]
-
-    def _evaluate(
-        self, closure: Closure | None, trained: list[tuple[dict[str, Any], Tensor]], *, tape: bool
-    ) -> tuple[Evaluation | None, list[Tensor | None]]:
-        """Run the closure; the gradient of each trained parameter, sign turned if maximizing."""
-        parameters = [p for _, p in trained]
-        evaluation = None
-        gradients: list[Tensor | None]
-        if closure is not None:
-            if not parameters:
-                raise ClosureError("none of the optimizer's parameters requires grad.")
-            runner = ClosureRunner(closure, parameters, self.model, tape=tape, twice_differentiable=tape)
-            evaluation = runner.evaluate()
-        if evaluation is not None and not evaluation.backward_called:
-            refuse_own_gradients("SpectralNewton")
-            gradients = gradients_of(evaluation.loss, parameters, retain_graph=tape)
-        else:
-            gradients = [p.grad for p in parameters]
-        for (_, p), g in zip(trained, gradients, strict=True):
-            if g is not None and g.layout != torch.strided:
-                raise ModelError(
-                    f"the gradient of a parameter of shape {tuple(p.shape)} is sparse (nn.Embedding(sparse=True)?). "
-                    "Set sparse=False."
-                )
-        return evaluation, [
-            None if g is None else -g.detach() if group["maximize"] else g.detach()
-            for (group, _), g in zip(trained, gradients, strict=True)
-        ]
-
-    def _measure(self, due: list[tuple[dict[str, Any], Tensor]], evaluation: Evaluation | None) -> int:
-        if not due:
-            return 0
-        parameters = [p for _, p in due]
-        signs = [-1.0 if group["maximize"] else 1.0 for group, _ in due]
-        online = self.online
-        if online.loss_fn is not None:
-            assert self.model is not None
-            probe = Probe(self.model, online.batch, online.loss_fn)
-            fits = probe.measure(parameters, signs, online.directions)
-        else:
-            assert evaluation is not None
-            fits = measure_on_tape(evaluation.loss, parameters, signs, online.directions)
-        fallbacks = 0
-        for p, fit in zip(parameters, fits, strict=True):
-            state = self.state[p]
-            before = state["alpha"] if state.get("alpha_good") else None
-            name = f"a weight of shape {tuple(p.shape)}"
-            state["alpha"], state["alpha_good"] = smoothed(before, fit, online.decay, name)
-            state["alpha_r2"] = fit.r2
-            fallbacks += not state["alpha_good"]
-        return fallbacks
-
-    def _move(self, moved: list[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
-        alike: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, Tensor]]] = defaultdict(list)
-        rest = []
-        for group, p, g in moved:
-            if self._left_to_adamw(group, p):
-                rest.append((group, p, g))
-                continue
-            direction = momentum_direction(group, self.state[p], g)
-            alpha = exponent_of(group["alpha"], p)
-            rule = (direction.shape, direction.dtype, p.device, alpha, group["form"], group["delta"])
-            alike[rule].append((group, p, direction))
-        for (_, dtype, device, alpha, form, delta), entries in alike.items():
-            directions = [d for *_, d in entries]
-            single = len(entries) == 1
-            used: float | Tensor = alpha
-            if alpha == "online":
-                values = [self.state[p]["alpha"] for _, p, _ in entries]
-                used = values[0] if single else torch.tensor(values, dtype=dtype, device=device)
-            schulz = self.newton_schulz if alpha == 1 else None
-            steps = spectral_map(
-                directions[0] if single else torch.stack(directions), used, delta, form=form, newton_schulz=schulz
-            )
-            for (group, p, _), step in zip(entries, [steps] if single else steps, strict=True):
-                apply_matrix_step(group, p, step)
-        for group, p, g in rest:
-            apply_adamw_step(group, self.state[p], p, g)
-
-
-def _ids(network: nn.Module | None, selection: Selection) -> set[int] | None:
-    if network is None:
-        return None
-    left = left_to_adamw(network, selection)
-    return {id(p) for name, p in network.named_parameters() if left[name]}
+    def report(self) -> dict[str, str]:
+        """How each parameter is treated, by its name."""
+        raise NotImplementedError

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hessopt.checks import check_count
+from hessopt.averages.options import KroneckerAveraging
+from hessopt.checks import check_count, check_type
 from hessopt.spectral.groups import Exponents, Selection, check_exponents
 from hessopt.spectral.transfer import Form, NewtonSchulz
 
@@ -54,6 +55,7 @@ class PowerLaw:
         form: ``"scale_free"`` or ``"published"``. Default: ``"scale_free"``.
         newton_schulz: For α = 1: Newton-Schulz iterations in place of the exact polar factor. Default: None.
         online: How α is measured where it is ``"online"``. Default: None, :class:`OnlineExponent` with its defaults.
+        nesterov: Whether the direction is that of the gradient with momentum once more. Default: True.
 
     Raises:
         ValueError: an option is out of range, or does nothing.
@@ -64,12 +66,62 @@ class PowerLaw:
     form: Form = "scale_free"
     newton_schulz: NewtonSchulz | None = None
     online: OnlineExponent | None = None
+    nesterov: bool = True
 
     def __post_init__(self) -> None:
         check_exponents(self.alpha)
         exponents = self.alpha.values() if isinstance(self.alpha, Mapping) else [self.alpha]
         if self.online is not None and "online" not in exponents:
             raise ValueError('online= says how alpha="online" is measured; no layer has that exponent.')
+
+
+@dataclass(frozen=True)
+class KroneckerCoordinates:
+    """Coordinates in which the Kronecker-factored curvature of a layer is nearly the identity, and what they are from.
+
+    Args:
+        exponent: p, in (0, 0.5]: powers ``-p`` of both factors. Default: 0.25.
+        damping: δ > 0: factors get ``√δ`` times their mean eigenvalue. Default: 1e-2.
+        averages: Of the factors, and when these and their powers change. Default: ``KroneckerAveraging(decay=0.95)``.
+
+    Raises:
+        ValueError: an option is out of range, or does nothing.
+    """
+
+    exponent: float = 0.25
+    damping: float = 1e-2
+    averages: KroneckerAveraging = KroneckerAveraging(decay=0.95)  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if not 0 < self.exponent <= 0.5:
+            raise ValueError(f"exponent must lie in (0, 0.5], got {self.exponent!r}.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"damping must be positive and finite, got {self.damping!r}.")
+        check_type("averages", self.averages, KroneckerAveraging)
+        if self.averages.iterations is not None:
+            raise ValueError("iterations are of conjugate gradients, of which spectral steps need none.")
+
+
+@dataclass(frozen=True)
+class CurvatureLengths:
+    """Step lengths from the curvature between the steps of layers.
+
+    Args:
+        share: η, in (0, 1]: how much of the way to the minimum of the model is gone. Default: 0.5.
+        decay: Weight of the past in its averages, in [0, 1). Default: 0.9.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    share: float = 0.5
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {self.share!r}.")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}.")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def spectral_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         *newton_inputs(device),
         OptimizerInput(None, {"coordinates": PowerLaw(1.0, 0.0)}, "exact Muon"),
         OptimizerInput(
-            None, {"coordinates": PowerLaw(1.0, newton_schulz=NewtonSchulz()), "nesterov": False}, "Newton-Schulz"
+            None, {"coordinates": PowerLaw(1.0, newton_schulz=NewtonSchulz(), nesterov=False)}, "Newton-Schulz"
         ),
         OptimizerInput(None, {"coordinates": PowerLaw({"conv": 0.5, "linear": 1.5}, 1.0, "published")}, "by type"),
         OptimizerInput(None, {"coordinates": PowerLaw("online", online=OnlineExponent(every=4))}, "online"),
@@ -177,11 +177,11 @@ def _kronecker_empirical(params: Any, net: nn.Module, **kwargs: Any) -> Optimize
 
 
 def _spectral(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
-    return SpectralNewton(params, **kwargs)
+    return SpectralNewton(params, **{"coordinates": PowerLaw(), **kwargs})
 
 
 def _spectral_module(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
-    return SpectralNewton(params, model=net, **kwargs)
+    return SpectralNewton(params, model=net, **{"coordinates": PowerLaw(), **kwargs})
 
 
 def _saddle_sgd(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:

@@ -56,7 +56,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "KroneckerNewton(0)": lambda net: _kronecker(net, 0),
     "KroneckerNewton(1)": lambda net: _kronecker(net, 1),
     "KroneckerNewton(auto)": lambda net: _kronecker(net, KroneckerBandwidth(6)),
-    "SpectralNewton": SpectralNewton,
+    "SpectralNewton": lambda net: SpectralNewton(net, "cross_entropy"),
+    "SpectralNewton(closure)": SpectralNewton,
+    "SpectralNewton(power law)": lambda net: SpectralNewton(net, coordinates=PowerLaw()),
     "SpectralNewton(online)": lambda net: SpectralNewton(
         net, coordinates=PowerLaw("online", online=OnlineExponent(every=2))
     ),
@@ -216,7 +218,7 @@ def test_pre_hooks_may_mend_a_state(name: str) -> None:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_distributed_state_dicts_are_taken_up_bit_for_bit(name: str, full: bool) -> None:
-    if full and not name.startswith("SpectralNewton"):
+    if full and name not in ("SpectralNewton(power law)", "SpectralNewton(online)"):
         pytest.skip("full state dicts are of sharded parameters, which the others refuse")
     first = stepped(name)
     options = StateDictOptions(full_state_dict=full)
@@ -256,7 +258,7 @@ def test_flat_state_dicts_lose_nothing_in_silence(name: str) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     net = copy.deepcopy(first[0])
     resumed = OPTIMIZERS[name](net)
-    if name.startswith("SpectralNewton"):
+    if name in ("SpectralNewton(power law)", "SpectralNewton(online)"):
         state = copy.deepcopy(get_optimizer_state_dict(*first, options=options))
         set_optimizer_state_dict(net, resumed, state, options=options)
         go_on_alike(first, (net, resumed))

@@ -74,7 +74,7 @@ WRAPPED = ("NewtonCG(model)", "BandedNewton", "KroneckerNewton")
 SPECTRAL: dict[str, dict[str, Any]] = {
     "alpha 0": {"coordinates": hessopt.PowerLaw(0.0)},
     "alpha 1": {"coordinates": hessopt.PowerLaw(1.0), "weight_decay": 0.1},
-    "alpha 2": {},
+    "alpha 2": {"coordinates": hessopt.PowerLaw()},
     "alpha 1 by Newton-Schulz": {"coordinates": hessopt.PowerLaw(1.0, newton_schulz=NewtonSchulz())},
 }
 SHARDED = ("alpha 0", "alpha 1")
@@ -147,7 +147,7 @@ def _different_copies(rank: int, processes: int) -> Any:
         net[0].weight += rank  # type: ignore[operator]
     if rank:
         dist.barrier()  # who comes first cannot know
-    optimizer = hessopt.SpectralNewton(net)
+    optimizer = hessopt.SpectralNewton(net, coordinates=hessopt.PowerLaw())
     before = [p.detach().clone() for p in net.parameters()]
     found = []
     for _ in range(2):
@@ -164,14 +164,14 @@ def _different_copies(rank: int, processes: int) -> Any:
 def _different_networks(rank: int, processes: int) -> Any:
     torch.manual_seed(rank)
     net = nn.Sequential(nn.Linear(4, 3 + rank), nn.Tanh(), nn.Linear(3 + rank, 2))
-    trained(net, hessopt.SpectralNewton(net), data())
+    trained(net, hessopt.SpectralNewton(net, coordinates=hessopt.PowerLaw()), data())
     return True
 
 
 def _one_process_alone(rank: int, processes: int) -> Any:
     if rank == 0:
         net = network()
-        return trained(net, hessopt.SpectralNewton(net), data())
+        return trained(net, hessopt.SpectralNewton(net, coordinates=hessopt.PowerLaw()), data())
     return None
 
 

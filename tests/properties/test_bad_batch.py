@@ -88,7 +88,7 @@ def test_the_parameter_is_named() -> None:
     net, (x, y) = network(), batch()
     x[3, 2] = float("inf")
     with pytest.raises(ClosureError, match=r"gradient of parameter '0.weight', of shape \(8, 6\), is not finite"):
-        SpectralNewton(net).step(lambda: nn.functional.cross_entropy(net(x), y))
+        SpectralNewton(net, coordinates=PowerLaw()).step(lambda: nn.functional.cross_entropy(net(x), y))
     optimizer = NullProject(torch.optim.SGD(net.parameters()))
     with pytest.raises(ClosureError, match=r"gradient of parameter 0, of shape \(8, 6\), is not finite"):
         optimizer.step(lambda: nn.functional.cross_entropy(net(x), y))
@@ -96,7 +96,7 @@ def test_the_parameter_is_named() -> None:
 
 def test_spectral_newton_without_closure() -> None:
     net, (x, y) = network(), batch()
-    optimizer = SpectralNewton(net)
+    optimizer = SpectralNewton(net, coordinates=PowerLaw())
     for inputs in (x, x):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(inputs), y).backward()

@@ -18,6 +18,7 @@ from hessopt import (
     NewtonCG,
     NullBoost,
     NullProject,
+    PowerLaw,
     SaddleEscape,
     SpectralNewton,
 )
@@ -61,7 +62,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "newton-cg, hessian": lambda net: NewtonCG(net, curvature="hessian", method=TrustRadius(0.5)),
     "newton-cg, ggn": lambda net: NewtonCG(net, curvature="ggn", method=TrustRadius(0.5)),
     "newton-cg, damped": lambda net: NewtonCG(net, method=LevenbergMarquardt(1.0)),
-    "spectral": lambda net: SpectralNewton(net, 0.1),
+    "spectral": lambda net: SpectralNewton(net, lr=0.1, coordinates=PowerLaw()),
     "saddle escape": lambda net: SaddleEscape(SGD(net.parameters(), lr=0.5), model=net),
     "null boost": lambda net: NullBoost(SGD(net.parameters(), lr=0.5), model=net, krylov=12),
     "null project": lambda net: NullProject(SGD(net.parameters(), lr=0.5), remembered(net), model=net),
@@ -110,7 +111,7 @@ def test_what_is_remembered_moves_by_the_rounding_of_the_parameters_alone(dtype:
 def test_spectral_newton_refuses_float16_with_the_way_out() -> None:
     net, _ = problem(torch.float16)
     with pytest.raises(ValueError, match=r"float16 parameters.*autocast.*GradScaler.*bfloat16"):
-        SpectralNewton(net)
+        SpectralNewton(net, coordinates=PowerLaw())
     mixed = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2).half())
     with pytest.raises(ValueError, match="float16"):
-        SpectralNewton(mixed.parameters())
+        SpectralNewton(mixed.parameters(), coordinates=PowerLaw())

@@ -83,7 +83,8 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "kronecker, declared": lambda net: KroneckerNewton(net, bandwidth=0, loss="mse", momentum=0.9),
     "newton-cg": lambda net: NewtonCG(net, preconditioner="diagonal", warm_start=True),
     "levenberg-marquardt": lambda net: NewtonCG(net, method=LevenbergMarquardt(), weight_decay=0.01),
-    "spectral": lambda net: SpectralNewton(net, weight_decay=0.01),
+    "spectral, kronecker": lambda net: SpectralNewton(net, "mse", weight_decay=0.01),
+    "spectral": lambda net: SpectralNewton(net, coordinates=PowerLaw(), weight_decay=0.01),
     "spectral, online": lambda net: SpectralNewton(
         net, coordinates=PowerLaw("online", online=OnlineExponent(every=1, directions=3))
     ),

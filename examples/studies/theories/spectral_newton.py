@@ -47,7 +47,9 @@ def network(channels: int, side: int) -> nn.Sequential:
 
 
 def spectral(law: hessopt.PowerLaw, ratio: float) -> Callable[[nn.Sequential, float], Step]:
-    return lambda model, lr: hessopt.SpectralNewton(model, lr, law, adamw=hessopt.AdamWPart(ratio=ratio)).step
+    return lambda model, lr: (
+        hessopt.SpectralNewton(model, lr=lr, coordinates=law, adamw=hessopt.AdamWPart(ratio=ratio)).step
+    )
 
 
 def with_backward(make: Callable[[nn.Sequential, float], list[torch.optim.Optimizer]]) -> Any:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hessopt.averages.averages import Moments
+from hessopt.averages.options import due
 from hessopt.averages.seeds import hessian_columns
 from hessopt.closure.loss_curvature import named_curvature
 from hessopt.errors import ClosureError, ModelError
-from hessopt.kronecker.band import KroneckerBand, due
+from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.inverse import triangular_inverse
 from tests.helpers.kronecker_reference import Dag, batch, chain, dags, dense, gather, kronecker_band, skip
 

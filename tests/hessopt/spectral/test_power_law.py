@@ -65,10 +65,9 @@ def test_steps_are_the_definition(alpha: float, form: Any, nesterov: bool, devic
     other = copy.deepcopy(model)
     optimizer = SpectralNewton(
         model,
-        0.03,
-        PowerLaw(alpha, 0.2, form),
+        lr=0.03,
+        coordinates=PowerLaw(alpha, 0.2, form, nesterov=nesterov),
         momentum=0.8,
-        nesterov=nesterov,
         weight_decay=0.1,
         adamw=AdamWPart(ratio=0.5),
     )
@@ -99,8 +98,11 @@ def test_muon_with_its_own_iterations_bit_for_bit() -> None:
     model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))  # wide: no rate factor
     other = copy.deepcopy(model)
     ours = SpectralNewton(
-        model.parameters(), 0.02, PowerLaw(1.0, 0.0, "published", NewtonSchulz(dtype=torch.bfloat16)), weight_decay=0.1,
-    )  # fmt: skip
+        model.parameters(),
+        lr=0.02,
+        coordinates=PowerLaw(1.0, 0.0, "published", NewtonSchulz(dtype=torch.bfloat16)),
+        weight_decay=0.1,
+    )
     muon = torch.optim.Muon(other.parameters(), lr=0.02, weight_decay=0.1)
     x = torch.randn(16, 12)
     for _ in range(5):
@@ -121,8 +123,8 @@ def test_muon_is_the_limit_of_the_scale_free_form(shape: tuple[int, int]) -> Non
     steps = []
     makes: list[Any] = [
         lambda p: torch.optim.Muon([p], lr=1.0, weight_decay=0.0),
-        lambda p: SpectralNewton([p], 1.0, PowerLaw(1.0, 0.0)),
-        lambda p: SpectralNewton([p], 1.0, PowerLaw(1.0, 1e-9)),
+        lambda p: SpectralNewton([p], lr=1.0, coordinates=PowerLaw(1.0, 0.0)),
+        lambda p: SpectralNewton([p], lr=1.0, coordinates=PowerLaw(1.0, 1e-9)),
     ]
     for make in makes:
         p = nn.Parameter(weight.detach().clone())
@@ -139,7 +141,7 @@ def test_muon_is_the_limit_of_the_scale_free_form(shape: tuple[int, int]) -> Non
 
 def test_named_groups_and_their_rule() -> None:
     model = _network()
-    optimizer = SpectralNewton(model, lr=0.1, adamw=AdamWPart(ratio=0.2))
+    optimizer = SpectralNewton(model, lr=0.1, coordinates=PowerLaw(), adamw=AdamWPart(ratio=0.2))
     spectral, adamw = optimizer.param_groups
     assert (spectral["name"], adamw["name"]) == ("spectral", "adamw")
     assert spectral["param_names"] == ["0.weight", "2.weight", "5.weight", "7.weight"]
@@ -152,20 +154,20 @@ def test_named_groups_and_their_rule() -> None:
     chosen = left_to_adamw(model, ["0", "7.*"])
     assert [name for name, own in chosen.items() if own and name.endswith("weight")] == ["0.weight", "7.weight"]
     assert left_to_adamw(model, lambda name, p: p.ndim == 4)["2.weight"]
-    listed = SpectralNewton(model.parameters(), adamw=AdamWPart(["0.weight"]), model=model)
+    listed = SpectralNewton(model.parameters(), coordinates=PowerLaw(), adamw=AdamWPart(["0.weight"]), model=model)
     assert len(listed.param_groups) == 1
     assert list(listed.alphas) == ["2.weight", "5.weight", "7.weight", "9.weight"]
     with pytest.raises(ValueError, match="matches 'nowhere'"):
-        SpectralNewton(model, adamw=AdamWPart(["nowhere"]))
+        SpectralNewton(model, coordinates=PowerLaw(), adamw=AdamWPart(["nowhere"]))
 
 
 def test_one_group_is_as_good_as_two() -> None:
     x, y = _data()
     results = []
     for make in (
-        lambda m: SpectralNewton(m, adamw=AdamWPart(ratio=0.3)),
-        lambda m: SpectralNewton(m.parameters(), adamw=AdamWPart(ratio=0.3), model=m),
-        lambda m: SpectralNewton(m.parameters(), adamw=AdamWPart(["9"], 0.3), model=m),
+        lambda m: SpectralNewton(m, coordinates=PowerLaw(), adamw=AdamWPart(ratio=0.3)),
+        lambda m: SpectralNewton(m.parameters(), coordinates=PowerLaw(), adamw=AdamWPart(ratio=0.3), model=m),
+        lambda m: SpectralNewton(m.parameters(), coordinates=PowerLaw(), adamw=AdamWPart(["9"], 0.3), model=m),
     ):
         model = _network()
         optimizer = make(model)
@@ -186,7 +188,7 @@ def test_groups_have_options_of_their_own() -> None:
     ]
     before = [copy.deepcopy(group["params"][0].detach()) for group in groups]  # type: ignore[index]
     gradients = torch.autograd.grad(_closure(model, x, y)(), [g["params"][0] for g in groups])  # type: ignore[index]
-    SpectralNewton(groups, 0.05).step(_closure(model, x, y))
+    SpectralNewton(groups, lr=0.05, coordinates=PowerLaw()).step(_closure(model, x, y))
     expected = -0.05 * spectral_map(gradients[0].flatten(1), 1.0, 0.0).view_as(gradients[0])
     torch.testing.assert_close(model[0].weight - before[0], expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(model[5].weight - before[1], -0.1 * gradients[1].sign(), rtol=1e-3, atol=1e-9)
@@ -235,7 +237,7 @@ def test_online_exponents_are_those_of_diagnostics(source: str) -> None:
 def test_online_exponents_are_used() -> None:
     model, (x, y) = _network(), _data()
     before = copy.deepcopy(model)
-    optimizer = SpectralNewton(model, 0.05, PowerLaw("online"), momentum=0.0)
+    optimizer = SpectralNewton(model, lr=0.05, coordinates=PowerLaw("online"), momentum=0.0)
     optimizer.step(_closure(model, x, y))
     for name, alpha in optimizer.alphas.items():
         p, old = model.get_parameter(name), before.get_parameter(name)
@@ -318,7 +320,7 @@ def test_state_resumes_bit_for_bit(alpha: Any) -> None:
 
 def test_bfloat16_and_closures() -> None:
     model, (x, y) = _network(torch.bfloat16), _data(torch.bfloat16)
-    optimizer = SpectralNewton(model, 0.01)
+    optimizer = SpectralNewton(model, lr=0.01, coordinates=PowerLaw())
     losses = [float(optimizer.step(lambda: F.cross_entropy(model(x).float(), y))) for _ in range(20)]  # type: ignore[arg-type]
     assert losses[-1] < losses[0]
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -326,20 +328,22 @@ def test_bfloat16_and_closures() -> None:
 
 def test_inside_saddle_escape() -> None:
     model, (x, y) = _network(), _data()
-    optimizer = SaddleEscape(SpectralNewton(model), model=model)
+    optimizer = SaddleEscape(SpectralNewton(model, coordinates=PowerLaw()), model=model)
     losses = [float(optimizer.step(_closure(model, x, y))) for _ in range(10)]
     assert losses[-1] < losses[0]
 
 
 def test_bad_gradients_change_nothing() -> None:
     model, (x, y) = _network(), _data()
-    optimizer = SpectralNewton(model)
+    optimizer = SpectralNewton(model, coordinates=PowerLaw())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ClosureError, match=r"gradient of parameter .* is not finite"):
         optimizer.step(lambda: F.cross_entropy(model(x), y) + 0 * (model[0].weight * 0).sum().sqrt())
     sparse = nn.Embedding(4, 3, sparse=True)
     with pytest.raises(ModelError, match="sparse"):
-        SpectralNewton(sparse.parameters()).step(lambda: sparse(torch.tensor([1])).square().sum())
+        SpectralNewton(sparse.parameters(), coordinates=PowerLaw()).step(
+            lambda: sparse(torch.tensor([1])).square().sum()
+        )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not optimizer.state
 
@@ -351,7 +355,8 @@ def test_bad_gradients_change_nothing() -> None:
         (lambda: {"coordinates": PowerLaw({"conv": 1.0})}, ValueError, "layer type has the keys"),
         (lambda: {"coordinates": PowerLaw(1.0, online=OnlineExponent())}, ValueError, "no layer has that exponent"),
         (lambda: {"coordinates": PowerLaw(newton_schulz=NewtonSchulz())}, ValueError, "no layer has that exponent"),
-        (lambda: {"coordinates": 1.0}, TypeError, "must be a hessopt.PowerLaw"),
+        (lambda: {"coordinates": 1.0}, TypeError, "must be a hessopt.KroneckerCoordinates or hessopt.PowerLaw"),
+        (lambda: {"loss": "mse"}, TypeError, "need no loss"),
         (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(decay=1.0))}, ValueError, "decay must lie"),
         (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(directions=2))}, ValueError, "directions"),
         (lambda: {"coordinates": PowerLaw("online", online=OnlineExponent(every=0))}, ValueError, "every must be"),
@@ -365,14 +370,14 @@ def test_bad_gradients_change_nothing() -> None:
 )
 def test_bad_arguments(options: Callable[[], dict[str, Any]], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        SpectralNewton(_network(), **options())
+        SpectralNewton(_network(), **{"coordinates": PowerLaw(), **options()})
 
 
 def test_bad_model_and_method() -> None:
     with pytest.raises(TypeError, match="Module"):
-        SpectralNewton(_network().parameters(), model="net")  # type: ignore[arg-type]
+        SpectralNewton(_network().parameters(), model="net", coordinates=PowerLaw())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass model="):
-        SpectralNewton(_network().parameters(), adamw=AdamWPart(["0"]))
+        SpectralNewton(_network().parameters(), coordinates=PowerLaw(), adamw=AdamWPart(["0"]))
     with pytest.raises(ValueError, match="method must be"):
-        SpectralNewton([{"params": _network().parameters(), "method": "sgd"}])
+        SpectralNewton([{"params": _network().parameters(), "method": "sgd"}], coordinates=PowerLaw())
     assert hessopt.SpectralNewton is SpectralNewton

@@ -1,0 +1,83 @@
+"""Run a closure so that the curvature that is due is gathered from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessopt.averages.gathering import Gathering
+from hessopt.averages.recorder import check_strided
+from hessopt.closure.backward_calls import gradients_of
+from hessopt.closure.finite import gradient_norm
+from hessopt.closure.protocol import Closure
+from hessopt.closure.runner import ClosureRunner
+from hessopt.errors import ClosureError
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """What a closure gave, without its tape.
+
+    Attributes:
+        runner: Can evaluate it again.
+        loss: ℓ, detached.
+        gradients: Of the parameters; None where there is none.
+        norm: Of all of them together.
+    """
+
+    runner: ClosureRunner
+    loss: Tensor
+    gradients: list[Tensor | None]
+    norm: float
+
+
+def evaluate(
+    gathering: Gathering[Any] | None,
+    model: nn.Module,
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    known: Sequence[Tensor],
+) -> Evaluated:
+    """Evaluate the loss and its gradient; curvature that is due is gathered in the closure's own backward, or after it.
+
+    Args:
+        gathering: What gathers; None: nothing does.
+        model: The network.
+        closure: See :mod:`hessopt.closure.protocol`.
+        parameters: The optimizer's.
+        known: Those whose gradients are wanted.
+
+    Raises:
+        ClosureError: the closure does not give a finite, differentiable loss, or a gradient is not finite.
+        ModelError: a gradient is sparse.
+    """
+    if gathering is not None:
+        gathering.begin()
+    waits = gathering is not None and gathering.waits
+    # The curvature of a declared loss is gathered in the closure's own backward.
+    declared = None if gathering is None else gathering.loss
+    tape = waits and declared is None
+    runner = ClosureRunner(closure, parameters, model, tape=tape)
+    evaluation = runner.evaluate()
+    if evaluation.backward_called:
+        gradients = [p.grad for p in known]
+    else:
+        trained = [p for p in known if p.requires_grad]
+        slopes = dict(zip(trained, gradients_of(evaluation.loss, trained, retain_graph=waits), strict=True))
+        gradients = [slopes.get(p) for p in known]
+    check_strided(gradients)
+    try:
+        norm = gradient_norm(gradients, known, model)
+    except ClosureError:
+        if gathering is not None:
+            gathering.begin()
+        raise
+    missed = tape or not evaluation.backward_called or isinstance(declared, nn.Module)
+    if gathering is not None and gathering.waits and missed:
+        with torch.enable_grad():
+            gathering.gather(evaluation.loss, evaluation.output)
+    return Evaluated(runner, evaluation.loss.detach(), gradients, norm)

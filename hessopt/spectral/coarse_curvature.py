@@ -1,0 +1,135 @@
+"""How far each layer goes along its own step: the curvature between the steps of layers, averaged and minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hessopt.averages.blocks import Block
+from hessopt.averages.gathering import Batch
+from hessopt.averages.recorder import Call
+
+ALIKE = 3.0
+"""Lengths within this factor of their median are taken for equal."""
+SHORTEST = 1e-3
+"""Least length of a layer, in units of the longest, before that: of one that has no slope at present."""
+
+
+def changes_along(blocks: Sequence[Block], numbers: Sequence[int], batch: Batch, steps: Sequence[Tensor]) -> Tensor:
+    r"""``z_{bv} = Σ ĵ_vᵀ D_v x_v``: how the columns of the batch change along the step of each layer.
+
+    ``Σ_b z_{bv} z_{bw}`` is the Gauss-Newton curvature ``D_vᵀ F D_w`` between the steps of two layers, as far as the
+    columns are those of its output curvature; no Kronecker product is assumed in it. Rows are the samples, or if some
+    layers see more rows (positions) the fewest of these that divide all; where no such number does, one row for all.
+
+    Args:
+        blocks: All blocks of the gathering.
+        numbers: Of the blocks in question.
+        batch: What was gathered.
+        steps: D of each of them, ``(g, o, a)``.
+
+    Returns:
+        ``(K · rows, len(numbers))``.
+    """
+    place = {number: i for i, number in enumerate(numbers)}
+    pairs = [
+        (place[call.block], call, j)
+        for call, j in zip(batch.calls, batch.cotangents, strict=True)
+        if call.block in place and j is not None
+    ]
+    lengths = {j.shape[1] if _batched(blocks[call.block], call) else 1 for _, call, j in pairs} | {batch.samples}
+    rows = min(lengths)
+    rows = rows if all(n % rows == 0 for n in lengths) else 1
+    columns = max((len(j) for *_, j in pairs), default=1)
+    found = steps[0].new_zeros(columns, rows, len(numbers))
+    for i, call, j in pairs:
+        moved = _moved(blocks[call.block], call, steps[i])
+        found[:, :, i] += (j.to(moved.dtype) * moved).reshape(len(j), rows, -1).sum(2)
+    return found.flatten(0, 1)
+
+
+def _batched(block: Block, call: Call) -> bool:
+    assert block.weight is not None
+    return call.input.ndim >= (2 if block.kind == "linear" else block.weight.ndim)
+
+
+def _moved(block: Block, call: Call, step: Tensor) -> Tensor:
+    """The output of the call with the step in place of the weights."""
+    x = call.input.to(step.dtype)
+    views = block.views(step)
+    weight, bias = views[0], views[1] if len(views) > 1 else None
+    if block.kind == "convolution":
+        result: Tensor = call.module._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return result
+    return functional.linear(x, weight.mT if block.transposed else weight, bias)
+
+
+class CoarseCurvature:
+    r"""Step lengths s of L layers, from averages of ``C_vw = D_vᵀ F D_w`` and of the slopes ``g_v = ⟨M_v, D_v⟩``.
+
+    .. math::
+       |C|^\circ_{vw} = \max\big(0, |C_{vw}| - 2 \sqrt{C_{vv} C_{ww} / n}\big) \;\; (v \ne w), \qquad
+       r_v = \frac{\max(0, g_v)}{\sum_w |C|^\circ_{vw}}, \qquad
+       q_v = \frac{r_v}{\tilde r} \Big/ \mathrm{clamp}\Big(\frac{r_v}{\tilde r}, \frac{1}{\tau}, \tau\Big), \qquad
+       s = q \, \max\Big(0, \frac{g^\top q}{q^\top C q}\Big)
+
+    The sums run over pairs at most ``bandwidth`` apart. ``diag(Σ_w |C_vw|) ⪰ C``, so r does not go beyond the minimum
+    of the model ``½ sᵀCs − gᵀs``; what is subtracted is sampling noise, n the rows that an average is made of.
+    Layers share one length unless r differs from its median r̃ by more than τ = :data:`ALIKE` times, and then only by
+    what is beyond that: lengths of single layers are noisier than a common one, and worth it only where layers are
+    unlike (the code of an autoencoder). Along q, s is the model's minimiser. Source: docs/spectral.md.
+
+    Args:
+        near: Pairs that count, ``(L, L)``, booleans, the diagonal included.
+        decay: Weight of the past in the averages.
+        dtype: Of these.
+
+    Attributes:
+        curvature: The average of C, ``(L, L)``.
+        slopes: The average of g, ``(L,)``.
+        lengths: s, ``(L,)``; zero before the first update.
+        updates: Updates, on the device.
+    """
+
+    def __init__(self, near: Tensor, decay: float, dtype: torch.dtype) -> None:
+        count = len(near)
+        self.decay, self.near = decay, near
+        self.curvature = torch.zeros(count, count, dtype=dtype, device=near.device)
+        self.slopes = torch.zeros(count, dtype=dtype, device=near.device)
+        self.lengths = torch.zeros(count, dtype=dtype, device=near.device)
+        self.updates = torch.zeros((), dtype=dtype, device=near.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the next update depends on."""
+        return [self.curvature, self.slopes, self.lengths, self.updates]
+
+    @torch.no_grad()
+    def update(self, changes: Tensor, slopes: Tensor, sound: Tensor) -> None:
+        """Average in ``z``, ``(rows, L)``, and g of one batch, unless it is not sound; then minimise."""
+        fresh = changes.mT @ changes
+        sound = sound & fresh.sum().isfinite() & slopes.sum().isfinite()
+        self.updates += sound
+        weight = self.updates.clamp_min(1).reciprocal().clamp_min(1 - self.decay)
+        self.curvature.lerp_(torch.where(sound, fresh, self.curvature), weight)
+        self.slopes.lerp_(torch.where(sound, slopes, self.slopes), weight)
+        self.lengths.copy_(self.minimised(len(changes)))
+
+    def minimised(self, rows: int) -> Tensor:
+        """Lengths s of the present averages, of batches of so many rows."""
+        c, g = self.curvature, self.slopes
+        tiny = torch.finfo(c.dtype).tiny
+        own = c.diagonal().clamp_min(tiny)
+        independent = rows * (1 + self.decay) / (1 - self.decay)
+        noise = 2 * (own[:, None] / independent * own).sqrt()
+        apart = ~torch.eye(len(c), dtype=torch.bool, device=c.device)
+        coupling = torch.where(apart, (c.abs() - noise).clamp_min(0), own) * self.near
+        bound = g.clamp_min(0) / coupling.sum(1)
+        wanted = bound.clamp_min(SHORTEST * bound.max()).clamp_min(tiny)
+        ratio = wanted / wanted.median()
+        shape = ratio / ratio.clamp(1 / ALIKE, ALIKE)
+        curved = (shape @ (c * self.near) @ shape).clamp_min(tiny)
+        return shape * ((g @ shape) / curved).clamp_min(0)

@@ -1,0 +1,437 @@
+"""The engine of spectral steps in the coordinates of the curvature: what is gathered, averaged, and made of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessopt.averages.averages import KroneckerAverages
+from hessopt.averages.blocks import Block, plan_blocks
+from hessopt.averages.gathering import Curvature, Gathering
+from hessopt.averages.options import NamedLoss, due
+from hessopt.averages.running import Pending, RunningAverages
+from hessopt.averages.saved import check_entries, check_tensors
+from hessopt.network.cliques import Bandwidth
+from hessopt.spectral.adamw_vector import AdamWVector, Moments
+from hessopt.spectral.coarse_curvature import CoarseCurvature, changes_along
+from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
+from hessopt.spectral.stack_direction import StackDirection, directions_of
+
+_log = logging.getLogger(__name__)
+
+FIXED = 0.01
+"""Step length where the loss is not known, for a learning rate of 1."""
+ENTRIES = ("steps", "left_out", "gathering", "averages", "powers", "coarse", "adamw_steps")
+
+
+@dataclass(eq=False)
+class _Layers:
+    """What is known of the matrices once a batch has shown which are called.
+
+    Attributes:
+        factors: Their averages.
+        directions: Of each stack of these.
+        coarse: The curvature between their steps; None with fixed lengths.
+        parameters: Theirs.
+        momentum: M, flat.
+        gradient: G, flat; views of it are filled from the gradients.
+        slots: The views, of each parameter.
+        rows: Of each stack the places of its entries' blocks, ``(m,)``.
+    """
+
+    factors: KroneckerAverages
+    directions: list[StackDirection]
+    coarse: CoarseCurvature | None
+    parameters: list[Tensor]
+    momentum: Tensor
+    gradient: Tensor
+    slots: list[Tensor]
+    rows: list[Tensor]
+
+    def blocks(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Of each block its part of matrices, ``(g, o, a)``."""
+        places = zip(self.factors.blocks, self.factors.place, strict=True)
+        return [matrices[stack][start : start + block.shape[0]] for block, (stack, start) in places]
+
+    def filled(self, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
+        """The gradients, and for one that is missing the momentum, which then stays as it is."""
+        if all(p in gradients for p in self.parameters):
+            return [gradients[p] for p in self.parameters]
+        return [gradients.get(p, m) for p, m in self.momenta.items()]
+
+    @property
+    def momenta(self) -> dict[Tensor, Tensor]:
+        """M by parameter, as views."""
+        return self.factors.views(self.factors.matrices(self.momentum))
+
+
+@dataclass(eq=False)
+class Move:
+    """What a step adds to parameters, for a learning rate of 1, and what its state is to become.
+
+    Attributes:
+        parameters: Those that move.
+        changes: In their order.
+        rates: Step length of each, on the device: what a decoupled weight decay is in units of.
+        momentum: Of the matrices.
+        vector: Moments of the others, and steps.
+        sound: Whether the gradient was finite, on the device; None where there is no step.
+    """
+
+    parameters: list[Tensor] = field(default_factory=list)
+    changes: list[Tensor] = field(default_factory=list)
+    rates: list[Tensor] = field(default_factory=list)
+    momentum: Tensor | None = None
+    vector: Moments | None = None
+    sound: Tensor | None = None
+
+
+class SpectralEngine:
+    r"""Directions and lengths of steps, from gradients and from what hooks on the network gather.
+
+    For the weight matrices of linear and convolution layers, each with its bias as one more column: momentum
+    ``M ← μ M + (1 − μ) G``, the direction of ``μ M + (1 − μ) G`` (:class:`StackDirection`), and lengths of all layers
+    together (:class:`CoarseCurvature`) at every update of the factors. Other parameters go along AdamW's direction,
+    with the median of the lengths.
+
+    **One bad batch.** A gradient that is not finite changes nothing, by a decision on the device, and is counted.
+
+    Args:
+        model: The network.
+        parameters: All that are trained.
+        loss: What is declared of it, or None.
+        options: Coordinates.
+        momentum: μ.
+        bandwidth: Of the pairs of layers whose curvature counts.
+        lengths: Rule of the step lengths; None: fixed at 1.
+        adamw: Of the other parameters.
+        inputs_only: No output columns are gathered: the factors of inputs alone, and fixed lengths.
+
+    Attributes:
+        gathering: What gathers.
+        averages: What averages.
+        others: Parameters of AdamW, with the reason.
+        steps: That were taken.
+        left_out: Of these those whose gradient was not finite, on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        loss: NamedLoss | nn.Module | None,
+        options: KroneckerCoordinates,
+        momentum: float,
+        bandwidth: Bandwidth,
+        lengths: CurvatureLengths | None,
+        adamw: AdamWPart,
+        *,
+        inputs_only: bool,
+    ) -> None:
+        self.options, self.momentum, self.bandwidth = options, momentum, bandwidth
+        self.inputs_only, self.adamw = inputs_only, adamw
+        self.lengths = None if inputs_only else lengths
+        self._asked = lengths
+        self.fixed = 1.0 if lengths is None else FIXED
+        trained = [p for p in parameters if p.requires_grad]
+        matrices, self.others = _divided(model, trained, options.averages.max_size)
+        curvature: Curvature = "empirical" if inputs_only else "fisher"
+        self.gathering: Gathering[Pending] | None = None
+        self.averages: RunningAverages | None = None
+        if matrices:
+            self.gathering = Gathering(model, matrices, curvature, loss, options.averages, tied=True)
+            self.averages = RunningAverages(self.gathering, options.averages.decay, keep=self.lengths is not None)
+        self.parameters = trained
+        self.device = trained[0].device
+        dtype = torch.promote_types(trained[0].dtype, torch.float32)
+        self.dtype = dtype if self.gathering is None else self.gathering.dtype
+        self.vector = AdamWVector([p for p in trained if p in self.others], self.dtype, adamw.betas, adamw.eps)
+        self.steps = 0
+        self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._layers: _Layers | None = None
+
+    @property
+    def updates(self) -> int:
+        """Batches in the averages."""
+        return 0 if self.averages is None else self.averages.updates
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing can be done without curvature, and none was gathered."""
+        return self.gathering is not None and not self.updates
+
+    def detach(self) -> None:
+        """Remove all hooks from the network."""
+        if self.gathering is not None:
+            self.gathering.detach()
+
+    @torch.no_grad()
+    def move(self, gradients: dict[Tensor, Tensor]) -> Move:
+        """What a step is, from the gradients of the parameters that have one; nothing is changed but averages.
+
+        Raises:
+            ClosureError: nothing was gathered yet.
+            ModelError: the output or the loss cannot be treated.
+        """
+        found = Move()
+        if self.averages is not None:
+            assert self.gathering is not None
+            self.averages.commit([gradients.get(p) for p in self.gathering.parameters])
+            if not self.averages.updates:
+                if not self.averages.unsound_start:
+                    raise self.gathering.cause()
+                self.averages.unsound_start = False
+                self.left_out += 1
+                return found
+            if self._layers is None:
+                self._layers = self._build()
+        flat = self.vector.gradient([gradients.get(p) for p in self.vector.parameters])
+        total, layers = flat.sum(), self._layers
+        if layers is not None:
+            torch._foreach_copy_(layers.slots, layers.filled(gradients))
+            total = total + layers.gradient.sum()
+        sound = total.isfinite()
+        usual = sound * self.fixed
+        if layers is not None:
+            usual = self._matrices(layers, gradients, sound, found)
+        if self.vector.parameters:
+            direction, state = self.vector.direction(flat, sound)
+            found.vector = state
+            self._add(found, gradients, self.vector.parameters, self.vector.views(direction), usual * self.adamw.ratio)
+        found.sound = sound
+        return found
+
+    def _matrices(self, layers: _Layers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> Tensor:
+        """The part of the matrices; returns their usual length."""
+        first = self.steps == 0
+        if first or due(self.steps, self.options.averages.inverse_every):
+            for direction in layers.directions:
+                direction.refresh(first=first)
+        factors = layers.factors
+        gradient = torch.where(sound, layers.gradient, layers.momentum)
+        momentum = layers.momentum.lerp(gradient, 1 - self.momentum)
+        looking = factors.matrices(gradient.lerp(momentum, self.momentum))
+        directions = directions_of(layers.directions, looking)
+        lengths = sound * self.fixed
+        if layers.coarse is not None:
+            assert self.lengths is not None
+            self._measure(layers, layers.blocks(directions), layers.blocks(factors.matrices(momentum)), sound)
+            lengths = layers.coarse.lengths * (sound * self.lengths.share)
+        scaled = [
+            d * (lengths if lengths.ndim == 0 else lengths[rows, None, None])
+            for d, rows in zip(directions, layers.rows, strict=True)
+        ]
+        views = factors.views(scaled)
+        for i, block in enumerate(factors.blocks):
+            own = list(block.parameters)
+            rate = lengths if lengths.ndim == 0 else lengths[i]
+            self._add(found, gradients, own, [views[p] for p in own], rate, scaled=True)
+        found.momentum = momentum
+        return lengths if lengths.ndim == 0 else lengths.median()
+
+    def _measure(self, layers: _Layers, steps: list[Tensor], momenta: list[Tensor], sound: Tensor) -> None:
+        """Lengths anew, if there was an update of the factors."""
+        assert self.averages is not None
+        assert self.gathering is not None
+        assert self.gathering.structure is not None
+        batch, self.averages.last = self.averages.last, None
+        if batch is None:
+            return
+        assert layers.coarse is not None
+        changes = changes_along(self.gathering.blocks, self.gathering.structure.called, batch, steps)
+        slopes = torch.stack([(m * d).sum() for m, d in zip(momenta, steps, strict=True)])
+        layers.coarse.update(changes, slopes, sound)
+
+    def _add(
+        self,
+        found: Move,
+        gradients: dict[Tensor, Tensor],
+        parameters: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        rate: Tensor,
+        *,
+        scaled: bool = False,
+    ) -> None:
+        for p, d in zip(parameters, directions, strict=True):
+            if p in gradients:
+                found.parameters.append(p)
+                found.changes.append(d if scaled else d * rate)
+                found.rates.append(rate)
+
+    def take(self, move: Move) -> Callable[[], None]:
+        """Count a step, and let its momentum be the momentum; returns what undoes that."""
+        layers, vector = self._layers, self.vector
+        before = (self.steps, self.left_out, vector.moments, None if layers is None else layers.momentum)
+
+        def undo() -> None:
+            self.steps, self.left_out, vector.moments, momentum = before
+            if layers is not None and momentum is not None:
+                layers.momentum = momentum
+
+        if move.sound is None:
+            return undo
+        self.steps, self.left_out = self.steps + 1, self.left_out + ~move.sound
+        if move.vector is not None:
+            vector.moments = move.vector
+        if layers is not None and move.momentum is not None:
+            layers.momentum = move.momentum
+        return undo
+
+    def go_on(self) -> None:
+        """Gather in the next backward pass, if that is due."""
+        every = self.options.averages.factor_every
+        if self.gathering is not None and (self.gathering.active or due(self.steps, every)):
+            self.gathering.start()
+
+    def _build(self) -> _Layers:
+        """For the layers that were called; before the first batch for all, with nothing in them."""
+        assert self.averages is not None
+        assert self.gathering is not None
+        factors, structure = self.averages.factors, self.gathering.structure
+        outputs, lengths = not self.inputs_only, self.lengths
+        if factors is None or structure is None:
+            outputs, lengths = True, self._asked  # as with a closure, which may come yet
+            factors = self.averages.blank_factors()
+            near = torch.eye(len(factors.blocks), dtype=torch.bool, device=self.device)
+        else:
+            reach = torch.from_numpy(structure.inside).to(self.device)
+            near = torch.ones_like(reach, dtype=torch.bool) if self.bandwidth == "full" else reach <= self.bandwidth
+        coarse = None if lengths is None else CoarseCurvature(near, lengths.decay, self.dtype)
+        gradient, matrices = factors.blank()
+        views = factors.views(matrices)
+        rows: list[list[int]] = [[] for _ in factors.stacks]
+        for i, (block, (stack, _)) in enumerate(zip(factors.blocks, factors.place, strict=True)):
+            rows[stack] += [i] * block.shape[0]
+        return _Layers(
+            factors=factors,
+            directions=[StackDirection(stack, self.options, outputs) for stack in factors.stacks],
+            coarse=coarse,
+            parameters=list(views),
+            momentum=torch.zeros_like(gradient),
+            gradient=gradient,
+            slots=list(views.values()),
+            rows=[torch.tensor(own, device=self.device) for own in rows],
+        )
+
+    @property
+    def step_lengths(self) -> dict[str, float]:
+        """Of each layer, by its name; empty before the first step. Waits for the device."""
+        layers = self._layers
+        if layers is None:
+            return {}
+        share = 1.0 if self.lengths is None else self.lengths.share
+        known = [self.fixed] * len(layers.factors.blocks) if layers.coarse is None else layers.coarse.lengths.tolist()
+        return {block.name: share * s for block, s in zip(layers.factors.blocks, known, strict=True)}
+
+    def report(self, names: dict[Tensor, str]) -> dict[str, str]:
+        """How each parameter is treated, by its name; and under ``"left out"`` what was not finite."""
+        found = {names.get(p, "?"): f"AdamW: {why}" for p, why in self.others.items()}
+        for block in () if self.gathering is None else self.gathering.blocks:
+            g, o, a = block.shape
+            text = f"spectral, {block.kind}: {a} ⊗ {o}" + (f", {g} groups" if g > 1 else "")
+            found.update({names.get(p, "?"): text for p in block.parameters})
+        for p in () if self._layers is None else self._uncalled(self._layers):
+            found[names.get(p, "?")] = "not moved: its layer was not called at the first step"
+        if int(self.left_out):
+            found["left out"] = f"{int(self.left_out)} steps, whose gradients were not finite"
+        return found
+
+    def _uncalled(self, layers: _Layers) -> list[Tensor]:
+        assert self.gathering is not None
+        return [p for p in self.gathering.parameters if p not in set(layers.parameters)]
+
+    def state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """Momentum, or moments, of a parameter, as views; empty before the first step."""
+        if p in self.others:
+            vector = self.vector
+            place = {id(q): i for i, q in enumerate(vector.parameters)}[id(p)]
+            moments = vector.moments
+            return {"exp_avg": vector.views(moments.first)[place], "exp_avg_sq": vector.views(moments.second)[place]}
+        momenta = {} if self._layers is None else self._layers.momenta
+        return {"momentum_buffer": momenta[p]} if p in momenta else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next steps depend on beside :meth:`state_of`, as tensors and plain numbers."""
+        state: dict[str, Any] = {
+            "steps": self.steps, "left_out": self.left_out.clone(), "adamw_steps": self.vector.moments.steps.clone(),
+            "gathering": None, "averages": None, "powers": [], "coarse": [],
+        }  # fmt: skip
+        if self.gathering is not None and self.averages is not None:
+            state["gathering"], state["averages"] = self.gathering.state_dict(), self.averages.state_dict()
+            layers = self._build() if self._layers is None else self._layers
+            state["powers"] = [t.clone() for _, t in _power_tensors(layers)]
+            state["coarse"] = [t.clone() for _, t in _coarse_tensors(layers)]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], own: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Take up a state, of a network and arguments like these.
+
+        Args:
+            state: Of :meth:`state_dict`.
+            own: Of :meth:`state_of`, by parameter.
+
+        Raises:
+            ValueError: the state is of another network, or incomplete; nothing has changed then.
+        """
+        check_entries("spectral engine", state, ENTRIES)
+        if self.gathering is not None and self.averages is not None:
+            self.gathering.check_state(state["gathering"])
+            self.averages.check_state(state["averages"])
+            self.averages.load_state_dict(state["averages"])
+            self.gathering.load_state_dict(state["gathering"])
+        self.steps = int(state["steps"])
+        self.left_out.fill_(state["left_out"])
+        moments = self.vector.blank()
+        moments.steps.copy_(state["adamw_steps"])
+        self.vector.moments = moments
+        for vector, name in ((moments.first, "exp_avg"), (moments.second, "exp_avg_sq")):
+            for p, view in zip(self.vector.parameters, self.vector.views(vector), strict=True):
+                view.copy_(own[p][name]) if p in own and name in own[p] else view.zero_()
+        self._layers = None
+        if not self.updates:
+            return
+        self._layers = layers = self._build()
+        for named, entry in ((_power_tensors(layers), "powers"), (_coarse_tensors(layers), "coarse")):
+            check_tensors(named, state[entry])
+            for (_, tensor), saved in zip(named, state[entry], strict=True):
+                tensor.copy_(saved)
+        for p, view in layers.momenta.items():
+            if "momentum_buffer" in own.get(p, {}):
+                view.copy_(own[p]["momentum_buffer"])
+
+
+def _power_tensors(layers: _Layers) -> list[tuple[str, Tensor]]:
+    return [
+        (f"the power of a factor of stack {number}", t)
+        for number, direction in enumerate(layers.directions)
+        for powers in direction.powers
+        for t in powers.tensors
+    ]
+
+
+def _coarse_tensors(layers: _Layers) -> list[tuple[str, Tensor]]:
+    return [("the curvature between steps", t) for t in ([] if layers.coarse is None else layers.coarse.tensors)]
+
+
+def _divided(model: nn.Module, trained: Sequence[Tensor], max_size: int) -> tuple[list[Tensor], dict[Tensor, str]]:
+    """The parameters of layers that have matrices with factors, and of the others why not."""
+    blocks, reasons = plan_blocks(model, trained, max_size, tied=True)
+    others = dict(reasons)
+    matrices: list[Tensor] = []
+    for block in blocks:
+        if _is_spectral(block):
+            matrices += block.parameters
+        else:
+            vector = block.kind in ("linear", "convolution")
+            others.update(dict.fromkeys(block.parameters, "a single row or column" if vector else block.kind))
+    return matrices, {p: others[p] for p in trained if p in others}
+
+
+def _is_spectral(block: Block) -> bool:
+    return block.kind in ("linear", "convolution") and min(block.shape[1:]) > 1

@@ -1,0 +1,81 @@
+"""Directions of spectral steps in the coordinates of the curvature, of matrices of equal shape together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hessopt.averages.averages import Stack
+from hessopt.spectral.factor_powers import FactorPowers
+from hessopt.spectral.gram_polar import inverse_roots
+from hessopt.spectral.options import KroneckerCoordinates
+
+SIZE = 0.2
+"""Root mean square of the entries of a direction: about that of an AdamW step (Liu et al., 2025)."""
+
+
+class StackDirection:
+    r"""``D̂`` of matrices M, ``(m, o, a)``, with damped factors A of the inputs and B of the output columns.
+
+    .. math::
+       Z = B^{-p} M A^{-p}, \quad O = (Z Z^\top)^{-1/2} Z, \quad D = B^{-p} O A^{-p}, \quad
+       \hat D = 0.2 \sqrt{oa} \, D / \lVert D \rVert_F
+
+    One product with a matrix of the larger side is all that is needed of it. For ``o ≤ a``, with ``N = M A^{-2p}``::
+
+        Z Zᵀ = B^{-p} N Mᵀ B^{-p},   D = B^{-p} (Z Zᵀ)^{-1/2} B^{-p} N
+
+    and likewise from the other side. Source: docs/spectral.md.
+
+    Args:
+        stack: What the factors are averaged in.
+        options: p and the damping.
+        outputs: Whether B counts; else it is the identity.
+    """
+
+    def __init__(self, stack: Stack, options: KroneckerCoordinates, outputs: bool) -> None:
+        _, o, a = stack.shape
+        self.stack, self.wide = stack, o <= a
+        small, large = options.exponent, 2 * options.exponent
+        left, right = (small, large) if self.wide else (large, small)
+        self.right = FactorPowers(stack.inputs, right, options.damping)
+        self.left = FactorPowers(stack.outputs, left, options.damping) if outputs else None
+
+    @property
+    def powers(self) -> list[FactorPowers]:
+        """Of the factors that count."""
+        return [self.right] if self.left is None else [self.right, self.left]
+
+    def refresh(self, *, first: bool) -> None:
+        """Take the factors as they are now."""
+        self.right.refresh(self.stack.inputs, first=first)
+        if self.left is not None:
+            self.left.refresh(self.stack.outputs, first=first)
+
+    def gram(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gram matrix of Z from its smaller side, and what the larger side is needed for, of M, ``(m, o, a)``."""
+        if self.wide:
+            scaled = self.right.right(momentum)
+            gram = scaled @ momentum.mT
+            return gram if self.left is None else self.left.both(gram), scaled
+        scaled = momentum if self.left is None else self.left.left(momentum)
+        return self.right.both(momentum.mT @ scaled), scaled
+
+    def direction(self, root: Tensor, scaled: Tensor) -> Tensor:
+        """``D̂``, from the inverse square root of the Gram matrix; zero for a zero matrix."""
+        if self.wide:
+            found = (root if self.left is None else self.left.both(root)) @ scaled
+        else:
+            found = scaled @ self.right.both(root)
+        norms = found.flatten(1).norm(dim=1).clamp_min(torch.finfo(found.dtype).tiny)
+        scale: Tensor = SIZE * (found.shape[1] * found.shape[2]) ** 0.5 / norms
+        return found * scale[:, None, None]
+
+
+def directions_of(stacks: Sequence[StackDirection], momenta: Sequence[Tensor]) -> list[Tensor]:
+    """``D̂`` of each stack."""
+    made = [stack.gram(m) for stack, m in zip(stacks, momenta, strict=True)]
+    roots = inverse_roots([gram for gram, _ in made])
+    return [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, roots, made, strict=True)]

@@ -1,0 +1,377 @@
+"""SpectralNewton in the coordinates of the curvature: its rule against dense algebra, and what users do with it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import hessopt
+from hessopt import AdamWPart, CurvatureLengths, KroneckerAveraging, KroneckerCoordinates, PowerLaw, SpectralNewton
+from hessopt.errors import ClosureError
+from hessopt.spectral.gram_polar import COEFFICIENTS, ITERATIONS
+
+F64 = torch.float64
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(
+        F64
+    )
+
+
+def data(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, generator=generator, dtype=F64)
+    return x, (x[:, :3] * x[:, 1:]).argmax(1)
+
+
+def train(net: nn.Module, optimizer: SpectralNewton, seeds: range) -> None:
+    for seed in seeds:
+        x, y = data(seed)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+def values(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def everything(net: nn.Module, optimizer: SpectralNewton) -> list[Tensor]:
+    def leaves(value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value.clone()]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return [leaf for part in parts for leaf in leaves(part)]
+
+    return [*values(net), *leaves(optimizer.state_dict()["state"])]
+
+
+def power(factor: Tensor, exponent: float, damping: float) -> Tensor:
+    e, u = torch.linalg.eigh(factor)
+    return (u * (e + damping**0.5 * factor.diagonal().mean()) ** -exponent) @ u.T
+
+
+def test_the_first_steps_are_the_definition() -> None:
+    """Factors by sums over samples, with the Gauss-Newton columns of a loss that draws none: targets do not matter."""
+    net = network()
+    other = copy.deepcopy(net)
+    averages = KroneckerAveraging(decay=0.95, factor_every=1, inverse_every=1, seed=3)
+    optimizer = SpectralNewton(
+        net, "cross_entropy", 0.7, coordinates=KroneckerCoordinates(0.25, 0.02, averages), weight_decay=0.1
+    )
+    layers = [m for m in other if isinstance(m, nn.Linear)]
+    momentum = [torch.zeros(m.out_features, m.in_features + 1, dtype=F64) for m in layers]
+    rest = [p for m in other if isinstance(m, nn.LayerNorm) for p in m.parameters()]
+    adam = [(torch.zeros_like(p), torch.zeros_like(p)) for p in rest]
+    curvature, slopes = torch.zeros(3, 3, dtype=F64), torch.zeros(3, dtype=F64)
+    factors: list[list[Tensor]] = []
+    for t in range(1, 4):
+        x, y = data(t)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), y).backward()
+        gathering = optimizer._engine.gathering  # type: ignore[attr-defined]
+        # drawn at random, so the reference takes them
+        columns = [j.clone() for j in gathering._made.batch.cotangents]
+        optimizer.step()
+
+        inputs, h = [], x
+        for m in other:
+            inputs += [h.detach()] if isinstance(m, nn.Linear) else []
+            h = m(h)
+        other.zero_grad()
+        functional.cross_entropy(h, y).backward()
+        found, changes = [], []
+        weight = max(0.05, 1 / t)
+        for i, (m, h, j) in enumerate(zip(layers, inputs, columns, strict=True)):
+            bent = torch.cat([h, torch.ones(len(h), 1, dtype=F64)], 1)
+            new = [bent.T @ bent / len(h), j[0].T @ j[0]]
+            factors = [*factors, new] if t == 1 else factors
+            factors[i] = [old.lerp(own, weight) for old, own in zip(factors[i], new, strict=True)]
+            g = torch.cat([m.weight.grad, m.bias.grad[:, None]], 1)  # type: ignore[list-item, index]
+            momentum[i] = 0.9 * momentum[i] + 0.1 * g
+            left, right = power(factors[i][1], 0.25, 0.02), power(factors[i][0], 0.25, 0.02)
+            d = left @ muon(left @ (0.9 * momentum[i] + 0.1 * g) @ right) @ right
+            found.append(0.2 * d.numel() ** 0.5 * d / d.norm())
+            changes.append(((j[0] @ found[-1]) * bent).sum(1))
+        z = torch.stack(changes, 1)
+        mean = max(0.1, 1 / t)
+        curvature = curvature.lerp(z.T @ z, mean)
+        slopes = slopes.lerp(torch.stack([(m * d).sum() for m, d in zip(momentum, found, strict=True)]), mean)
+        lengths = 0.5 * minimised(curvature, slopes, 16)
+        with torch.no_grad():
+            for m, d, s in zip(layers, found, lengths, strict=True):
+                whole = torch.cat([m.weight, m.bias[:, None]], 1)
+                whole = whole - 0.7 * s * (d + 0.1 * whole)
+                m.weight.copy_(whole[:, :-1])
+                m.bias.copy_(whole[:, -1])
+            for k, p in enumerate(rest):
+                first, second = adam[k]
+                assert p.grad is not None
+                adam[k] = (0.9 * first + 0.1 * p.grad, 0.99 * second + 0.01 * p.grad**2)
+                step = adam[k][0] / (1 - 0.9**t) / ((adam[k][1] / (1 - 0.99**t)).sqrt() + 1e-8)
+                p.sub_(0.7 * lengths.median() * (step + 0.1 * p))
+        for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+def muon(z: Tensor) -> Tensor:
+    a, b, c = COEFFICIENTS
+    x = z / z.norm()
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def minimised(curvature: Tensor, slopes: Tensor, rows: int) -> Tensor:
+    """The formula of CoarseCurvature, entry by entry."""
+    count, n = len(slopes), rows * 1.9 / 0.1
+    bounds = []
+    for v in range(count):
+        total = float(curvature[v, v])
+        for w in range(count):
+            if w != v:
+                noise = 2 * float(curvature[v, v] * curvature[w, w] / n) ** 0.5
+                total += max(0.0, abs(float(curvature[v, w])) - noise)
+        bounds.append(max(0.0, float(slopes[v])) / total)
+    floor = 1e-3 * max(bounds)
+    bounds = [max(b, floor) for b in bounds]
+    median = sorted(bounds)[(count - 1) // 2]
+    q = torch.tensor([b / median / min(max(b / median, 1 / 3), 3.0) for b in bounds], dtype=F64)
+    return q * max(0.0, float(slopes @ q) / float(q @ curvature @ q))
+
+
+def test_closures_and_declared_losses_take_the_same_steps() -> None:
+    nets = [network(), network(), network()]
+    criterion = nn.CrossEntropyLoss()
+    optimizers = [
+        SpectralNewton(nets[0], "cross_entropy"),
+        SpectralNewton(nets[1], criterion),
+        SpectralNewton(nets[2], criterion),
+    ]
+    for seed in range(5):
+        x, y = data(seed)
+        for net, optimizer in zip(nets[:2], optimizers[:2], strict=True):
+            optimizer.zero_grad()
+            criterion(net(x), y).backward()
+            optimizer.step()
+        loss = optimizers[2].step(lambda: criterion(nets[2](x), y))  # noqa: B023
+        assert loss is not None
+    for other in nets[1:]:
+        for a, b in zip(nets[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_any_closure_will_do() -> None:
+    net = network()
+    optimizer = SpectralNewton(net)
+    x, y = data(0, 64)
+    losses = [float(optimizer.step(lambda: functional.cross_entropy(net(x), y))) for _ in range(60)]  # type: ignore[arg-type]
+    assert losses[-1] < 0.3 * losses[0]
+    assert len(optimizer.step_lengths) == 3
+    assert optimizer.gradient_norm is not None  # type: ignore[attr-defined]
+
+
+def test_without_a_loss_inputs_alone_count_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net = network()
+    optimizer = SpectralNewton(net)
+    with caplog.at_level(logging.WARNING):
+        train(net, optimizer, range(4))
+    assert [r.message for r in caplog.records if "the loss is not known" in r.message] != []
+    assert len([r for r in caplog.records if "the loss is not known" in r.message]) == 1
+    assert set(optimizer.step_lengths.values()) == {0.01}
+
+
+def test_the_network_holds_the_average_or_the_iterates() -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy")
+    train(net, optimizer, range(12))
+    iterate = values(net)
+    optimizer.eval()
+    average = values(net)
+    assert not any(map(torch.equal, iterate, average))
+    with pytest.raises(ClosureError, match=r"optimizer\.train\(\)"):
+        train(net, optimizer, range(12, 13))
+    optimizer.train()
+    assert all(map(torch.equal, iterate, values(net)))
+    plain = network()
+    alone = SpectralNewton(plain, "cross_entropy", average=None)
+    train(plain, alone, range(12))
+    alone.eval()
+    assert all(map(torch.equal, iterate, values(plain)))
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_copy_and_a_resumed_run_go_on_bit_for_bit(shown: bool) -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy", coordinates=often())
+    train(net, optimizer, range(5))
+    if shown:
+        optimizer.eval()
+    other = copy.deepcopy(net)
+    resumed = SpectralNewton(other, "cross_entropy", coordinates=often())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for own, way in ((net, optimizer), (other, resumed)):
+        way.train()
+        train(own, way, range(5, 12))
+        way.eval()
+    assert all(map(torch.equal, values(net), values(other)))
+
+
+def often() -> KroneckerCoordinates:
+    return KroneckerCoordinates(averages=KroneckerAveraging(decay=0.95, factor_every=2, inverse_every=4))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_batch_that_is_not_finite_changes_nothing(first: bool) -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy", coordinates=often(), weight_decay=0.1)
+    if not first:
+        train(net, optimizer, range(3))
+    before = [t for t in everything(net, optimizer) if t.is_floating_point()]
+    x, y = data(9)
+    x[0, 0] = torch.nan
+    optimizer.zero_grad()
+    functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    after = [t for t in everything(net, optimizer) if t.is_floating_point()]
+    if not first:  # with no batch at all, a state has no averages
+        assert all(map(torch.equal, before, after))
+    assert all(map(torch.equal, before[: len(values(net))], values(net)))
+    assert "left out" in optimizer.report()
+    train(net, optimizer, range(10, 12))
+    assert not any(map(torch.equal, before[: len(values(net))], values(net)))
+
+
+def test_a_learning_rate_that_is_too_large_for_a_while_is_survived() -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy")
+    x, y = data(0, 256)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(functional.cross_entropy(net(x), y))
+
+    train(net, optimizer, range(40))
+    optimizer.param_groups[0]["lr"] = 20.0
+    train(net, optimizer, range(40, 50))
+    blown = loss()
+    optimizer.param_groups[0]["lr"] = 1.0
+    train(net, optimizer, range(50, 200))
+    optimizer.eval()
+    assert loss() < 0.9 * blown
+
+
+def test_frozen_and_missing_gradients() -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy", coordinates=often())
+    train(net, optimizer, range(3))
+    net[3].weight.requires_grad_(False)
+    before = values(net)
+    train(net, optimizer, range(3, 6))
+    moved = [not torch.equal(a, b) for a, b in zip(before, values(net), strict=True)]
+    assert moved == [p is not net[3].weight for p in net.parameters()]
+
+
+def test_maximizing_minus_the_loss_is_minimizing_it() -> None:
+    nets = [network(), network()]
+    optimizers = [SpectralNewton(nets[0]), SpectralNewton(nets[1], maximize=True)]
+    x, y = data(0)
+    for _ in range(4):
+        for net, optimizer, sign in zip(nets, optimizers, (1, -1), strict=True):
+            optimizer.step(lambda: sign * functional.cross_entropy(net(x), y))  # noqa: B023
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.middle = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.embedding(x)).tanh())
+
+
+def test_a_tied_output_layer_has_factors_and_is_reported() -> None:
+    torch.manual_seed(0)
+    net = Tied()
+    optimizer = SpectralNewton(net, hessopt.NamedLoss("cross_entropy", class_dim=-1))
+    for _ in range(3):
+        x = torch.randint(7, (5, 6))
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x).flatten(0, 1), x.flatten()).backward()
+        optimizer.step()
+    assert optimizer.report()["embedding.weight"] == "spectral, linear: 4 ⊗ 7"
+    assert set(optimizer.step_lengths) == {"middle", "head"}
+
+
+def test_networks_without_matrices_are_trained_by_adamw() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(4), nn.Flatten()).to(F64)
+    optimizer = SpectralNewton(net, step_lengths="fixed")
+    other = copy.deepcopy(net)
+    adamw = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0)
+    for seed in range(3):
+        x = data(seed)[0]
+        for own, way in ((net, optimizer), (other, adamw)):
+            way.zero_grad()
+            (own(x) * x.cos()).sum().backward()
+            way.step()
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"loss": 0.1}, TypeError, r"second argument is the loss.*lr=0\.1"),
+        ({"loss": "hinge"}, ValueError, "loss must be one of"),
+        ({"momentum": 1.0}, ValueError, "momentum must lie"),
+        ({"average": 0}, ValueError, "average must be positive"),
+        ({"bandwidth": -1}, ValueError, "bandwidth"),
+        ({"bandwidth": 1, "step_lengths": "fixed"}, ValueError, "these are fixed"),
+        ({"step_lengths": "long"}, ValueError, "step_lengths must be one of"),
+        ({"lr": -1.0}, ValueError, "lr must be"),
+        ({"coordinates": 0.5}, TypeError, "coordinates must be a hessopt.KroneckerCoordinates or hessopt.PowerLaw"),
+        ({"adamw": "all"}, TypeError, "adamw must be a hessopt.AdamWPart"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        SpectralNewton(network(), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: KroneckerCoordinates(exponent=0.0), "exponent must lie"),
+        (lambda: KroneckerCoordinates(damping=0.0), "damping must be"),
+        (lambda: KroneckerCoordinates(averages=KroneckerAveraging(iterations=3)), "spectral steps need none"),
+        (lambda: CurvatureLengths(share=0.0), "share must lie"),
+        (lambda: CurvatureLengths(decay=1.0), "decay must lie"),
+    ],
+)
+def test_bad_options(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_the_kind_follows_from_the_coordinates() -> None:
+    net = network()
+    for optimizer in (SpectralNewton(net), SpectralNewton(net, coordinates=PowerLaw(), adamw=AdamWPart())):
+        assert isinstance(optimizer, SpectralNewton)
+    assert SpectralNewton(net).alphas == {}
+    with pytest.raises(TypeError, match="needs the network itself"):
+        SpectralNewton(net.parameters())
