@@ -138,8 +138,9 @@ class Replay:
     def loss(self, z: Any, batch: Batch) -> Tensor:
         """The loss of the output, checked."""
         loss = self.loss_fn(z, batch.targets)
-        parameters = ((name, parameter) for name, (parameter, _, _) in self._parameters.items())
-        check_scalar_loss(loss, parameters, lambda: (("the model's output", t) for t in floating_tensors(z)))
+        check_scalar_loss(
+            loss, self._values().items(), lambda: (("the model's output", t) for t in floating_tensors(z))
+        )
         self._check_unmodified()
         check_tapes([("the loss", loss)])
         return loss.reshape(())

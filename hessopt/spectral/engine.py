@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +20,6 @@ from hessopt.spectral.adamw_vector import AdamWVector, Moments
 from hessopt.spectral.coarse_curvature import CoarseCurvature, changes_along
 from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
 from hessopt.spectral.stack_direction import StackDirection, directions_of
-
-_log = logging.getLogger(__name__)
 
 FIXED = 0.01
 """Step length where the loss is not known, for a learning rate of 1."""
@@ -159,11 +156,6 @@ class SpectralEngine:
     def updates(self) -> int:
         """Batches in the averages."""
         return 0 if self.averages is None else self.averages.updates
-
-    @property
-    def waits(self) -> bool:
-        """Whether nothing can be done without curvature, and none was gathered."""
-        return self.gathering is not None and not self.updates
 
     def detach(self) -> None:
         """Remove all hooks from the network."""

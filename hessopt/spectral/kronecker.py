@@ -151,10 +151,11 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             return self._step(closure)
 
     def _step(self, closure: Closure | None) -> Tensor | None:
-        added = any(p.requires_grad and p not in set(self._engine.parameters) for p in self._parameters())
+        trained = set(self._engine.parameters)
+        added = any(p.requires_grad and p not in trained for p in self._parameters())
         fresh = self._engine.steps == 0 and self._engine.inputs_only
-        if added or (fresh and closure is not None):
-            self._attach(closure=closure is not None)
+        if closure is not None and (added or fresh):
+            self._attach(closure=True)
         if fresh and closure is None:
             _log.warning(
                 "SpectralNewton: the loss is not known, so curvature is that of the layers' inputs alone, and step "
@@ -175,6 +176,8 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         }
         self._write(engine.move(known))
         self.gradient_norm = norm
+        if added and closure is None:
+            self._attach()  # the parameters that were added are trained from the next step on
         return loss
 
     @torch.no_grad()

@@ -186,6 +186,14 @@ class PowerLawSpectralNewton(SpectralNewton, coordinates=PowerLaw):
                 found[known.get(id(p), str(number))] = math.nan if used == "online" else float(used)
         return found
 
+    def report(self) -> dict[str, str]:
+        """How each parameter is treated, by its name (its number, where names are not known)."""
+        known = {} if self.model is None else {id(p): name for name, p in self.model.named_parameters()}
+        return {
+            known.get(id(p), str(number)): "AdamW" if self._left_to_adamw(group, p) else "spectral"
+            for number, (group, p) in enumerate(members(self))
+        }
+
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step.
 

@@ -281,6 +281,19 @@ def test_frozen_and_missing_gradients() -> None:
     assert moved == [p is not net[3].weight for p in net.parameters()]
 
 
+def test_a_parameter_that_is_unfrozen_is_trained_from_the_next_step_on() -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    optimizer = SpectralNewton(net, "cross_entropy", coordinates=often())
+    train(net, optimizer, range(2))
+    net[0].requires_grad_(True)
+    before = net[0].weight.detach().clone()
+    train(net, optimizer, range(2, 3))
+    assert torch.equal(before, net[0].weight)
+    train(net, optimizer, range(3, 5))
+    assert not torch.equal(before, net[0].weight)
+
+
 def test_maximizing_minus_the_loss_is_minimizing_it() -> None:
     nets = [network(), network()]
     optimizers = [SpectralNewton(nets[0]), SpectralNewton(nets[1], maximize=True)]

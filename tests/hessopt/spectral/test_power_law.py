@@ -381,3 +381,9 @@ def test_bad_model_and_method() -> None:
     with pytest.raises(ValueError, match="method must be"):
         SpectralNewton([{"params": _network().parameters(), "method": "sgd"}], coordinates=PowerLaw())
     assert hessopt.SpectralNewton is SpectralNewton
+
+
+def test_the_report_names_every_parameter() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    found = SpectralNewton(model, coordinates=PowerLaw()).report()
+    assert found == {"0.weight": "spectral", "0.bias": "AdamW", "2.weight": "AdamW", "2.bias": "AdamW"}
