@@ -356,8 +356,8 @@ class SpectralEngine:
         if self.gathering is not None and self.averages is not None:
             state["gathering"], state["averages"] = self.gathering.state_dict(), self.averages.state_dict()
             layers = self._build() if self._layers is None else self._layers
-            state["powers"] = [t.clone() for _, t in _power_tensors(layers)]
-            state["coarse"] = [t.clone() for _, t in _coarse_tensors(layers)]
+            state["powers"] = [t.clone() for _, t in _power_tensors(layers.directions)]
+            state["coarse"] = [t.clone() for _, t in _coarse_tensors(layers.coarse)]
         return state
 
     @torch.no_grad()
@@ -374,7 +374,7 @@ class SpectralEngine:
         check_entries("spectral engine", state, ENTRIES)
         if self.gathering is not None and self.averages is not None:
             self.gathering.check_state(state["gathering"])
-            self.averages.check_state(state["averages"])
+            self._check_shapes(self.averages.check_state(state["averages"]), state)
             self.averages.load_state_dict(state["averages"])
             self.gathering.load_state_dict(state["gathering"])
         self.steps = int(state["steps"])
@@ -389,26 +389,35 @@ class SpectralEngine:
         if not self.updates:
             return
         self._layers = layers = self._build()
-        for named, entry in ((_power_tensors(layers), "powers"), (_coarse_tensors(layers), "coarse")):
-            check_tensors(named, state[entry])
+        for named, entry in ((_power_tensors(layers.directions), "powers"), (_coarse_tensors(layers.coarse), "coarse")):
             for (_, tensor), saved in zip(named, state[entry], strict=True):
                 tensor.copy_(saved)
         for p, view in layers.momenta.items():
             if "momentum_buffer" in own.get(p, {}):
                 view.copy_(own[p]["momentum_buffer"])
 
+    def _check_shapes(self, factors: KroneckerAverages | None, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless powers and curvature are those of the state's averages, if it has any."""
+        if factors is None:
+            return
+        directions = [StackDirection(stack, self.options, not self.inputs_only) for stack in factors.stacks]
+        check_tensors(_power_tensors(directions), state["powers"])
+        near = torch.ones(len(factors.blocks), len(factors.blocks), device=factors.device)
+        coarse = None if self.lengths is None else CoarseCurvature(near, self.lengths.decay, self.dtype)
+        check_tensors(_coarse_tensors(coarse), state["coarse"])
 
-def _power_tensors(layers: _Layers) -> list[tuple[str, Tensor]]:
+
+def _power_tensors(directions: Sequence[StackDirection]) -> list[tuple[str, Tensor]]:
     return [
         (f"the power of a factor of stack {number}", t)
-        for number, direction in enumerate(layers.directions)
+        for number, direction in enumerate(directions)
         for powers in direction.powers
         for t in powers.tensors
     ]
 
 
-def _coarse_tensors(layers: _Layers) -> list[tuple[str, Tensor]]:
-    return [("the curvature between steps", t) for t in ([] if layers.coarse is None else layers.coarse.tensors)]
+def _coarse_tensors(coarse: CoarseCurvature | None) -> list[tuple[str, Tensor]]:
+    return [("the curvature between steps", t) for t in ([] if coarse is None else coarse.tensors)]
 
 
 def _divided(model: nn.Module, trained: Sequence[Tensor], max_size: int) -> tuple[list[Tensor], dict[Tensor, str]]:

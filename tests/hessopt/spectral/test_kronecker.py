@@ -281,6 +281,20 @@ def test_frozen_and_missing_gradients() -> None:
     assert moved == [p is not net[3].weight for p in net.parameters()]
 
 
+@pytest.mark.parametrize("entry", ["powers", "coarse"])
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing(entry: str) -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy", coordinates=often())
+    train(net, optimizer, range(3))
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["state"][0]["spectral"]["engine"][entry][0] = torch.zeros(1, 2)
+    train(net, optimizer, range(3, 5))
+    before = everything(net, optimizer)
+    with pytest.raises(ValueError, match="another network"):
+        optimizer.load_state_dict(bad)
+    assert all(map(torch.equal, before, everything(net, optimizer)))
+
+
 def test_a_parameter_that_is_unfrozen_is_trained_from_the_next_step_on() -> None:
     net = network()
     net[0].requires_grad_(False)
