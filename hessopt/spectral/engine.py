@@ -15,7 +15,6 @@ from hessopt.averages.gathering import Curvature, Gathering
 from hessopt.averages.options import NamedLoss, due
 from hessopt.averages.running import Pending, RunningAverages
 from hessopt.averages.saved import check_entries, check_tensors
-from hessopt.network.cliques import Bandwidth
 from hessopt.spectral.adamw_vector import AdamWVector, Moments
 from hessopt.spectral.coarse_curvature import CoarseCurvature, changes_along
 from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
@@ -104,7 +103,6 @@ class SpectralEngine:
         loss: What is declared of it, or None.
         options: Coordinates.
         momentum: μ.
-        bandwidth: Of the pairs of layers whose curvature counts.
         lengths: Rule of the step lengths; None: fixed at 1.
         adamw: Of the other parameters.
         inputs_only: No output columns are gathered: the factors of inputs alone, and fixed lengths.
@@ -124,13 +122,12 @@ class SpectralEngine:
         loss: NamedLoss | nn.Module | None,
         options: KroneckerCoordinates,
         momentum: float,
-        bandwidth: Bandwidth,
         lengths: CurvatureLengths | None,
         adamw: AdamWPart,
         *,
         inputs_only: bool,
     ) -> None:
-        self.options, self.momentum, self.bandwidth = options, momentum, bandwidth
+        self.options, self.momentum = options, momentum
         self.inputs_only, self.adamw = inputs_only, adamw
         self.lengths = None if inputs_only else lengths
         self._asked = lengths
@@ -292,7 +289,9 @@ class SpectralEngine:
             near = torch.eye(len(factors.blocks), dtype=torch.bool, device=self.device)
         else:
             reach = torch.from_numpy(structure.inside).to(self.device)
-            near = torch.ones_like(reach, dtype=torch.bool) if self.bandwidth == "full" else reach <= self.bandwidth
+            near = torch.ones_like(reach, dtype=torch.bool)
+            if lengths is not None and lengths.bandwidth != "full":
+                near = reach <= lengths.bandwidth
         coarse = None if lengths is None else CoarseCurvature(near, lengths.decay, self.dtype)
         gradient, matrices = factors.blank()
         views = factors.views(matrices)

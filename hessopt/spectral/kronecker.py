@@ -17,7 +17,6 @@ from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
 from hessopt.errors import ClosureError
 from hessopt.network.arguments import Params
-from hessopt.network.cliques import Bandwidth, check_bandwidth
 from hessopt.network.layerwise import LayerwiseOptimizer
 from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import Group, StateDict, asks_for_state, members, name_of
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=KroneckerCoordinates):
     """The kind of :class:`hessopt.SpectralNewton` that is made without ``coordinates=``; documented there."""
 
-    _OWN = ("loss", "coordinates", "bandwidth", "lengths", "momentum", "power", "adamw", "gradient_norm")
+    _OWN = ("loss", "coordinates", "lengths", "momentum", "power", "adamw", "gradient_norm")
     _TENSORS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "average")
 
     def __init__(
@@ -43,7 +42,6 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         *,
         model: nn.Module | None = None,
         coordinates: KroneckerCoordinates | None = None,
-        bandwidth: Bandwidth = "full",
         step_lengths: Literal["curvature", "fixed"] | CurvatureLengths = "curvature",
         momentum: float | None = None,
         weight_decay: float = 0.0,
@@ -61,9 +59,6 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self.lengths = None if step_lengths == "fixed" else CurvatureLengths()
         else:
             self.lengths = step_lengths
-        check_bandwidth(bandwidth)
-        if self.lengths is None and bandwidth != "full":
-            raise ValueError("bandwidth= is of the curvature that step lengths are from, and these are fixed.")
         self.momentum = 0.9 if momentum is None else momentum
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}.")
@@ -71,7 +66,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             raise ValueError(f"average must be positive and finite, or None for none, got {average!r}.")
         self.adamw = AdamWPart(betas=(0.9, 0.99)) if adamw is None else adamw
         check_type("adamw", self.adamw, AdamWPart)
-        self.loss, self.bandwidth, self.power = declared_loss(loss), bandwidth, average
+        self.loss, self.power = declared_loss(loss), average
         self.gradient_norm: float | None = None
         usual = 1.0 if self.lengths is not None else FIXED
         defaults = {"lr": usual if lr is None else lr, "weight_decay": weight_decay, "maximize": maximize}
@@ -89,7 +84,6 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self.loss,
             self.coordinates,
             self.momentum,
-            self.bandwidth,
             self.lengths,
             self.adamw,
             inputs_only=self.loss is None and not closure,

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from hessopt.averages.options import Loss
 from hessopt.closure.protocol import Closure
 from hessopt.network.arguments import Params
-from hessopt.network.cliques import Bandwidth
 from hessopt.network.saved_state import SavedState
 from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, PowerLaw
 
@@ -54,7 +53,6 @@ class SpectralNewton(SavedState):
         lr: γ, a factor on the step lengths, for schedules and warm-up. Default: None, 1; with fixed lengths 0.01.
         model: The network, if ``params`` is not the network itself.
         coordinates: :class:`hessopt.KroneckerCoordinates` or :class:`hessopt.PowerLaw`. Default: None, the former.
-        bandwidth: Pairs of layers at most so far apart count in the step lengths; or ``"full"``. Default: ``"full"``.
         step_lengths: ``"curvature"``, a :class:`hessopt.CurvatureLengths` with options, or ``"fixed"``: the learning
             rate is the step length, in the units of Muon with matched root mean squares. Default: ``"curvature"``.
         momentum: μ in [0, 1). Default: None, 0.9.
@@ -116,7 +114,6 @@ class SpectralNewton(SavedState):
         *,
         model: nn.Module | None = None,
         coordinates: KroneckerCoordinates | PowerLaw | None = None,
-        bandwidth: Bandwidth = "full",
         step_lengths: Literal["curvature", "fixed"] | CurvatureLengths = "curvature",
         momentum: float | None = None,
         weight_decay: float = 0.0,

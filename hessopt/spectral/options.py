@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessopt.averages.options import KroneckerAveraging
 from hessopt.checks import check_count, check_type
+from hessopt.network.cliques import Bandwidth, check_bandwidth
 from hessopt.spectral.groups import Exponents, Selection, check_exponents
 from hessopt.spectral.transfer import Form, NewtonSchulz
 
@@ -109,6 +110,7 @@ class CurvatureLengths:
     Args:
         share: η, in (0, 1]: how much of the way to the minimum of the model is gone. Default: 0.5.
         decay: Weight of the past in its averages, in [0, 1). Default: 0.9.
+        bandwidth: Pairs of layers at most so far apart count; or ``"full"``. Default: ``"full"``.
 
     Raises:
         ValueError: an option is out of range.
@@ -116,12 +118,14 @@ class CurvatureLengths:
 
     share: float = 0.5
     decay: float = 0.9
+    bandwidth: Bandwidth = "full"
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {self.share!r}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}.")
+        check_bandwidth(self.bandwidth)
 
 
 @dataclass(frozen=True)

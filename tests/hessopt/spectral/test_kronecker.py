@@ -367,8 +367,6 @@ def test_networks_without_matrices_are_trained_by_adamw() -> None:
         ({"loss": "hinge"}, ValueError, "loss must be one of"),
         ({"momentum": 1.0}, ValueError, "momentum must lie"),
         ({"average": 0}, ValueError, "average must be positive"),
-        ({"bandwidth": -1}, ValueError, "bandwidth"),
-        ({"bandwidth": 1, "step_lengths": "fixed"}, ValueError, "these are fixed"),
         ({"step_lengths": "long"}, ValueError, "step_lengths must be one of"),
         ({"lr": -1.0}, ValueError, "lr must be"),
         ({"coordinates": 0.5}, TypeError, "coordinates must be a hessopt.KroneckerCoordinates or hessopt.PowerLaw"),
@@ -388,6 +386,7 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: st
         (lambda: KroneckerCoordinates(averages=KroneckerAveraging(iterations=3)), "spectral steps need none"),
         (lambda: CurvatureLengths(share=0.0), "share must lie"),
         (lambda: CurvatureLengths(decay=1.0), "decay must lie"),
+        (lambda: CurvatureLengths(bandwidth=-1), "bandwidth"),
     ],
 )
 def test_bad_options(make: Any, says: str) -> None:
@@ -402,3 +401,12 @@ def test_the_kind_follows_from_the_coordinates() -> None:
     assert SpectralNewton(net).alphas == {}
     with pytest.raises(TypeError, match="needs the network itself"):
         SpectralNewton(net.parameters())
+
+
+def test_the_bandwidth_of_the_step_lengths_is_an_option_of_theirs() -> None:
+    nets = [network() for _ in range(3)]
+    for net, bandwidth in zip(nets, ("full", 2, 0), strict=True):
+        optimizer = SpectralNewton(net, "cross_entropy", step_lengths=CurvatureLengths(bandwidth=bandwidth))
+        train(net, optimizer, range(4))
+    assert all(map(torch.equal, values(nets[0]), values(nets[1])))  # of three layers in a row
+    assert not any(map(torch.equal, values(nets[0]), values(nets[2])))
