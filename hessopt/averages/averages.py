@@ -69,13 +69,15 @@ class Moments:
 
     Attributes:
         tensors: In the order of :attr:`KroneckerAverages.tensors`.
-        called: Of each stack, 0 for entries of blocks that were not called and 1 for others, ``(m,)``, or just 1.
+        called: Of each stack the share of the samples that its entries' blocks were called with, ``(m,)``, or just 1.
         excluded: Blocks without cross factors because their rows are not those of the samples.
+        samples: B.
     """
 
     tensors: list[Tensor]
     called: list[float | Tensor]
     excluded: list[int]
+    samples: int
 
     @property
     def totals(self) -> list[Tensor]:
@@ -213,7 +215,7 @@ class KroneckerAverages:
             rows: Of each block; None for one that was not called.
             samples: B.
         """
-        found = Moments([torch.zeros_like(t) for t in self.tensors], [1.0] * len(self.stacks), [])
+        found = Moments([torch.zeros_like(t) for t in self.tensors], [1.0] * len(self.stacks), [], samples)
         for number in range(len(self.stacks)):
             own = [i for i, place in enumerate(self.place) if place[0] == number]
             if any(rows[i] is None for i in own):
@@ -243,6 +245,40 @@ class KroneckerAverages:
                 inputs[i].addmm_(left.mT, right, beta=0, alpha=1 / len(left))
                 outputs[i].addmm_(x.cotangents.flatten(0, 3).mT, y.cotangents.flatten(0, 3), beta=0)
 
+    def joined(self, parts: Sequence[Moments], shares: Sequence[float | Tensor]) -> Moments:
+        """Those of several batches as those of one with the samples of all.
+
+        A is the mean over the samples that reach the block, G is a sum. (The roles of an embedding's are swapped.)
+
+        Args:
+            parts: Of each batch.
+            shares: Of each batch the factor of its curvature.
+        """
+        blank = torch.zeros((), dtype=self.dtype, device=self.device)
+        total = sum(part.samples for part in parts)
+        sizes = torch.tensor([part.samples / total for part in parts], dtype=self.dtype, device=self.device)
+        factors = torch.stack([blank + share for share in shares])
+        found = Moments([], [], sorted({v for part in parts for v in part.excluded}), total)
+        for number, stack in enumerate(self.stacks):
+            m = stack.shape[0]
+            reached = torch.stack([(blank + part.called[number]).expand(m) for part in parts]) * sizes[:, None]
+            means, sums = (
+                reached / reached.sum(0).clamp_min(torch.finfo(self.dtype).tiny),
+                factors[:, None].expand(-1, m),
+            )
+            swapped = torch.zeros(m, dtype=torch.bool)
+            for block, (own, start) in zip(self.blocks, self.place, strict=True):
+                if own == number and block.kind == "embedding":
+                    swapped[start : start + block.shape[0]] = True
+            swapped = swapped.to(self.device)
+            found.called.append(reached.sum(0))
+            for i, weights in ((0, sums.where(swapped, means)), (1, means.where(swapped, sums))):
+                found.tensors.append(_weighted([part.tensors[2 * number + i] for part in parts], weights))
+        for i in range(2 * len(self.stacks), len(parts[0].tensors)):
+            weights = factors if i % 2 else sizes
+            found.tensors.append(_weighted([part.tensors[i] for part in parts], weights[:, None]))
+        return found
+
     def average(self, moments: Moments, decay: float, sound: Tensor) -> Tensor:
         """Average in those of one batch, with weight ``max(1 - decay, 1/t)`` at update t, unless it is not sound.
 
@@ -261,9 +297,9 @@ class KroneckerAverages:
         self.skipped += ~sound
         for i, (mine, found) in enumerate(zip(self.tensors, moments.tensors, strict=True)):
             called = moments.called[i // 2] if i < 2 * len(self.stacks) else 1.0
-            share = weight * called
+            share = weight
             if isinstance(called, Tensor):
-                share = share.view(-1, *[1] * (mine.ndim - 1))
+                share = weight * (called > 0).view(-1, *[1] * (mine.ndim - 1))
             mine.lerp_(torch.where(sound, found, mine), share)
         return weight
 
@@ -279,6 +315,12 @@ class KroneckerAverages:
                 y[c][v] += g[i] @ x[d][w] @ a[i].mT
                 y[d][w] += g[i].mT @ x[c][v] @ a[i]
         return y
+
+
+def _weighted(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``Σ_k w_k T_k``, with a weight for each entry of the first dimension, or one for all, ``(k, m)``."""
+    own = weights.view(*weights.shape, *[1] * (parts[0].ndim - 1))
+    return sum((w * part for w, part in zip(own[1:], parts[1:], strict=True)), own[0] * parts[0])
 
 
 def times_left(factor: Tensor, x: Tensor, diagonal: bool) -> Tensor:

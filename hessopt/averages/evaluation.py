@@ -79,5 +79,5 @@ def evaluate(
     missed = tape or not evaluation.backward_called or isinstance(declared, nn.Module)
     if gathering is not None and gathering.waits and missed:
         with torch.enable_grad():
-            gathering.gather(evaluation.loss, evaluation.output)
+            gathering.gather(evaluation.loss, *evaluation.outputs_of_loss(gathering.options.accumulate))
     return Evaluated(runner, evaluation.loss.detach(), gradients, norm)

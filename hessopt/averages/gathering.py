@@ -43,6 +43,10 @@ class Structure:
     called: list[int]
     distances: NDArray[np.float64]
 
+    def equals(self, other: Structure | None) -> bool:
+        """Whether it is that of another batch."""
+        return other is not None and self.called == other.called and np.array_equal(self.distances, other.distances)
+
     @property
     def inside(self) -> NDArray[np.float64]:
         """Distances of the blocks that were called."""
@@ -61,6 +65,7 @@ class Batch:
         squares: Of every parameter without a block that the output depends on: ``(Σ_b ĵ_b)²``, summed over columns.
         samples: B.
         scale: Trace of the loss's output curvature, without dimensions; None with ``"empirical"``.
+        weight: Factor that the loss was back-propagated with; 1 where that is not known.
     """
 
     structure: Structure | None
@@ -69,17 +74,20 @@ class Batch:
     squares: dict[Tensor, Tensor]
     samples: int
     scale: Tensor | None
+    weight: Tensor | float = 1.0
 
 
 class Gathering(Generic[T]):
     """Gathers the curvature of a network's layers from its backward passes, and hands it on.
 
     **Use.** Name a taker (:meth:`hand_to`), call the network, back-propagate the loss; :meth:`release` then gives what
-    the taker made of the batch. It is made in the backward pass, by a hook at the network's output (or at the declared
+    the taker made of the batch, or of the micro-batches of an accumulation, which it is handed one after the other with
+    what it made of those before. It is made in the backward pass, by a hook at the network's output (or at the declared
     loss module's value) that back-propagates the columns before the ordinary backward goes on, so on a tape that is
     whole; this is a re-entrant call of autograd, from the thread that executes the backward. Hooks of the user's own on
     the tape see the columns as well. With a loss that is not declared, call :meth:`gather` on the loss's tape. Which
-    pass counts where there are several is at :class:`hessopt.averages.passes.Choice`: not one that no backward follows.
+    passes count where there are more than ``options.accumulate`` is at :class:`hessopt.averages.passes.Choice`: not one
+    that no backward follows.
 
     **Layers.** Linear on any leading dimensions (also transformers' ``Conv1D``), convolutions (all options, one pair
     of factors a group), embeddings (frequency of tokens ⊗ features), affine maps of normalisations and lone biases
@@ -94,6 +102,8 @@ class Gathering(Generic[T]):
         loss: What is declared of it: by name, the module that computes it, or None.
         options: Of the columns and the layers.
         tied: See :func:`hessopt.averages.blocks.plan_blocks`.
+        inputs_only: With ``"empirical"``: no more than the layers' inputs is wanted, so factors on losses do not
+            matter.
 
     Attributes:
         blocks: Of the layers, whether called or not.
@@ -114,8 +124,9 @@ class Gathering(Generic[T]):
         options: KroneckerAveraging,
         *,
         tied: bool = False,
+        inputs_only: bool = False,
     ) -> None:
-        self.model, self.loss, self.options = model, loss, options
+        self.model, self.loss, self.options, self._inputs_only = model, loss, options, inputs_only
         self.empirical = curvature == "empirical"
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
@@ -129,12 +140,18 @@ class Gathering(Generic[T]):
         self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size, tied=tied)
         self.others = dict(self._planned)
         self.structure: Structure | None = None
-        self.observer = PassObserver(model, self.blocks, self.parameters, self.seeds, self.empirical, self._receive)
-        self._taker: weakref.WeakMethod[Callable[[Batch], T]] | None = None
-        self._made: T | None = None
+        self.observer = PassObserver(
+            model, self.blocks, self.parameters, self.seeds, self.empirical, options.accumulate, self._receive
+        )
+        self._taker: weakref.WeakMethod[Callable[[Batch, T | None], T]] | None = None
+        self._made: dict[int, T] = {}
 
-    def hand_to(self, taker: Callable[[Batch], T]) -> None:
-        """Whom to hand a batch to, within the backward pass: a method, whose object is not kept alive."""
+    def hand_to(self, taker: Callable[[Batch, T | None], T]) -> None:
+        """Whom to hand a batch to, within the backward pass: a method, whose object is not kept alive.
+
+        Its second argument is what it returned for the micro-batches of the same accumulation before; None for the
+        first.
+        """
         self._taker = weakref.WeakMethod(taker)
 
     @property
@@ -150,7 +167,15 @@ class Gathering(Generic[T]):
     @property
     def waits(self) -> bool:
         """Whether :meth:`gather` has to be called, as no backward pass did."""
-        return self.active and self._made is None and not self.empirical
+        return self.active and not self._made and not self.empirical
+
+    @property
+    def adds(self) -> bool:
+        """Whether curvatures of micro-batches add up; else their mean counts, by the factors of their losses.
+
+        They do if the loss is a sum, or is not declared, so that they are curvatures of the whole of it.
+        """
+        return getattr(self.loss, "reduction", "mean") == "sum" or (self.loss is None and not self.empirical)
 
     @property
     def slope_is_missing(self) -> bool:
@@ -168,24 +193,24 @@ class Gathering(Generic[T]):
 
     def begin(self) -> None:
         """Forget what was gathered in passes that were not followed by a step."""
-        self._made = None
+        self._made = {}
         self.observer.forget()
 
     def start(self) -> None:
         """Gather in the next backward pass."""
-        self._made = None
+        self._made = {}
         self.observer.start()
 
     def stop(self) -> None:
         """Gather nothing until :meth:`start`."""
-        self._made = None
+        self._made = {}
         self.observer.stop()
 
     def paused(self) -> AbstractContextManager[None]:
         """Gather nothing inside of this context."""
         return self.observer.paused()
 
-    def gather(self, loss: Tensor, output: Tensor) -> None:
+    def gather(self, loss: Tensor, *outputs: Tensor) -> None:
         """Gather from a loss on its tape, if that is waited for. The tape is retained.
 
         Not needed where the loss is declared or the curvature is the empirical one, and the network itself was called;
@@ -193,15 +218,17 @@ class Gathering(Generic[T]):
 
         Args:
             loss: A sum or mean over samples.
-            output: ``(B, …)``, what the loss is a function of.
+            outputs: ``(B, …)``, what the loss is a function of; of an accumulation that of each micro-batch.
         """
         if self.waits:
             self._raise()
+            self.observer.choice.reset()
             with self.paused():
-                self.observer.take_loss(loss, output)
+                for output in outputs:
+                    self.observer.take_loss(loss, output)
 
     def release(self, gradients: Sequence[Tensor | None] = ()) -> T | None:
-        """What the taker made of the batch whose gradients these are, once; None if nothing was gathered.
+        """What the taker made of the batch, or micro-batches, whose gradients these are, once; None if of nothing.
 
         Args:
             gradients: Of ``parameters``, in that order.
@@ -214,8 +241,8 @@ class Gathering(Generic[T]):
         self._raise()
         if self.active and self.empirical:
             self._collect(gradients)
-        made, self._made = self._made, None
-        return made
+        made, self._made = self._made, {}
+        return next(reversed(made.values()), None)
 
     def settle(self, structure: Structure | None = None) -> None:
         """Keep to one structure from here on: the one given, or else that of the last batch."""
@@ -263,7 +290,8 @@ class Gathering(Generic[T]):
 
     def _receive(self, found: Columns) -> None:
         """Columns to the layers: in a backward pass, or in :meth:`gather`."""
-        self._made = None
+        chosen = self.observer.choice.chosen
+        self._made = {task: made for task, made in self._made.items() if task in chosen and task != found.task}
         calls, columns = found.calls, found.values
         apart = all(call.input.shape[:1] == columns.shape[1:2] for call in calls)
         scale = columns.square().sum()
@@ -281,40 +309,45 @@ class Gathering(Generic[T]):
                 for p, slope in zip(others, slopes, strict=True)
                 if slope is not None
             }
-            self._hand_on(Batch(structure, calls, cotangents, squares, found.samples, scale))
+            weight = 1.0 if found.slope is None else found.slope.to(self.dtype)
+            self._hand_on(found.task, Batch(structure, calls, cotangents, squares, found.samples, scale, weight))
 
     @torch.no_grad()
     def _collect(self, gradients: Sequence[Tensor | None]) -> None:
-        """From the cotangents that the ordinary backward pass left; a mean loss has 1/B in them, times its slope."""
-        found, further = self.observer.backward, self.observer.choice.further
-        if found is None or (self.blocks and not found.calls):
-            return
-        if found.slope is None and further:
+        """From the cotangents that ordinary backward passes left; a mean loss has 1/B in them, times its slope."""
+        backwards = self.observer.backwards
+        passes = len(backwards) + len(self.observer.choice.further)
+        if self.observer.slope_is_missing and passes > 1 and not self._inputs_only:
             raise ClosureError(
                 'the gradients of several backward passes were accumulated, and curvature="empirical" does not know '
                 f"the factor that each loss had. Call backward() once before each step, or {SEE_LOSS}."
             )
-        calls = sorted(found.calls, key=lambda call: call.note.order)
-        inputs = [c.input for c in calls if c.input.ndim]
-        samples = found.samples or (len(inputs[0]) if inputs else 1)
-        structure = self._structure(calls, found.before)
-        summed = getattr(self.loss, "reduction", "mean") == "sum"
-        scale = 1.0 if summed else float(samples)
-        factor = scale**0.5 if found.slope is None else scale**0.5 / found.slope.to(self.dtype)
-        cotangents = [None if c.cotangent is None else c.cotangent.unsqueeze(0).to(self.dtype) * factor for c in calls]
-        whole = scale if summed else scale * (1 + len(further))
-        squares = {
-            p: g.to(self.dtype).square() * whole
-            for p, g in zip(self.parameters, gradients, strict=False)
-            if p in self.others and g is not None
-        }
-        self._hand_on(Batch(structure, calls, cotangents, squares, samples, None))
+        for task, found in enumerate(backwards):
+            calls = sorted(found.calls, key=lambda call: call.note.order)
+            inputs = [c.input for c in calls if c.input.ndim]
+            samples = found.samples or (len(inputs[0]) if inputs else 1)
+            structure = self._structure(calls, found.before)
+            scale = 1.0 if self.adds else float(samples)
+            slope = None if found.slope is None else found.slope.to(self.dtype)
+            factor = scale**0.5 if slope is None else scale**0.5 / slope
+            columns = [None if c.cotangent is None else c.cotangent.unsqueeze(0).to(self.dtype) * factor for c in calls]
+            # of the gradient of all passes, of which each batch has its part
+            whole = scale / len(backwards) if self.adds else scale * passes
+            squares = {
+                p: g.to(self.dtype).square() * whole
+                for p, g in zip(self.parameters, gradients, strict=False)
+                if p in self.others and g is not None
+            }
+            weight = 1.0 if slope is None else slope
+            self._hand_on(task, Batch(structure, calls, columns, squares, samples, None, weight))
 
-    def _hand_on(self, batch: Batch) -> None:
+    def _hand_on(self, task: int, batch: Batch) -> None:
         assert self._taker is not None, "nobody was named to hand batches to"
         taker = self._taker()
         if taker is not None:  # else nobody is there any more whom it would matter to
-            self._made = taker(batch)
+            before = [*self._made.items()][-1:]  # finished, so nothing takes its place alone
+            self._made = dict(before)
+            self._made[task] = taker(batch, before[0][1] if before else None)
 
     def _structure(self, calls: Sequence[Call], before: frozenset[int]) -> Structure | None:
         """Until it is settled: which blocks there are."""

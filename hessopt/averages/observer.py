@@ -36,6 +36,8 @@ class Columns:
         output: Tensor or place to start from.
         samples: B.
         values: ``(K, B, …)``.
+        task: Number of the backward pass.
+        slope: Derivative of what is back-propagated there in the loss whose columns these are; None: not known.
     """
 
     calls: list[Call]
@@ -43,6 +45,8 @@ class Columns:
     output: Tensor | GradientEdge
     samples: int
     values: Tensor
+    task: int
+    slope: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -92,13 +96,13 @@ class PassObserver:
         parameters: The trained parameters.
         seeds: Of the columns.
         empirical: No columns: keep the cotangents of the ordinary backward.
+        most: How many backward passes count.
         take: Takes :class:`Columns`; a method, whose object is not kept alive.
 
     Attributes:
         recorder: Notes the calls.
-        choice: Which pass counts.
+        choice: Which passes count.
         seen: What happened since :meth:`start`, for messages.
-        error: What kept the chosen pass from being gathered.
     """
 
     def __init__(
@@ -108,11 +112,12 @@ class PassObserver:
         parameters: Sequence[Tensor],
         seeds: Seeds,
         empirical: bool,
+        most: int,
         take: Callable[[Columns], None],
     ) -> None:
         self.seeds, self.empirical = seeds, empirical
         self.recorder = Recorder(blocks, self._catch if empirical else None)
-        self.choice = Choice(parameters)
+        self.choice = Choice(parameters, most)
         self._parameters, self._blocks = parameters, blocks
         self._take = weakref.WeakMethod(take)
         self._device = parameters[0].device.type
@@ -121,7 +126,7 @@ class PassObserver:
         self._loss_hooks = WeakHooks(self, "_see_loss")
         if isinstance(seeds.loss, nn.Module):
             self._loss_hooks.attach(seeds.loss)
-        self._random: Tensor | None = None
+        self._random: dict[int, Tensor] = {}
         self.start()
 
     def start(self) -> None:
@@ -137,33 +142,36 @@ class PassObserver:
 
     def forget(self) -> None:
         """Undo what was gathered since the start, draws of random numbers included, and start anew."""
-        if self._random is not None:
-            self.seeds.generator.set_state(self._random)
+        self.seeds.generator.set_state(self.random_state)
         if self.recorder.active:
             self.start()
 
     def _clear(self) -> None:
         self.choice.reset()
-        self.error: HessoptError | None = None
+        self._errors: dict[int, HessoptError] = {}
         self._backwards: dict[int, Backward] = {}
-        self._random = None
+        self._random = {}
+
+    @property
+    def error(self) -> HessoptError | None:
+        """What kept a chosen pass from being gathered."""
+        return next(iter(self._errors.values()), None)
 
     @property
     def random_state(self) -> Tensor:
         """Of the generator, without the draws that belong to no step yet."""
-        return self.seeds.generator.get_state() if self._random is None else self._random
+        return next(iter(self._random.values())) if self._random else self.seeds.generator.get_state()
 
     @property
-    def backward(self) -> Backward | None:
-        """The ordinary backward that was chosen; of a network without blocks, the last one."""
-        last = next(reversed(self._backwards), None) if not self._blocks else None
-        task = last if self.choice.task is None else self.choice.task
-        return None if task is None else self._backwards.get(task)
+    def backwards(self) -> list[Backward]:
+        """The ordinary backward passes that were chosen; of a network without blocks, the last one."""
+        tasks = self.choice.chosen if self._blocks else [*self._backwards][-1:]
+        return [self._backwards[task] for task in tasks if task in self._backwards]
 
     @property
     def slope_is_missing(self) -> bool:
         """Whether a backward was chosen whose loss was not met, so that a factor on it is not known."""
-        return self.backward is not None and self.backward.slope is None
+        return any(backward.slope is None for backward in self.backwards)
 
     def remove(self) -> None:
         """Take all hooks away."""
@@ -181,13 +189,13 @@ class PassObserver:
             self.recorder.active = active
 
     def take_loss(self, loss: Tensor, output: Tensor) -> None:
-        """Hand over columns now, for a loss on its tape."""
+        """Hand over columns now, for a loss on its tape, as of a further pass."""
         if isinstance(self.seeds.loss, nn.Module):
             raise ClosureError(self.seen.uncalled(self.seeds.loss))
         columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
         function = output.grad_fn
         calls = [] if function is None else self.recorder.on_tape(function)[0]
-        self._hand_over(calls, function, output, output, columns)
+        self._hand_over(self.choice.take_outside(), calls, function, output, output, columns)
 
     def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
         """After the network's forward pass."""
@@ -229,7 +237,7 @@ class PassObserver:
         on_arrival(value, weakref.WeakMethod(self._arrive), noted)
         self.seen.noted = True
 
-    def _arrive(self, noted: _Evaluation, place: GradientEdge, _: Tensor) -> None:
+    def _arrive(self, noted: _Evaluation, place: GradientEdge, gradient: Tensor) -> None:
         """In a backward pass, at an output or a loss."""
         if not self.recorder.active or self.choice.excludes(noted.order):
             return
@@ -239,11 +247,9 @@ class PassObserver:
             return
         if not self.choice.takes(noted.order, leaves):
             return
-        self.error = None
-        if self._random is None:
-            self._random = self.seeds.generator.get_state()
-        else:  # in the place of another pass
-            self.seeds.generator.set_state(self._random)
+        task = current_backward()
+        self._errors = {t: e for t, e in self._errors.items() if t in self.choice.chosen and t != task}
+        self._draw(task)
         try:
             with self.paused(), _no_autocast(self._device):
                 output, version = noted.watched
@@ -254,26 +260,40 @@ class PassObserver:
                     )
                 if self.seeds.name is not None:
                     columns = self.seeds.of_output(output)
-                    self._hand_over(calls, place.node, place, output, columns)
+                    self._hand_over(task, calls, place.node, place, output, columns)
                 else:
                     with torch.enable_grad():
                         z, columns = self.seeds.of_call(noted.given, output, place)
-                    self._hand_over(calls, z.grad_fn, z, z, columns)
+                    self._hand_over(task, calls, z.grad_fn, z, z, columns, gradient.detach().reshape(()))
         except HessoptError as error:
-            self.error = error  # for step(), where the user expects errors of an optimizer
+            self._errors[task] = error  # for step(), where the user expects errors of an optimizer
+
+    def _draw(self, task: int) -> None:
+        """Random numbers go on from where they stood before what a chosen pass takes the place of."""
+        chosen, generator = self.choice.chosen, self.seeds.generator
+        start = self._random.get(task)
+        if start is None and len(chosen) == 1:
+            start = next(iter(self._random.values()), None)
+        if start is None:
+            start = generator.get_state()
+        else:
+            generator.set_state(start)
+        self._random = {t: state for t, state in self._random.items() if t in chosen} | {task: start}
 
     def _hand_over(
         self,
+        task: int,
         calls: list[Call],
         place: Function | None,
         output: Tensor | GradientEdge,
         like: Tensor,
         columns: Tensor,
+        slope: Tensor | None = None,
     ) -> None:
         take = self._take()
         assert take is not None
         samples = like.shape[0] if like.ndim else 1
-        take(Columns(calls, self._before(place), output, samples, columns.to(like.dtype)))
+        take(Columns(calls, self._before(place), output, samples, columns.to(like.dtype), task, slope))
 
     def _before(self, place: Function | None) -> frozenset[int]:
         return self.recorder.blocks_before(place) if self.recorder.linking else frozenset()
@@ -322,7 +342,7 @@ class PassObserver:
         if not self.recorder.active:
             return
         found, task = self._current(), current_backward()
-        if task != self.choice.task:
+        if task not in self.choice.chosen:
             if task in self.choice.further:
                 return
             own = [p for p in self._blocks[call.block].parameters if p.requires_grad]
@@ -333,8 +353,8 @@ class PassObserver:
     def _current(self) -> Backward:
         task = current_backward()
         if task not in self._backwards:
-            kept = self.choice.task
-            self._backwards = {t: b for t, b in self._backwards.items() if t == kept}
+            kept = self.choice.chosen
+            self._backwards = {t: b for t, b in self._backwards.items() if t in kept}
             self._backwards[task] = Backward()
         return self._backwards[task]
 

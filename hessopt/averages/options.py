@@ -77,6 +77,9 @@ class KroneckerAveraging:
         sharing: ``"expand"`` or ``"reduce"``, for linear layers with several positions a sample. Default: ``"expand"``.
         max_size: Factors with more rows are diagonal. Default: 8192.
         seed: Of the random columns. Default: 0.
+        accumulate: n, backward passes whose curvature a step takes, of micro-batches whose gradients are accumulated:
+            factors are those of one batch of them all. See :class:`hessopt.SpectralNewton`, where it is an argument of
+            its own, for how to scale their losses. Default: 1, the first pass.
 
     Raises:
         ValueError: an option is out of range.
@@ -90,11 +93,12 @@ class KroneckerAveraging:
     sharing: Sharing = "expand"
     max_size: int = 8192
     seed: int = 0
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}.")
-        for name in ("factor_every", "inverse_every", "max_size"):
+        for name in ("factor_every", "inverse_every", "max_size", "accumulate"):
             check_count(name, getattr(self, name))
         if self.iterations is not None:
             check_count("iterations", self.iterations)

@@ -1,4 +1,4 @@
-"""Which forward pass counts for the curvature: one that a backward follows whose gradients the step takes."""
+"""Which forward passes count for the curvature: those that a backward follows whose gradients the step takes."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from diagnostics.autograd.tape import Function
 
 
 class Choice:
-    """Of the backward passes between two steps, the one whose forward pass gives the curvature.
+    """Of the backward passes between two steps, those whose forward passes give the curvature.
 
     - A backward that brings nothing to a trained parameter (of another network's loss, for inputs alone) does not
       count.
-    - The first one counts, so of micro-batches whose gradients are accumulated the first. A later one takes its place
-      if no parameter has a ``.grad`` when it begins: then that of the former was dropped, and no step taken.
+    - The first ones count, up to a number, so of micro-batches whose gradients are accumulated the first. A later one
+      takes the place of all before it if no parameter has a ``.grad`` when it begins: then those were dropped, and no
+      step taken.
     - ``backward()`` comes before :func:`torch.autograd.grad`, whose gradients may serve something else.
     - If one backward runs through several forward passes, the first of these counts: it is reached last, and takes the
       place of the later ones.
 
     Args:
         parameters: The trained parameters.
+        most: How many backward passes count.
 
     Attributes:
-        task: Number of the backward that was chosen; None before.
-        order: Of the forward pass.
-        further: Numbers of backward passes that were seen to add to the gradients of the chosen one.
+        chosen: Numbers of the backward passes that were chosen, in their order, with the order of the forward pass.
+        further: Numbers of backward passes that were seen to add to the gradients of these.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[Tensor], most: int = 1) -> None:
+        self._parameters, self._most = parameters, most
         self._own = {id(p) for p in parameters}
         self.reset()
 
     def reset(self) -> None:
         """Nothing was chosen."""
-        self.task: int | None = None
-        self.order = 0
+        self.chosen: dict[int, int] = {}
         self.further: set[int] = set()
         self._accumulates = False
         self._seen: tuple[int, bool] | None = None
@@ -46,12 +46,12 @@ class Choice:
     def excludes(self, order: int) -> bool:
         """Whether a pass cannot be chosen, by what is known without a look at its tape."""
         task, anew = self._backward()
-        if self.task is None or (task == self.task and order < self.order):
-            return False
-        return task == self.task or (self._accumulates and not anew)
+        if task in self.chosen:
+            return order >= self.chosen[task]
+        return len(self.chosen) >= self._most and self._accumulates and not anew
 
     def takes(self, order: int, leaves: Iterable[Function]) -> bool:
-        """Whether the pass that the running backward has arrived at is the one to take, as far as is known.
+        """Whether the pass that the running backward has arrived at is one to take, as far as is known.
 
         Args:
             order: Of the forward pass, among others.
@@ -59,17 +59,24 @@ class Choice:
         """
         task, anew = self._backward()
         accumulates = self._accumulating(leaves)
-        if accumulates is None or (self.task == task and order >= self.order):
+        if accumulates is None or order >= self.chosen.get(task, order + 1):
             return False
-        if self.task not in (None, task):
+        if self.chosen and task not in self.chosen:
             if self._accumulates and not accumulates:
                 return False
-            if self._accumulates == accumulates and not anew:
+            if self._accumulates != accumulates or anew:
+                self.chosen, self.further = {}, set()
+            elif len(self.chosen) >= self._most:
                 self.further.add(task)
                 return False
-            self.further = set()
-        self.task, self.order, self._accumulates = task, order, accumulates
+        self.chosen[task], self._accumulates = order, accumulates
         return True
+
+    def take_outside(self) -> int:
+        """Take what is of no backward pass, as a pass of its own; returns the number it goes by."""
+        task = -1 - len(self.chosen)
+        self.chosen[task] = 0
+        return task
 
     def _backward(self) -> tuple[int, bool]:
         """The running backward, and whether there was no gradient when it began."""

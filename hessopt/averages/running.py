@@ -37,17 +37,18 @@ def no_pairs(distances: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(eq=False)
 class Pending:
-    """What a batch adds, for the step that takes its gradients.
+    """What a batch adds, or several micro-batches together, for the step that takes their gradients.
 
     Attributes:
         moments: For the factors.
         probe: For those of the probe, if there is one.
-        rows: Of each block; empty without a probe.
+        rows: Of each block in the last batch; empty without a probe.
         counts: Numbers of rows of each block, samples times positions.
         squares: For the diagonals.
-        samples: B.
+        samples: B of the last batch.
         scale: Trace of the loss's output curvature, if it is known.
-        batch: All that was gathered, where it is wanted.
+        weight: Factor that the loss was back-propagated with, or the sum of their magnitudes.
+        batches: All that was gathered, where it is wanted.
     """
 
     moments: Moments
@@ -57,7 +58,8 @@ class Pending:
     squares: dict[Tensor, Tensor]
     samples: int
     scale: Tensor | None
-    batch: Batch | None = None
+    weight: Tensor | float
+    batches: list[Batch]
 
 
 @dataclass(eq=False)
@@ -99,6 +101,10 @@ class RunningAverages:
     of it is finite and so is the gradient. That is decided and counted on the device, without waiting for it, but at
     the first update.
 
+    **Micro-batches** of an accumulation are those of one batch: A is the mean over all their rows, and G the sum over
+    micro-batches i, with ``|c_i| / Σ |c|`` if it is of a mean loss. c_i is the factor that a declared loss module was
+    back-propagated with; where it is not seen, it is the same for all.
+
     Args:
         gathering: What gathers.
         decay: Weight of the past.
@@ -106,7 +112,7 @@ class RunningAverages:
         keep: Keep what was gathered until the step is over, in ``last``.
 
     Attributes:
-        last: What the last :meth:`commit` averaged in; None if it was nothing, or it is not kept.
+        last: Batches that the last :meth:`commit` averaged in, with the factors of their curvatures, if they are kept.
         factors: The averages of the blocks that were called at the first batch; None before.
         diagonals: Of the other parameters.
         probe: Other pairs' factors that are averaged as well, or None.
@@ -121,7 +127,7 @@ class RunningAverages:
         self, gathering: Gathering[Pending], decay: float, taper: Taper = no_pairs, *, keep: bool = False
     ) -> None:
         self.gathering, self.decay, self.taper, self.keep = gathering, decay, taper, keep
-        self.last: Batch | None = None
+        self.last: list[tuple[Batch, float | Tensor]] = []
         self.factors: KroneckerAverages | None = None
         self.diagonals: dict[Tensor, Tensor] = {}
         self.probe: Probe | None = None
@@ -160,10 +166,17 @@ class RunningAverages:
         """Average the factors of other pairs as well, from the next batch on."""
         self.probe = Probe(self.blank_factors(taper), [])
 
-    def _moments(self, batch: Batch) -> Pending:
-        """Of a batch, in its backward pass."""
-        if batch.structure is not None:
+    def _moments(self, batch: Batch, before: Pending | None) -> Pending:
+        """Of a batch, in its backward pass, and of the micro-batches before it."""
+        known = [] if before is None else before.batches
+        if batch.structure is not None and not (known and batch.structure.equals(known[-1].structure)):
             self._build()
+            before = None  # of other blocks or pairs
+            for earlier in known:
+                before = self._joined(before, self._pending(earlier))
+        return self._joined(before, self._pending(batch))
+
+    def _pending(self, batch: Batch) -> Pending:
         assert self.factors is not None
         # With nothing between blocks to gather, Gram matrices are enough.
         rows = self.gathering.rows(batch, gram=not self.factors.pairs and self.probe is None)
@@ -171,8 +184,46 @@ class RunningAverages:
         moments = self.factors.moments(rows, batch.samples)
         probe = None if self.probe is None else self.probe.factors.moments(rows, batch.samples)
         kept = [] if probe is None else rows
-        whole = batch if self.keep else None
-        return Pending(moments, probe, kept, counts, batch.squares, batch.samples, batch.scale, whole)
+        unsettled = batch.structure is not None and self.gathering.options.accumulate > 1
+        whole = [batch] if self.keep or unsettled else []
+        squares = {p: square for p, square in batch.squares.items() if p in self.diagonals}
+        return Pending(moments, probe, kept, counts, squares, batch.samples, batch.scale, batch.weight, whole)
+
+    def _joined(self, before: Pending | None, new: Pending) -> Pending:
+        """Of the micro-batches before and a further one."""
+        if before is None:
+            return new
+        assert self.factors is not None
+        parts = [before, new]
+        weight, shares = self._shares([part.weight for part in parts])
+        probes = [part.probe for part in parts if part.probe is not None]
+        squares: dict[Tensor, Tensor] = {}
+        for share, part in zip(shares, parts, strict=True):
+            for p, square in part.squares.items():
+                squares[p] = squares[p] + share * square if p in squares else share * square
+        scales = [share * part.scale for share, part in zip(shares, parts, strict=True) if part.scale is not None]
+        return Pending(
+            self.factors.joined([part.moments for part in parts], shares),
+            None if self.probe is None else self.probe.factors.joined(probes, shares),
+            new.rows,
+            [a + b for a, b in zip(before.counts, new.counts, strict=True)],
+            squares,
+            new.samples,
+            torch.stack(scales).sum() if scales else None,
+            weight,
+            [*before.batches, *new.batches],
+        )
+
+    def _shares(self, weights: Sequence[float | Tensor]) -> tuple[float | Tensor, list[float | Tensor]]:
+        """The sum of weights, and what the curvatures of batches with these weights count, in that of all together."""
+        sizes = [weight.abs() if isinstance(weight, Tensor) else weight for weight in weights]
+        total: float | Tensor = 0.0
+        for size in sizes:
+            total = total + size
+        if self.gathering.adds or len(sizes) == 1:
+            return total, [1.0] * len(sizes)
+        least = total.clamp_min(torch.finfo(total.dtype).tiny) if isinstance(total, Tensor) else total
+        return total, [size / least for size in sizes]
 
     def _build(self) -> None:
         self.factors = None  # the old ones are free before there are new ones
@@ -192,7 +243,7 @@ class RunningAverages:
             NotConvexError: the loss is not convex in the output.
         """
         pending, dtype = self.gathering.release(gradients), self.gathering.dtype
-        self.last = None
+        self.last = []
         if pending is None:
             return
         assert self.factors is not None
@@ -216,7 +267,10 @@ class RunningAverages:
         if self.probe is not None and pending.probe is not None:
             self.probe.factors.average(pending.probe, 1.0, sound)
             self.probe.last, self.probe.samples = pending.rows, pending.samples
-        self.rows, self.excluded, self.last = pending.counts, pending.moments.excluded, pending.batch
+        self.rows, self.excluded = pending.counts, pending.moments.excluded
+        if self.keep and pending.batches:
+            shares = self._shares([batch.weight for batch in pending.batches])[1]
+            self.last = list(zip(pending.batches, shares, strict=True))
         self.gathering.stop()
 
     def state_dict(self) -> dict[str, Any]:

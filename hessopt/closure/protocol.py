@@ -65,18 +65,33 @@ class Evaluation:
         Raises:
             ClosureError: the closure gave none and the module was not called exactly once, or returned no tensor.
         """
+        return self.outputs_of_loss(1)[0]
+
+    def outputs_of_loss(self, most: int) -> list[Tensor]:
+        """The tensors that the loss is a function of: :attr:`output`, or that of each of several calls of the module.
+
+        Args:
+            most: How many calls there may be, of micro-batches.
+
+        Raises:
+            ClosureError: the closure gave none and the module was not called, or more often than that, or returned no
+                tensor.
+        """
         if isinstance(self.result, LeastSquares):
-            return self.result.residuals
+            return [self.result.residuals]
         if isinstance(self.result, tuple):
-            return self.result[1]
+            return [self.result[1]]
         way_out = (
             "Let the closure return `(loss, output)`, with the tensor that the loss is computed from, or "
             "`hessopt.LeastSquares(residuals)`."
         )
-        if len(self.outputs) != 1:
+        if not 1 <= len(self.outputs) <= most:
+            allowed = f", with accumulate={most}" if most > 1 else ""
             raise ClosureError(
-                f"the closure called the module {len(self.outputs)} times, so its output is not known. {way_out}"
+                f"the closure called the module {len(self.outputs)} times{allowed}, so its output is not known. "
+                f"{way_out}"
             )
-        if not isinstance(self.outputs[0], Tensor):
-            raise ClosureError(f"the module returned {kind_of(self.outputs[0])}, not a tensor. {way_out}")
-        return self.outputs[0]
+        for output in self.outputs:
+            if not isinstance(output, Tensor):
+                raise ClosureError(f"the module returned {kind_of(output)}, not a tensor. {way_out}")
+        return self.outputs

@@ -58,7 +58,8 @@ class KroneckerNewton(LayerwiseOptimizer):
             (:func:`hessopt.closure.loss_curvature.criterion_curvature` lists the closed forms; of any other module the
             output Hessian is used, if it is a sum over samples with at most 256 outputs each). Its value is taken for
             the loss: a factor on it afterwards changes the gradient and not the curvature. What counts is a call that
-            ``backward()`` follows, the first of several (:class:`hessopt.averages.passes.Choice`).
+            ``backward()`` follows, the first of several (:class:`hessopt.averages.passes.Choice`) unless
+            ``averages=KroneckerAveraging(accumulate=n)`` takes the first n.
             ``curvature="empirical"`` needs no declaration, but has to see the loss as a module where it is scaled or
             divided. None: any loss, with a closure. Default: None.
         curvature: ``"fisher"``: Monte-Carlo columns of a declared loss, and of another one as ``"ggn"``; ``"ggn"``, the

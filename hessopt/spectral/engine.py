@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ class SpectralEngine:
         lengths: Rule of the step lengths; None: fixed at 1.
         adamw: Of the other parameters.
         inputs_only: No output columns are gathered: the factors of inputs alone, and fixed lengths.
+        accumulate: Backward passes whose curvature a step takes.
 
     Attributes:
         gathering: What gathers.
@@ -126,6 +127,7 @@ class SpectralEngine:
         adamw: AdamWPart,
         *,
         inputs_only: bool,
+        accumulate: int = 1,
     ) -> None:
         self.options, self.momentum = options, momentum
         self.inputs_only, self.adamw = inputs_only, adamw
@@ -138,7 +140,8 @@ class SpectralEngine:
         self.gathering: Gathering[Pending] | None = None
         self.averages: RunningAverages | None = None
         if matrices:
-            self.gathering = Gathering(model, matrices, curvature, loss, options.averages, tied=True)
+            averages = replace(options.averages, accumulate=accumulate)
+            self.gathering = Gathering(model, matrices, curvature, loss, averages, tied=True, inputs_only=inputs_only)
             self.averages = RunningAverages(self.gathering, options.averages.decay, keep=self.lengths is not None)
         self.parameters = trained
         self.device = trained[0].device
@@ -228,11 +231,15 @@ class SpectralEngine:
         assert self.averages is not None
         assert self.gathering is not None
         assert self.gathering.structure is not None
-        batch, self.averages.last = self.averages.last, None
-        if batch is None:
+        batches, self.averages.last = self.averages.last, []
+        if not batches:
             return
         assert layers.coarse is not None
-        changes = changes_along(self.gathering.blocks, self.gathering.structure.called, batch, steps)
+        blocks, called = self.gathering.blocks, self.gathering.structure.called
+        parts = [changes_along(blocks, called, batch, steps) for batch, _ in batches]
+        changes = parts[0]
+        if len(parts) > 1:
+            changes = torch.cat([part * share**0.5 for part, (_, share) in zip(parts, batches, strict=True)])
         slopes = torch.stack([(m * d).sum() for m, d in zip(momenta, steps, strict=True)])
         layers.coarse.update(changes, slopes, sound)
 

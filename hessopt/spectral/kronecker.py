@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hessopt.averages.evaluation import evaluate
 from hessopt.averages.options import Loss, declared_loss
 from hessopt.averages.recorder import check_strided
-from hessopt.checks import check_choice, check_type
+from hessopt.checks import check_choice, check_count, check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
 from hessopt.errors import ClosureError
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=KroneckerCoordinates):
     """The kind of :class:`hessopt.SpectralNewton` that is made without ``coordinates=``; documented there."""
 
-    _OWN = ("loss", "coordinates", "lengths", "momentum", "power", "adamw", "gradient_norm")
+    _OWN = ("loss", "coordinates", "lengths", "momentum", "power", "adamw", "accumulate", "gradient_norm")
     _TENSORS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "average")
 
     def __init__(
@@ -48,6 +48,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         average: float | None = 8,
         maximize: bool = False,
         adamw: AdamWPart | None = None,
+        accumulate: int = 1,
     ) -> None:
         if isinstance(loss, int | float):
             raise TypeError(
@@ -66,6 +67,8 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             raise ValueError(f"average must be positive and finite, or None for none, got {average!r}.")
         self.adamw = AdamWPart(betas=(0.9, 0.99)) if adamw is None else adamw
         check_type("adamw", self.adamw, AdamWPart)
+        check_count("accumulate", accumulate)
+        self.accumulate = accumulate
         self.loss, self.power = declared_loss(loss), average
         self.gradient_norm: float | None = None
         usual = 1.0 if self.lengths is not None else FIXED
@@ -87,6 +90,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self.lengths,
             self.adamw,
             inputs_only=self.loss is None and not closure,
+            accumulate=self.accumulate,
         )
         self._average = None if self.power is None else IterateAverage(self._engine.parameters, self.power)
 

@@ -39,6 +39,19 @@ class SpectralNewton(SavedState):
     ``loss.backward(); optimizer.step()`` is enough; or pass a closure that returns the loss, or ``(loss, output)``.
     With neither, the factors of the inputs alone are used, and lengths are fixed at 0.01; that is logged.
 
+    **Gradient accumulation.** With ``accumulate=n``, call ``backward()`` n times before each step, on losses scaled so
+    that they add up to that of one large batch: ``(loss / n).backward()`` for a mean loss of micro-batches of equal
+    size. Factors, curvature between layers, gradient and step are then those of the large batch, up to the draw of
+    random columns, unless a layer mixes samples, as batch normalisation does. Gradients add up in ``.grad`` with your
+    factors; curvature is that of the loss as it is declared, so for a mean loss it is averaged over the micro-batches,
+    and for a summed one added up. A declared loss *module* is seen with its factor ``c``, and the average has the
+    weights ``|c| / Σ|c|``, so ``(loss * (len(x) / total)).backward()`` is exact where sizes differ; a loss by name
+    counts the same in every micro-batch. With a closure and no declared loss curvature is that of all that it calls
+    ``backward()`` on, or of the sum that it returns. Fewer passes than n are the batch that they are (the last ones of
+    an epoch); divided by n all the same, they give a gradient that is shorter, and the same curvature. Of more, the
+    first n count for the curvature, and all for the gradient. From the first pass to the step the inputs and columns of
+    each layer are kept of all micro-batches, at the steps at which factors are updated (every 10th).
+
     **Batch-norm.** Running statistics are those of the iterates. After ``optimizer.eval()`` recompute them:
     :func:`torch.optim.swa_utils.update_bn`.
 
@@ -61,6 +74,8 @@ class SpectralNewton(SavedState):
         maximize: Maximize the loss, which must be concave in the output.
         adamw: What is left to AdamW beside what has no factors, and its options. Its ratio is to the median of the step
             lengths. Default: None, ``AdamWPart(betas=(0.9, 0.99))``.
+        accumulate: n, at least 1: backward passes of micro-batches before each step. Default: 1; of several passes the
+            first then is the one whose curvature counts.
 
     Param groups may have their own ``lr``, ``weight_decay`` and ``maximize`` (the same in all groups).
 
@@ -120,6 +135,7 @@ class SpectralNewton(SavedState):
         average: float | None = 8,
         maximize: bool = False,
         adamw: AdamWPart | None = None,
+        accumulate: int = 1,
     ) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no __init__.")
 

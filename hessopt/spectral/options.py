@@ -101,6 +101,8 @@ class KroneckerCoordinates:
         check_type("averages", self.averages, KroneckerAveraging)
         if self.averages.iterations is not None:
             raise ValueError("iterations are of conjugate gradients, of which spectral steps need none.")
+        if self.averages.accumulate != 1:
+            raise ValueError("accumulate is an argument of its own: SpectralNewton(…, accumulate=n).")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hessopt import KroneckerAveraging, KroneckerNewton
+from hessopt import KroneckerAveraging, KroneckerBandwidth, KroneckerNewton
 from hessopt.errors import ClosureError, ModelError
 from tests.helpers.kronecker_reference import kronecker_arguments, kronecker_band
 
@@ -173,6 +173,34 @@ def test_of_accumulated_micro_batches_the_first_counts(kind: str) -> None:
         optimizer.step()
         for a, b in zip(averages(optimizer), averages(plain), strict=True):
             assert torch.allclose(a, b, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["name", "module", "empirical, module", "auto"])
+def test_accumulated_micro_batches_count_together_where_that_is_asked_for(kind: str) -> None:
+    """Exact columns, or gradients of samples; with a choice of the bandwidth up to its first decision."""
+    nets, criterion = [network(), network()], nn.CrossEntropyLoss()
+    empirical = "empirical" in kind
+    optimizers = [
+        KroneckerNewton(
+            net,
+            bandwidth=KroneckerBandwidth(6) if kind == "auto" else 1,
+            loss=criterion if "module" in kind else "cross_entropy",
+            curvature="empirical" if empirical else "ggn",
+            averages=KroneckerAveraging(factor_every=2, columns=None if empirical else "exact", accumulate=n),
+        )
+        for net, n in zip(nets, (1, 3), strict=True)
+    ]
+    for i in range(7 if kind == "auto" else 5):
+        x, y = data(i, size=15)
+        for net, optimizer, size in zip(nets, optimizers, (15, 5), strict=True):
+            optimizer.zero_grad()
+            for u, v in zip(x.split(size), y.split(size), strict=True):
+                (criterion(net(u), v) * (size / 15)).backward()
+            optimizer.step()
+        if kind == "auto" and i == 6:  # a decision, from the columns of the last micro-batch or of all
+            break
+        for a, b in zip(*map(averages, optimizers), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
 
 
 class Token:

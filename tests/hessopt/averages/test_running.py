@@ -131,7 +131,8 @@ class Taker:
 
     rows: Any = None
 
-    def take(self, batch: Batch, gathering: Any = None) -> str:
+    def take(self, batch: Batch, before: str | None) -> str:
+        assert before is None
         self.rows = batch
         return "made"
 

@@ -315,7 +315,7 @@ def test_running_averages_and_windows_stay_positive_semidefinite() -> None:
     # Cross factors that a batch does not show decay, as if they were zero.
     kept = [pairs.inputs.clone() for pairs in band.averages.factors.pairs]
     own, cross = whole.split(whole.tensors)
-    moments = Moments([*own, *map(torch.zeros_like, cross)], [1.0] * len(whole.stacks), [])
+    moments = Moments([*own, *map(torch.zeros_like, cross)], [1.0] * len(whole.stacks), [], 6)
     band.averages.factors.average(moments, 0.5, torch.tensor(True))
     for pairs, before in zip(band.averages.factors.pairs, kept, strict=True):
         assert torch.allclose(pairs.inputs, before / 2, rtol=1e-12)

@@ -53,9 +53,9 @@ def test_the_curvature_between_steps_is_that_of_the_gauss_newton_matrix(case: st
     averages = RunningAverages(gathering, 0.9, keep=True)
     loss_fn(model(x), y).backward()
     averages.commit([p.grad for p in gathering.parameters])
-    assert averages.last is not None
+    ((batch, _),) = averages.last
     steps = [torch.randn(block.shape, dtype=F64) for block in gathering.blocks]
-    changes = changes_along(gathering.blocks, range(len(steps)), averages.last, steps)
+    changes = changes_along(gathering.blocks, range(len(steps)), batch, steps)
 
     ggn = diagnostics.GaussNewtonOperator(model, (x, y), loss_fn)
     place = {p: i for i, p in enumerate(model.parameters())}

@@ -79,7 +79,7 @@ def test_the_first_steps_are_the_definition() -> None:
         functional.cross_entropy(net(x), y).backward()
         gathering = optimizer._engine.gathering  # type: ignore[attr-defined]
         # drawn at random, so the reference takes them
-        columns = [j.clone() for j in gathering._made.batch.cotangents]
+        columns = [j.clone() for j in next(iter(gathering._made.values())).batches[0].cotangents]
         optimizer.step()
 
         inputs, h = [], x
