@@ -23,7 +23,8 @@ class Seen:
     Attributes:
         network: The network was called with gradients enabled.
         without_gradients: It was called with gradients disabled.
-        returned: Type of what it returned, if that is no tensor and one was needed.
+        returned: Type of what it returned, if there is no tensor in it that the loss is known to be computed from.
+        unclear: Shape of its ``logits``, if the classes among their dimensions are not known.
         loss: The declared module was called with gradients enabled.
         misfit: It returned something else than the loss.
         noted: There was an output, or a loss, that a backward might have arrived at.
@@ -33,6 +34,7 @@ class Seen:
     network: bool = False
     without_gradients: bool = False
     returned: str | None = None
+    unclear: tuple[int, ...] | None = None
     loss: bool = False
     misfit: bool = False
     noted: bool = False
@@ -49,8 +51,8 @@ class Seen:
         return (
             f"the declared {name} was not called, on what the network returns, since the last step. Call that very "
             "module in the loop or closure and not its functional form; if the loss is computed inside of the network "
-            "(as with `labels=`), take it out of there, or leave out loss= and pass a closure that returns "
-            '`(loss, output)`, or use curvature="empirical".'
+            '(as with `labels=`), take it out of there, or declare it by name, loss="cross_entropy", or leave out '
+            'loss= and pass a closure that returns `(loss, output)`, or use curvature="empirical".'
         )
 
 
@@ -90,11 +92,16 @@ def cause(seen: Seen, recorder: Recorder, loss: Loss | None, empirical: bool) ->
                 "on its input. Leave out loss= and pass a closure that returns `(loss, output)`."
             )
         return ClosureError(start + seen.uncalled(loss))
+    if seen.unclear is not None:
+        return ModelError(
+            f"the network returns {seen.returned}, whose `logits` are of shape {seen.unclear}, so which of their "
+            'dimensions are classes is not known. Say so: loss=hessopt.NamedLoss("cross_entropy", class_dim=-1), or 1.'
+        )
     if seen.returned is not None:
         return ModelError(
-            f"the network returns {seen.returned}, and the loss's curvature is of one tensor. Declare the loss module "
-            "that you call, loss=criterion, or leave out loss= and pass a closure that returns "
-            "`(loss, output)`, or wrap the network in a module that returns the tensor."
+            f"the network returns {seen.returned}, which is neither a tensor nor has a tensor `logits`, and the loss's "
+            "curvature is of one tensor. Declare the loss module that you call, loss=criterion, or leave out loss= and "
+            "pass a closure that returns `(loss, output)`, or wrap the network in a module that returns the tensor."
         )
     if not empirical and not seen.network and not isinstance(loss, nn.Module):
         return ClosureError(

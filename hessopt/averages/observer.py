@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
 
 from diagnostics.autograd.tape import Function, ancestry
+from diagnostics.autograd.trees import tensors
 from hessopt.averages.blocks import Block
 from hessopt.averages.causes import Seen
 from hessopt.averages.passes import Choice, current_backward
 from hessopt.averages.recorder import Call, Recorder, on_arrival
 from hessopt.averages.seeds import Seeds
+from hessopt.closure.result import output_tensor, part_of
 from hessopt.errors import ClosureError, HessoptError, ModelError
 from hessopt.network.layer_graph import layer_distances
 from hessopt.network.weak_hooks import WeakHooks
@@ -208,13 +209,15 @@ class PassObserver:
         if self.empirical:
             self._watch_output(output)
         elif self.seeds.name is not None:
-            if not isinstance(output, Tensor):
+            tensor = output_tensor(output)
+            if tensor is None or (tensor is not output and not self.seeds.knows_classes(tensor)):
                 self.seen.returned = type(output).__name__
-            elif output.grad_fn is not None:
+                self.seen.unclear = None if tensor is None else tuple(tensor.shape)
+            elif tensor.grad_fn is not None:
                 # The output itself would keep its tape alive. Its place on the tape stays, whatever is done to it.
-                value = output.detach()
+                value = tensor.detach()
                 noted = _Evaluation(self.recorder.next_order(), (value,), (value, value._version))
-                on_arrival(output, weakref.WeakMethod(self._arrive), noted)
+                on_arrival(tensor, weakref.WeakMethod(self._arrive), noted)
                 self.seen.noted = True
 
     def _see_loss(self, _: None, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
@@ -316,7 +319,7 @@ class PassObserver:
 
     def _watch_output(self, output: Any) -> None:
         """Empirical: the batch's size and the loss, if the network returns it, when a backward arrives there."""
-        leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        leaves = [t for t in tensors(output) if t.grad_fn is not None]
         rows = next((t for t in leaves if t.ndim), None)
         loss = _returned_loss(output, rows)
         order = self.recorder.next_order()
@@ -364,12 +367,7 @@ def _returned_loss(output: Any, rows: Tensor | None) -> Tensor | None:
 
     It is called so, or comes first, and is computed from the output.
     """
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif isinstance(output, (tuple, list)) and output:
-        loss = output[0]
-    else:
-        loss = None
+    loss = output[0] if type(output) in (tuple, list) and output else part_of(output, "loss")
     if rows is None or not isinstance(loss, Tensor) or loss.ndim or loss.grad_fn is None:
         return None
     function = rows.grad_fn

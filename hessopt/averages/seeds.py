@@ -52,6 +52,15 @@ class Seeds:
         """Of the loss, if it was declared by name."""
         return self.loss.name if isinstance(self.loss, NamedLoss) else None
 
+    def knows_classes(self, output: Tensor) -> bool:
+        """Whether it is clear which dimension of a network's ``logits`` the declared classes are.
+
+        Of logits of more than two dimensions the last is usual, and the second where they go into PyTorch's loss as
+        they are.
+        """
+        assert isinstance(self.loss, NamedLoss)
+        return self.loss.name != "cross_entropy" or self.loss.class_dim is not None or output.ndim < 3
+
     def of_output(self, output: Tensor) -> Tensor:
         """Columns ``(K, *output.shape)`` of the loss that was declared by name.
 

@@ -13,7 +13,7 @@ from diagnostics.autograd.sample_mixing import mixes_samples
 from diagnostics.errors import MemoryBudgetError
 from diagnostics.estimators.symmetric_eigen import eigh
 from hessopt.closure.hessian_rounding import formation_rounding, unit_rows
-from hessopt.errors import ModelError, NotConvexError
+from hessopt.errors import ClosureError, ModelError, NotConvexError
 
 ROUNDINGS = 64
 """How often the rounding of a second derivative's formation, as it is estimated, may make an eigenvalue negative.
@@ -36,7 +36,7 @@ def output_hessians(loss: Tensor | GradientEdge, output: Tensor) -> Tensor:
     batch, width = output.shape[0], output[0].numel()
     dtype = torch.promote_types(output.dtype, torch.float32)
     zeros = output.new_zeros(batch, width, width, dtype=dtype)
-    (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
+    gradient = _slope(loss, output)
     if not gradient.requires_grad or width == 0:
         return zeros  # the loss is piecewise linear in z
     seeds = unit_rows(output).reshape(width, *output.shape)
@@ -45,6 +45,21 @@ def output_hessians(loss: Tensor | GradientEdge, output: Tensor) -> Tensor:
         return zeros
     hessians = rearrange(rows.reshape(width, batch, width), "row b column -> b row column").to(dtype)
     return (hessians + hessians.mT) / 2
+
+
+def _slope(loss: Tensor | GradientEdge, output: Tensor) -> Tensor:
+    """``∂ℓ/∂z``, on its tape."""
+    if not output.requires_grad:
+        raise ClosureError(
+            "the output that the loss is computed from has no autograd tape. Return it without `.detach()`."
+        )
+    (gradient,) = torch.autograd.grad(loss, output, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ClosureError(
+            f"the loss is not computed from the output, of shape {tuple(output.shape)}, that it came with: this is a "
+            "copy, or of another call. Let the closure return `(loss, output)` with the very tensor."
+        )
+    return gradient
 
 
 def loss_roots(loss: Tensor | GradientEdge, output: Tensor, sign: int = 1) -> Tensor:
@@ -148,7 +163,7 @@ def check_separable(loss: Tensor | GradientEdge, output: Tensor) -> None:
     Raises:
         ModelError: the loss couples samples.
     """
-    (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
+    gradient = _slope(loss, output)
     if gradient.requires_grad and mixes_samples([gradient], [output]):
         raise ModelError(
             "the loss is not a sum or mean over samples of a loss of each sample alone (a root of a mean, a "

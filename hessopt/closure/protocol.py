@@ -5,6 +5,8 @@ closures of :mod:`torch.optim` do, or leave them out. It returns
 
 - the loss, a tensor with one element; or
 - ``(loss, output)``, where the loss is a function of ``output`` alone; or
+- an object with a tensor ``loss``, as attribute or key, and ``logits`` that it is a function of, as networks of Hugging
+  Face return: the same as ``(loss, logits)``, or as ``loss`` where it has no ``logits``; or
 - a :class:`LeastSquares`.
 
 A closure that calls ``backward()`` may return anything that :mod:`torch.optim` takes, a detached loss, a number, a
@@ -28,7 +30,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from hessopt.closure.result import ClosureResult, LeastSquares, kind_of
+from hessopt.closure.result import ClosureResult, LeastSquares, kind_of, output_tensor
 from hessopt.errors import ClosureError
 
 __all__ = ["Closure", "ClosureResult", "Evaluation", "LeastSquares"]
@@ -91,7 +93,11 @@ class Evaluation:
                 f"the closure called the module {len(self.outputs)} times{allowed}, so its output is not known. "
                 f"{way_out}"
             )
-        for output in self.outputs:
-            if not isinstance(output, Tensor):
-                raise ClosureError(f"the module returned {kind_of(output)}, not a tensor. {way_out}")
-        return self.outputs
+        tensors = [output_tensor(output) for output in self.outputs]
+        for output, tensor in zip(self.outputs, tensors, strict=True):
+            if tensor is None:
+                raise ClosureError(
+                    f"the module returned {kind_of(output)}, neither a tensor nor an object with a tensor `logits`, so "
+                    f"what the loss is computed from is not known. {way_out}"
+                )
+        return [tensor for tensor in tensors if tensor is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -48,6 +48,31 @@ class LeastSquares:
 
 
 ClosureResult: TypeAlias = "Tensor | tuple[Tensor, Tensor] | LeastSquares"
+
+
+def part_of(value: object, name: str) -> object:
+    """What an object has under a name, as a key if it is a mapping, else as an attribute; None where there is none."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def output_tensor(output: object) -> Tensor | None:
+    """The tensor that a loss is computed from, in what a network returned: this itself, or its ``logits``; or None."""
+    found = output if isinstance(output, Tensor) else part_of(output, "logits")
+    return found if isinstance(found, Tensor) else None
+
+
+def opened(returned: object) -> object:
+    """What a closure returned, with ``(loss, logits)``, or its loss alone, in place of an object that has these.
+
+    Such objects are those of Hugging Face's networks, dataclasses and dicts. Tensors, plain tuples, numbers,
+    :class:`LeastSquares` and what has no ``loss``, a tensor or number, are given back.
+    """
+    if isinstance(returned, Tensor | LeastSquares | int | float) or type(returned) is tuple:
+        return returned
+    loss, logits = part_of(returned, "loss"), part_of(returned, "logits")
+    if isinstance(loss, Tensor) and isinstance(logits, Tensor):
+        return loss, logits
+    return loss if isinstance(loss, Tensor | int | float) else returned
 
 
 def returned_loss(result: object) -> tuple[Tensor, ClosureResult]:
@@ -96,9 +121,11 @@ def loss_of(result: object) -> Tensor:
             "not `return loss.item()`; or call backward() in the closure, on the loss."
         )
     if not isinstance(loss, Tensor):
+        unlabelled = part_of(loss, "loss") is None and part_of(loss, "logits") is not None
+        without = " that has `logits` and no `loss`: give the network its labels" if unlabelled else ""
         raise ClosureError(
-            f"the closure returned {kind_of(loss)}. Return the loss tensor, `(loss, output)` or "
-            "`hessopt.LeastSquares(residuals)`."
+            f"the closure returned {kind_of(loss)}{without}. Return the loss tensor, `(loss, output)`, an object with "
+            "a tensor `loss` (and `logits`, which it is computed from), or `hessopt.LeastSquares(residuals)`."
         )
     if loss.numel() != 1:
         raise ClosureError(

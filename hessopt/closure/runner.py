@@ -21,6 +21,7 @@ from hessopt.closure.result import (
     loss_of,
     number_of,
     on_tape,
+    opened,
     returned_loss,
     without_tape,
 )
@@ -87,7 +88,7 @@ class ClosureRunner:
                 stack.enter_context(torch.enable_grad())
                 recorder.attach()
                 calls.watch(stack)
-                returned = self.closure()
+                returned = opened(self.closure())
             recorder.remove()
         except BaseException:
             recorder.remove()
@@ -141,7 +142,7 @@ class ClosureRunner:
                     stack.enter_context(CompositeKernels())
                 stack.enter_context(torch.set_grad_enabled(self._derives))
                 calls.watch(stack)
-                returned = self.closure()
+                returned = opened(self.closure())
             give_back()
         except BaseException:  # an interrupt in the middle of it, too
             give_back()

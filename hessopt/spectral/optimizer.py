@@ -36,8 +36,10 @@ class SpectralNewton(SavedState):
     shares with an embedding has the factors of the output layer.
 
     **Where the loss comes from.** Declare it, ``loss=criterion`` or ``loss="cross_entropy"``, and
-    ``loss.backward(); optimizer.step()`` is enough; or pass a closure that returns the loss, or ``(loss, output)``.
-    With neither, the factors of the inputs alone are used, and lengths are fixed at 0.01; that is logged.
+    ``loss.backward(); optimizer.step()`` is enough; or pass a closure that returns the loss, or ``(loss, output)``, or
+    an object with ``loss`` and ``logits``, as networks of Hugging Face do. A loss declared by name is that of what the
+    network returns, or of the ``logits`` in it; so it may be computed inside of the network. With neither declaration
+    nor closure the factors of the inputs alone are used, and lengths are fixed at 0.01; that is logged.
 
     **Gradient accumulation.** With ``accumulate=n``, call ``backward()`` n times before each step, on losses scaled so
     that they add up to that of one large batch: ``(loss / n).backward()`` for a mean loss of micro-batches of equal
