@@ -16,6 +16,8 @@ ALIKE = 3.0
 """Lengths within this factor of their median are taken for equal."""
 SHORTEST = 1e-3
 """Least length of a layer, in units of the longest, before that: of one that has no slope at present."""
+FLAT = 0.01
+"""Length where there is no curvature along the step of any layer, as of losses that are linear in the output."""
 
 
 def changes_along(blocks: Sequence[Block], numbers: Sequence[int], batch: Batch, steps: Sequence[Tensor]) -> Tensor:
@@ -80,7 +82,9 @@ class CoarseCurvature:
     of the model ``½ sᵀCs − gᵀs``; what is subtracted is sampling noise, n the rows that an average is made of.
     Layers share one length unless r differs from its median r̃ by more than τ = :data:`ALIKE` times, and then only by
     what is beyond that: lengths of single layers are noisier than a common one, and worth it only where layers are
-    unlike (the code of an autoencoder). Along q, s is the model's minimiser. Source: docs/spectral.md.
+    unlike (the code of an autoencoder). Along q, s is the model's minimiser. A layer along whose step there is no
+    curvature at all, ``C_vv = 0``, has the median, and its slope does not count; s is :data:`FLAT` if that is true of
+    every layer. Source: docs/spectral.md.
 
     Args:
         near: Pairs that count, ``(L, L)``, booleans, the diagonal included.
@@ -127,9 +131,11 @@ class CoarseCurvature:
         noise = 2 * (own[:, None] / independent * own).sqrt()
         apart = ~torch.eye(len(c), dtype=torch.bool, device=c.device)
         coupling = torch.where(apart, (c.abs() - noise).clamp_min(0), own) * self.near
+        known = c.diagonal() > 0
         bound = g.clamp_min(0) / coupling.sum(1)
-        wanted = bound.clamp_min(SHORTEST * bound.max()).clamp_min(tiny)
-        ratio = wanted / wanted.median()
+        wanted = bound.clamp_min(SHORTEST * torch.where(known, bound, 0.0).max()).clamp_min(tiny)
+        ratio = torch.where(known, wanted / torch.where(known, wanted, torch.nan).nanmedian(), 1.0)
         shape = ratio / ratio.clamp(1 / ALIKE, ALIKE)
         curved = (shape @ (c * self.near) @ shape).clamp_min(tiny)
-        return shape * ((g @ shape) / curved).clamp_min(0)
+        length = torch.where(known.any(), (torch.where(known, g, 0.0) @ shape) / curved, FLAT * (g.sum() > 0))
+        return shape * length.clamp_min(0)

@@ -13,14 +13,14 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.testing._internal import common_optimizers as theirs
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput
 
-from hessopt.averages.options import KroneckerAveraging
+from hessopt.averages.options import KroneckerAveraging, NamedLoss
 from hessopt.banded.newton import BandedNewton
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.newton import KroneckerNewton
 from hessopt.newton_cg.optimizer import NewtonCG
 from hessopt.search.rules import Fixed, LevenbergMarquardt, LineSearch
 from hessopt.spectral.optimizer import SpectralNewton
-from hessopt.spectral.options import OnlineExponent, PowerLaw
+from hessopt.spectral.options import KroneckerCoordinates, OnlineExponent, PowerLaw
 from hessopt.spectral.transfer import NewtonSchulz
 from hessopt.wrappers.null_boost import NullBoost
 from hessopt.wrappers.null_project import NullProject
@@ -72,6 +72,15 @@ def kronecker_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
 def spectral_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     return [
         *newton_inputs(device),
+        OptimizerInput(None, {"momentum": 0.0, "average": None}, "without momentum and average"),
+        OptimizerInput(None, {"step_lengths": "fixed"}, "fixed lengths"),
+        OptimizerInput(None, {"accumulate": 2}, "accumulate"),
+    ]
+
+
+def power_law_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
+    return [
+        *newton_inputs(device),
         OptimizerInput(None, {"coordinates": PowerLaw(1.0, 0.0)}, "exact Muon"),
         OptimizerInput(
             None, {"coordinates": PowerLaw(1.0, newton_schulz=NewtonSchulz(), nesterov=False)}, "Newton-Schulz"
@@ -108,6 +117,13 @@ kronecker_errors = _own_errors(
 )
 
 spectral_errors = _own_errors(
+    *BAD_RATE,
+    ({"momentum": 1.0}, "momentum must lie in"),
+    ({"average": 0.0}, "average must be positive"),
+    ({"accumulate": 0}, "accumulate must be an integer"),
+    ({"step_lengths": "long"}, "step_lengths must be"),
+)
+power_law_errors = _own_errors(
     *BAD_RATE,
     ({"coordinates": PowerLaw(delta=-0.1)}, "delta must be"),
     ({"momentum": 1.0}, "momentum must lie in"),
@@ -176,11 +192,23 @@ def _kronecker_empirical(params: Any, net: nn.Module, **kwargs: Any) -> Optimize
     return KroneckerNewton(params, model=net, curvature="empirical", **kwargs)
 
 
+# As for _kronecker: exact columns, and updates that are due within the few steps of the checks.
+COORDINATES = KroneckerCoordinates(averages=KroneckerAveraging(0.95, columns="exact", factor_every=2, inverse_every=4))
+
+
 def _spectral(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return SpectralNewton(params, model=net, coordinates=COORDINATES, **kwargs)
+
+
+def _spectral_declared(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+    return SpectralNewton(params, NamedLoss("mse", "sum"), model=net, coordinates=COORDINATES, **kwargs)
+
+
+def _power_law(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return SpectralNewton(params, **{"coordinates": PowerLaw(), **kwargs})
 
 
-def _spectral_module(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
+def _power_law_module(params: Any, net: nn.Module, **kwargs: Any) -> Optimizer:
     return SpectralNewton(params, model=net, **{"coordinates": PowerLaw(), **kwargs})
 
 
@@ -231,8 +259,15 @@ SUBJECTS = {
             needs_linear=True,
             concave=True,
         ),
-        Subject(_info("SpectralNewton", spectral_inputs, spectral_errors), _spectral),
-        Subject(_info("SpectralNewton(model=)", spectral_inputs, spectral_errors), _spectral_module),
+        Subject(_info("SpectralNewton", spectral_inputs, spectral_errors), _spectral, needs_linear=True, concave=True),
+        Subject(
+            _info("SpectralNewton(declared)", spectral_inputs, spectral_errors),
+            _spectral_declared,
+            needs_linear=True,
+            concave=True,
+        ),
+        Subject(_info("SpectralNewton(power law)", power_law_inputs, power_law_errors), _power_law),
+        Subject(_info("SpectralNewton(power law, model=)", power_law_inputs, power_law_errors), _power_law_module),
         Subject(
             _info("SaddleEscape(SGD)", _eager(theirs.optim_inputs_func_sgd), theirs.optim_error_inputs_func_sgd),
             _saddle_sgd,

@@ -39,6 +39,8 @@ ONE_DEVICE = "needs two GPUs"
 
 NO_SPARSE = "curvature of sparse gradients is refused"
 
+IN_PARTS = "calls layers of a network that is never called itself, whose output the declared loss is of"
+
 NO_COMPLEX = "complex parameters are refused: curvature of them is that of torch.view_as_real"
 
 NOT_APPLICABLE: dict[str, str] = {
@@ -71,9 +73,11 @@ NOT_FOR: dict[tuple[str, str], str] = {
         "KroneckerNewton",
         "KroneckerNewton(empirical)",
         "SpectralNewton",
-        "SpectralNewton(model=)",
+        "SpectralNewton(declared)",
+        "SpectralNewton(power law)",
+        "SpectralNewton(power law, model=)",
     )
-}
+} | {("test_param_groups_lr", "SpectralNewton(declared)"): IN_PARTS}
 """Checks that do not apply to one of ours."""
 
 

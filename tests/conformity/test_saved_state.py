@@ -58,6 +58,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "KroneckerNewton(auto)": lambda net: _kronecker(net, KroneckerBandwidth(6)),
     "SpectralNewton": lambda net: SpectralNewton(net, "cross_entropy"),
     "SpectralNewton(closure)": SpectralNewton,
+    "SpectralNewton(accumulate)": lambda net: SpectralNewton(net, "cross_entropy", accumulate=2),
     "SpectralNewton(power law)": lambda net: SpectralNewton(net, coordinates=PowerLaw()),
     "SpectralNewton(online)": lambda net: SpectralNewton(
         net, coordinates=PowerLaw("online", online=OnlineExponent(every=2))

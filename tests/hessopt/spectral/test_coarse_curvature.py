@@ -12,7 +12,7 @@ import diagnostics
 from hessopt import KroneckerAveraging, NamedLoss
 from hessopt.averages.gathering import Gathering
 from hessopt.averages.running import Pending, RunningAverages
-from hessopt.spectral.coarse_curvature import ALIKE, CoarseCurvature, changes_along
+from hessopt.spectral.coarse_curvature import ALIKE, FLAT, CoarseCurvature, changes_along
 
 F64 = torch.float64
 
@@ -137,3 +137,21 @@ def test_unsound_batches_change_nothing() -> None:
     coarse.update(torch.full((3, 2), torch.nan, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(True))
     coarse.update(torch.ones(3, 2, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(False))
     assert all(map(torch.equal, before, coarse.tensors))
+
+
+def test_layers_without_curvature_have_the_common_length_of_the_others() -> None:
+    """Whatever their slope is."""
+    curvature = torch.diag(torch.tensor([1.0, 1.0, 100.0, 0.0, 1.0], dtype=F64))
+    slopes = torch.tensor([1.0, 1.0, 1.0, 1e9, 1.0], dtype=F64)
+    lengths, others = of(curvature, slopes).lengths, [0, 1, 2, 4]
+    alone = of(curvature[others][:, others], slopes[others]).lengths
+    torch.testing.assert_close(lengths[others], alone, rtol=1e-12, atol=0)
+    assert float(lengths[3]) == pytest.approx(float(lengths[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_without_any_curvature_lengths_are_fixed(dtype: torch.dtype) -> None:
+    for slope in (1e-20, 1.0, 1e20):
+        lengths = of(torch.zeros(3, 3, dtype=dtype), torch.full((3,), slope, dtype=dtype)).lengths
+        assert lengths.tolist() == pytest.approx([FLAT] * 3)
+    assert not of(torch.zeros(3, 3, dtype=F64), -torch.ones(3, dtype=F64)).lengths.any()

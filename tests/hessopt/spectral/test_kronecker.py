@@ -410,3 +410,23 @@ def test_the_bandwidth_of_the_step_lengths_is_an_option_of_theirs() -> None:
         train(net, optimizer, range(4))
     assert all(map(torch.equal, values(nets[0]), values(nets[1])))  # of three layers in a row
     assert not any(map(torch.equal, values(nets[0]), values(nets[2])))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_loss_without_curvature_in_the_output_is_trained_with_fixed_lengths(declared: bool) -> None:
+    """The mean absolute error: the second derivative is zero."""
+    net, criterion = network(), nn.L1Loss()
+    optimizer = SpectralNewton(net, criterion if declared else None)
+    x = data(0)[0]
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = criterion(net(x), x[:, :3])
+        if declared:
+            loss.backward()
+            optimizer.step()
+        else:
+            optimizer.step(lambda: criterion(net(x), x[:, :3]))
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert list(optimizer.step_lengths.values()) == pytest.approx([0.005] * 3)
