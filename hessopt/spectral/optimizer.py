@@ -54,8 +54,9 @@ class SpectralNewton(SavedState):
     first n count for the curvature, and all for the gradient. From the first pass to the step the inputs and columns of
     each layer are kept of all micro-batches, at the steps at which factors are updated (every 10th).
 
-    **Batch-norm.** Running statistics are those of the iterates. After ``optimizer.eval()`` recompute them:
-    :func:`torch.optim.swa_utils.update_bn`.
+    **Batch-norm.** Running statistics are those of the iterates. After ``optimizer.eval()`` recompute them with
+    :func:`torch.optim.swa_utils.update_bn`, ``update_bn(loader, model)``, and then call ``model.eval()``. Training goes
+    on as if that had not been, as it does not read them.
 
     **In the coordinates of a power law**, ``coordinates=PowerLaw(alpha, delta)``, singular values of gradients are
     mapped by a power law, with a learning rate, and nothing of the network need be known:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
 
+from hessopt import KroneckerAveraging, KroneckerCoordinates, SpectralNewton
 from hessopt.spectral.iterate_average import IterateAverage
+from tests.conformity.checks import same_state
 
 
 @pytest.mark.parametrize("power", [1, 3, 8])
@@ -40,3 +46,58 @@ def test_parameters_and_average_are_exchanged_in_place() -> None:
     assert torch.equal(p, iterate)
     assert torch.equal(average.others[0], mean)
     assert p.data_ptr() == address
+
+
+def normalised() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(5, 3)).to(torch.float64)
+
+
+def batches(seed: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(9, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def train(net: nn.Module, optimizer: SpectralNewton, xs: list[Tensor]) -> None:
+    for x in xs:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), x.flatten(1)[:, :3].argmax(1)).backward()
+        optimizer.step()
+
+
+def test_statistics_of_batch_norm_are_recomputed_for_the_average() -> None:
+    """By torch's update_bn: means over batches, with nothing of the iterates in them; and training does not see it."""
+    nets = [normalised(), normalised()]
+    often = KroneckerCoordinates(averages=KroneckerAveraging(0.95, factor_every=1, inverse_every=2))
+    optimizers = [SpectralNewton(net, "cross_entropy", coordinates=often) for net in nets]
+    loader = batches(7, 4)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, batches(0, 5))
+    of_iterates = copy.deepcopy(dict(nets[0].named_buffers()))
+    optimizers[0].eval()
+    swa_utils.update_bn(loader, nets[0])
+    seen: dict[int, list[Tensor]] = {1: [], 5: []}
+    plain = copy.deepcopy(nets[0])
+    with torch.no_grad():
+        for x in loader:
+            for number, layer in enumerate(plain):
+                if number in seen:
+                    seen[number].append(x.transpose(0, 1).flatten(1))
+                x = layer(x)
+    for number, inputs in seen.items():
+        layer = nets[0][number]
+        assert isinstance(layer.running_mean, Tensor)
+        assert isinstance(layer.running_var, Tensor)
+        torch.testing.assert_close(layer.running_mean, sum(x.mean(1) for x in inputs) / 4, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, sum(x.var(1) for x in inputs) / 4, rtol=1e-10, atol=1e-12)
+        assert not torch.equal(layer.running_mean, of_iterates[f"{number}.running_mean"])
+        assert layer.training
+    nets[0].eval()
+    assert nets[0](loader[0]).isfinite().all()
+    optimizers[0].train()
+    nets[0].train()
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, batches(1, 5))
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
+    assert same_state(optimizers[0].state_dict(), optimizers[1].state_dict())
