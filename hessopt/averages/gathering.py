@@ -21,7 +21,7 @@ from hessopt.averages.observer import Columns, PassObserver
 from hessopt.averages.options import COLUMNS, KroneckerAveraging, NamedLoss
 from hessopt.averages.recorder import Call, back_propagate
 from hessopt.averages.saved import check_entries
-from hessopt.averages.seeds import Seeds
+from hessopt.averages.seeds import EMPTY, Seeds
 from hessopt.errors import ClosureError, HessoptError, ModelError
 
 Curvature = Literal["fisher", "ggn", "empirical"]
@@ -325,6 +325,8 @@ class Gathering(Generic[T]):
         for task, found in enumerate(backwards):
             calls = sorted(found.calls, key=lambda call: call.note.order)
             inputs = [c.input for c in calls if c.input.ndim]
+            if not all(len(x) for x in inputs):
+                raise ClosureError(EMPTY)
             samples = found.samples or (len(inputs[0]) if inputs else 1)
             structure = self._structure(calls, found.before)
             scale = 1.0 if self.adds else float(samples)

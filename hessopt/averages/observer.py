@@ -20,7 +20,7 @@ from hessopt.averages.blocks import Block
 from hessopt.averages.causes import Seen
 from hessopt.averages.passes import Choice, current_backward
 from hessopt.averages.recorder import Call, Recorder, on_arrival
-from hessopt.averages.seeds import Seeds
+from hessopt.averages.seeds import EMPTY, Seeds
 from hessopt.closure.result import output_tensor, part_of
 from hessopt.errors import ClosureError, HessoptError, ModelError
 from hessopt.network.layer_graph import layer_distances
@@ -293,6 +293,8 @@ class PassObserver:
         columns: Tensor,
         slope: Tensor | None = None,
     ) -> None:
+        if not like.numel():
+            raise ClosureError(EMPTY)
         take = self._take()
         assert take is not None
         samples = like.shape[0] if like.ndim else 1

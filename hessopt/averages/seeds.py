@@ -22,6 +22,7 @@ from hessopt.closure.loss_curvature import (
 from hessopt.closure.output_curvature import check_separable, loss_roots
 from hessopt.errors import ClosureError, ModelError
 
+EMPTY = "the batch is empty, so its loss has no curvature. Skip it (drop_last=True)."
 MAX_OUTPUTS = 256
 """Outputs a sample up to which the output Hessian of a loss without a closed form is formed."""
 
@@ -135,7 +136,7 @@ def hessian_columns(
         NotConvexError: the loss is not convex in the output.
     """
     if not len(output):
-        raise ClosureError("the batch is empty, so its loss has no curvature. Skip it.")
+        raise ClosureError(EMPTY)
     width = output[0].numel()
     if width > MAX_OUTPUTS:
         raise ModelError(

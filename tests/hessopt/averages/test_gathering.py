@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hessopt import KroneckerAveraging, KroneckerBandwidth, KroneckerNewton
+from hessopt import KroneckerAveraging, KroneckerBandwidth, KroneckerNewton, NamedLoss
 from hessopt.errors import ClosureError, ModelError
 from tests.helpers.kronecker_reference import kronecker_arguments, kronecker_band
 
@@ -257,6 +257,36 @@ def test_one_bad_batch_costs_one_batch(kind: str, value: float, at: int) -> None
         assert all(p.isfinite().all() for p in net.parameters())
     assert all(t.isfinite().all() for t in averages(optimizer))
     assert "not finite" in optimizer.band.report()["left out"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["name", "module", "empirical, module"])
+@pytest.mark.parametrize("sizes", [(0,), (4, 0), (0, 4)])
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_empty_batch_is_refused_at_the_step_and_leaves_everything(
+    kind: str, sizes: tuple[int, ...], at: int, reduction: str
+) -> None:
+    net, criterion = network(), nn.CrossEntropyLoss(reduction=reduction)
+    optimizer = KroneckerNewton(
+        net,
+        loss=NamedLoss("cross_entropy", reduction) if kind == "name" else criterion,  # type: ignore[arg-type]
+        curvature="empirical" if "empirical" in kind else "fisher",
+        averages=KroneckerAveraging(factor_every=2, accumulate=len(sizes)),
+    )
+    for i in range(at):
+        train(optimizer, criterion, net, i)
+    before, parameters = state_of(optimizer, net), copy.deepcopy(list(net.parameters()))
+    optimizer.zero_grad()
+    for size in sizes:
+        x, y = data(7, size)
+        criterion(net(x), y).backward()
+    with pytest.raises(ClosureError, match="the batch is empty"):
+        optimizer.step()
+    if at:  # before the first step, a state has zeros in the shapes that are known
+        assert alike(before, state_of(optimizer, net))
+    assert all(map(torch.equal, parameters, net.parameters()))
+    train(optimizer, criterion, net, 8)
+    assert not alike(before, state_of(optimizer, net))
 
 
 def test_nothing_is_left_out_of_sound_batches() -> None:
