@@ -260,17 +260,12 @@ class KroneckerAverages:
         factors = torch.stack([blank + share for share in shares])
         found = Moments([], [], sorted({v for part in parts for v in part.excluded}), total)
         for number, stack in enumerate(self.stacks):
-            m = stack.shape[0]
+            m, own = stack.shape[0], [b for b, (n, _) in zip(self.blocks, self.place, strict=True) if n == number]
             reached = torch.stack([(blank + part.called[number]).expand(m) for part in parts]) * sizes[:, None]
-            means, sums = (
-                reached / reached.sum(0).clamp_min(torch.finfo(self.dtype).tiny),
-                factors[:, None].expand(-1, m),
-            )
-            swapped = torch.zeros(m, dtype=torch.bool)
-            for block, (own, start) in zip(self.blocks, self.place, strict=True):
-                if own == number and block.kind == "embedding":
-                    swapped[start : start + block.shape[0]] = True
-            swapped = swapped.to(self.device)
+            means = reached / reached.sum(0).clamp_min(torch.finfo(self.dtype).tiny)
+            sums = factors[:, None].expand(-1, m)
+            kinds = [block.kind == "embedding" for block in own for _ in range(block.shape[0])]
+            swapped = torch.tensor(kinds, device=self.device)
             found.called.append(reached.sum(0))
             for i, weights in ((0, sums.where(swapped, means)), (1, means.where(swapped, sums))):
                 found.tensors.append(_weighted([part.tensors[2 * number + i] for part in parts], weights))
