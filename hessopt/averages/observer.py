@@ -193,10 +193,12 @@ class PassObserver:
         """Hand over columns now, for a loss on its tape, as of a further pass."""
         if isinstance(self.seeds.loss, nn.Module):
             raise ClosureError(self.seen.uncalled(self.seeds.loss))
+        task = self.choice.take_outside()
+        self._draw(task)
         columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
         function = output.grad_fn
         calls = [] if function is None else self.recorder.on_tape(function)[0]
-        self._hand_over(self.choice.take_outside(), calls, function, output, output, columns)
+        self._hand_over(task, calls, function, output, output, columns)
 
     def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
         """After the network's forward pass."""

@@ -216,11 +216,13 @@ class RunningAverages:
 
     def _shares(self, weights: Sequence[float | Tensor]) -> tuple[float | Tensor, list[float | Tensor]]:
         """The sum of weights, and what the curvatures of batches with these weights count, in that of all together."""
+        if len(weights) == 1:
+            return weights[0], [1.0]
         sizes = [weight.abs() if isinstance(weight, Tensor) else weight for weight in weights]
         total: float | Tensor = 0.0
         for size in sizes:
             total = total + size
-        if self.gathering.adds or len(sizes) == 1:
+        if self.gathering.adds:
             return total, [1.0] * len(sizes)
         least = total.clamp_min(torch.finfo(total.dtype).tiny) if isinstance(total, Tensor) else total
         return total, [size / least for size in sizes]

@@ -126,16 +126,16 @@ class CoarseCurvature:
         """Lengths s of the present averages, of batches of so many rows."""
         c, g = self.curvature, self.slopes
         tiny = torch.finfo(c.dtype).tiny
-        own = c.diagonal().clamp_min(tiny)
+        known = c.diagonal() > tiny
+        own = torch.where(known, c.diagonal(), 1.0)
         independent = rows * (1 + self.decay) / (1 - self.decay)
         noise = 2 * (own[:, None] / independent * own).sqrt()
         apart = ~torch.eye(len(c), dtype=torch.bool, device=c.device)
         coupling = torch.where(apart, (c.abs() - noise).clamp_min(0), own) * self.near
-        known = c.diagonal() > 0
-        bound = g.clamp_min(0) / coupling.sum(1)
-        wanted = bound.clamp_min(SHORTEST * torch.where(known, bound, 0.0).max()).clamp_min(tiny)
+        bound = g.clamp_min(0) / coupling.sum(1) * known
+        wanted = bound.clamp_min(SHORTEST * bound.max()).clamp_min(tiny)
         ratio = torch.where(known, wanted / torch.where(known, wanted, torch.nan).nanmedian(), 1.0)
         shape = ratio / ratio.clamp(1 / ALIKE, ALIKE)
         curved = (shape @ (c * self.near) @ shape).clamp_min(tiny)
-        length = torch.where(known.any(), (torch.where(known, g, 0.0) @ shape) / curved, FLAT * (g.sum() > 0))
+        length = torch.where(known.any(), (g * known) @ shape / curved, FLAT * (g.sum() > 0))
         return shape * length.clamp_min(0)

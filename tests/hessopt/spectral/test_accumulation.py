@@ -14,8 +14,9 @@ from torch.nn import functional
 from hessopt import KroneckerAveraging, KroneckerCoordinates, NamedLoss, SpectralNewton
 from hessopt.averages.gathering import Gathering
 from hessopt.averages.running import Pending, RunningAverages
-from hessopt.errors import ClosureError, ModelError
+from hessopt.errors import ClosureError, ModelError, NotConvexError
 from hessopt.kronecker.taper import BandTaper
+from tests.conformity.checks import same_state
 
 F64 = torch.float64
 EXACT = KroneckerCoordinates(averages=KroneckerAveraging(0.95, factor_every=2, inverse_every=3, columns="exact"))
@@ -155,6 +156,25 @@ def test_a_closure_with_more_calls_than_accumulate_is_refused() -> None:
     with pytest.raises(ClosureError, match=r"called the module 3 times, with accumulate=2"):
         optimizer.step(lambda: torch.stack([functional.cross_entropy(net(x), y) for x, y in parts]).sum())
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+
+
+def test_an_error_in_the_second_micro_batch_of_a_closure_leaves_everything() -> None:
+    """Draws for the first one included."""
+    net = Network()
+    coordinates = KroneckerCoordinates(averages=KroneckerAveraging(0.95, factor_every=1))
+    optimizer = SpectralNewton(net, coordinates=coordinates, accumulate=2)
+
+    def closure(sign: int) -> Tensor:
+        (x, y), (u, v) = batches(0, (5, 5))
+        return functional.cross_entropy(net(x), y) + sign * functional.cross_entropy(net(u), v)
+
+    for _ in range(2):
+        optimizer.step(lambda: closure(1))
+    before, parameters = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(list(net.parameters()))
+    with pytest.raises(NotConvexError):
+        optimizer.step(lambda: closure(-1))
+    assert same_state(before, optimizer.state_dict())
+    assert all(map(torch.equal, parameters, net.parameters()))
 
 
 def test_of_more_passes_the_first_ones_count() -> None:
