@@ -280,7 +280,7 @@ class KroneckerAverages:
         A block that was not called keeps its factors; cross factors that were not gathered decay towards zero.
 
         Args:
-            moments: Of the batch.
+            moments: Of the batch; used up.
             decay: Weight of the past.
             sound: Whether to, without dimensions, on the device.
 
@@ -290,12 +290,14 @@ class KroneckerAverages:
         self.updates += 1
         weight = (self.updates - self.skipped).to(self.dtype).reciprocal().clamp_min(1 - decay)
         self.skipped += ~sound
+        step = weight * sound
         for i, (mine, found) in enumerate(zip(self.tensors, moments.tensors, strict=True)):
             called = moments.called[i // 2] if i < 2 * len(self.stacks) else 1.0
-            share = weight
+            share = step
             if isinstance(called, Tensor):
-                share = weight * (called > 0).view(-1, *[1] * (mine.ndim - 1))
-            mine.lerp_(torch.where(sound, found, mine), share)
+                share = step * (called > 0).view(-1, *[1] * (mine.ndim - 1))
+            # Nothing times what is not finite would not be nothing.
+            mine.lerp_(found.nan_to_num_(0.0, 0.0, 0.0), share)
         return weight
 
     def product(self, x: Matrices) -> Matrices:

@@ -38,6 +38,8 @@ class _Layers:
         gradient: G, flat; views of it are filled from the gradients.
         slots: The views, of each parameter.
         rows: Of each stack the places of its entries' blocks, ``(m,)``.
+        lengths: Of each stack the lengths of its entries, ``(m,)``; of fixed ones just one number.
+        usual: Their median.
     """
 
     factors: KroneckerAverages
@@ -48,6 +50,14 @@ class _Layers:
     gradient: Tensor
     slots: list[Tensor]
     rows: list[Tensor]
+    lengths: list[Tensor]
+    usual: Tensor
+
+    def set_lengths(self, share: float) -> None:
+        """Take the lengths of the coarse curvature, times a share, for the steps from now on."""
+        assert self.coarse is not None
+        found = self.coarse.lengths * share
+        self.lengths, self.usual = [found[rows] for rows in self.rows], found.median()
 
     def blocks(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Of each block its part of matrices, ``(g, o, a)``."""
@@ -73,7 +83,7 @@ class Move:
     Attributes:
         parameters: Those that move.
         changes: In their order.
-        rates: Step length of each, on the device: what a decoupled weight decay is in units of.
+        rates: Step length of each, on the device, if that was asked for.
         momentum: Of the matrices.
         vector: Moments of the others, and steps.
         sound: Whether the gradient was finite, on the device; None where there is no step.
@@ -111,6 +121,8 @@ class SpectralEngine:
     Attributes:
         gathering: What gathers.
         averages: What averages.
+        parameters: That are trained.
+        untrained: The others.
         others: Parameters of AdamW, with the reason.
         steps: That were taken.
         left_out: Of these those whose gradient was not finite, on the device.
@@ -134,7 +146,9 @@ class SpectralEngine:
         self.lengths = None if inputs_only else lengths
         self._asked = lengths
         self.fixed = 1.0 if lengths is None else FIXED
-        trained = [p for p in parameters if p.requires_grad]
+        given = list(parameters)
+        trained = [p for p in given if p.requires_grad]
+        self.untrained = [p for p in given if not p.requires_grad]
         matrices, self.others = _divided(model, trained, options.averages.max_size)
         curvature: Curvature = "empirical" if inputs_only else "fisher"
         self.gathering: Gathering[Pending] | None = None
@@ -163,8 +177,12 @@ class SpectralEngine:
             self.gathering.detach()
 
     @torch.no_grad()
-    def move(self, gradients: dict[Tensor, Tensor]) -> Move:
-        """What a step is, from the gradients of the parameters that have one; nothing is changed but averages.
+    def move(self, gradients: dict[Tensor, Tensor], *, decayed: bool = False) -> Move:
+        """What a step is; nothing is changed but averages.
+
+        Args:
+            gradients: Of the parameters that have one.
+            decayed: Whether step lengths of single parameters are wanted, for weight decay.
 
         Raises:
             ClosureError: nothing was gathered yet.
@@ -188,76 +206,70 @@ class SpectralEngine:
             torch._foreach_copy_(layers.slots, layers.filled(gradients))
             total = total + layers.gradient.sum()
         sound = total.isfinite()
-        usual = sound * self.fixed
+        step = sound.to(self.dtype)
+        usual = step * self.fixed
         if layers is not None:
-            usual = self._matrices(layers, gradients, sound, found)
+            self._matrices(layers, gradients, step, found)
+            usual = step * layers.usual
         if self.vector.parameters:
-            direction, state = self.vector.direction(flat, sound)
-            found.vector = state
-            self._add(found, gradients, self.vector.parameters, self.vector.views(direction), usual * self.adamw.ratio)
+            direction, found.vector = self.vector.direction(flat, sound)
+            parts = self.vector.views(direction * (usual * self.adamw.ratio))
+            for p, part in zip(self.vector.parameters, parts, strict=True):
+                if p in gradients:
+                    found.parameters.append(p)
+                    found.changes.append(part)
+        if decayed:
+            found.rates = self._rates(found.parameters, step, usual)
         found.sound = sound
         return found
 
-    def _matrices(self, layers: _Layers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> Tensor:
-        """The part of the matrices; returns their usual length."""
+    def _rates(self, parameters: Sequence[Tensor], step: Tensor, usual: Tensor) -> list[Tensor]:
+        """Step lengths of parameters, for a learning rate of 1."""
+        layers, rates = self._layers, {}
+        if layers is not None:
+            for block, (stack, start) in zip(layers.factors.blocks, layers.factors.place, strict=True):
+                length = layers.lengths[stack]
+                rates.update(dict.fromkeys(block.parameters, length[min(start, len(length) - 1)] * step))
+        return [rates.get(p, usual * self.adamw.ratio) for p in parameters]
+
+    def _matrices(self, layers: _Layers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> None:
+        """The part of the matrices."""
         first = self.steps == 0
         if first or due(self.steps, self.options.averages.inverse_every):
             for direction in layers.directions:
                 direction.refresh(first=first)
         factors = layers.factors
-        gradient = torch.where(sound, layers.gradient, layers.momentum)
-        momentum = layers.momentum.lerp(gradient, 1 - self.momentum)
-        looking = factors.matrices(gradient.lerp(momentum, self.momentum))
-        directions = directions_of(layers.directions, looking)
-        lengths = sound * self.fixed
-        if layers.coarse is not None:
-            assert self.lengths is not None
-            self._measure(layers, layers.blocks(directions), layers.blocks(factors.matrices(momentum)), sound)
-            lengths = layers.coarse.lengths * (sound * self.lengths.share)
-        scaled = [
-            d * (lengths if lengths.ndim == 0 else lengths[rows, None, None])
-            for d, rows in zip(directions, layers.rows, strict=True)
-        ]
-        views = factors.views(scaled)
-        for i, block in enumerate(factors.blocks):
-            own = list(block.parameters)
-            rate = lengths if lengths.ndim == 0 else lengths[i]
-            self._add(found, gradients, own, [views[p] for p in own], rate, scaled=True)
+        # What is not finite must not get into products, also where these count for nothing.
+        gradient = layers.gradient.nan_to_num_(0.0, 0.0, 0.0)
+        momentum = layers.momentum.lerp(gradient, (1 - self.momentum) * sound)
+        directions, scales = directions_of(layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum)))
+        if layers.coarse is not None and self.averages is not None and self.averages.last:
+            steps = [d * scale[:, None, None] for d, scale in zip(directions, scales, strict=True)]
+            self._measure(layers, layers.blocks(steps), layers.blocks(factors.matrices(momentum)), sound)
+        for d, scale, length in zip(directions, scales, layers.lengths, strict=True):
+            d *= (scale * (length * sound))[:, None, None]
+        for p, part in factors.views(directions).items():
+            if p in gradients:
+                found.parameters.append(p)
+                found.changes.append(part)
         found.momentum = momentum
-        return lengths if lengths.ndim == 0 else lengths.median()
 
     def _measure(self, layers: _Layers, steps: list[Tensor], momenta: list[Tensor], sound: Tensor) -> None:
-        """Lengths anew, if there was an update of the factors."""
+        """Lengths anew, at an update of the factors."""
         assert self.averages is not None
         assert self.gathering is not None
         assert self.gathering.structure is not None
         batches, self.averages.last = self.averages.last, []
-        if not batches:
-            return
         assert layers.coarse is not None
+        assert self.lengths is not None
         blocks, called = self.gathering.blocks, self.gathering.structure.called
         parts = [changes_along(blocks, called, batch, steps) for batch, _ in batches]
         changes = parts[0]
         if len(parts) > 1:
             changes = torch.cat([part * share**0.5 for part, (_, share) in zip(parts, batches, strict=True)])
         slopes = torch.stack([(m * d).sum() for m, d in zip(momenta, steps, strict=True)])
-        layers.coarse.update(changes, slopes, sound)
-
-    def _add(
-        self,
-        found: Move,
-        gradients: dict[Tensor, Tensor],
-        parameters: Sequence[Tensor],
-        directions: Sequence[Tensor],
-        rate: Tensor,
-        *,
-        scaled: bool = False,
-    ) -> None:
-        for p, d in zip(parameters, directions, strict=True):
-            if p in gradients:
-                found.parameters.append(p)
-                found.changes.append(d if scaled else d * rate)
-                found.rates.append(rate)
+        layers.coarse.update(changes, slopes, sound > 0)
+        layers.set_lengths(self.lengths.share)
 
     def take(self, move: Move) -> Callable[[], None]:
         """Count a step, and let its momentum be the momentum; returns what undoes that."""
@@ -313,6 +325,8 @@ class SpectralEngine:
             momentum=torch.zeros_like(gradient),
             gradient=gradient,
             slots=list(views.values()),
+            lengths=[gradient.new_full((1,), self.fixed)] * len(rows),
+            usual=gradient.new_full((), self.fixed),
             rows=[torch.tensor(own, device=self.device) for own in rows],
         )
 
@@ -398,6 +412,8 @@ class SpectralEngine:
         for named, entry in ((_power_tensors(layers.directions), "powers"), (_coarse_tensors(layers.coarse), "coarse")):
             for (_, tensor), saved in zip(named, state[entry], strict=True):
                 tensor.copy_(saved)
+        if self.lengths is not None:
+            layers.set_lengths(self.lengths.share)
         for p, view in layers.momenta.items():
             if "momentum_buffer" in own.get(p, {}):
                 view.copy_(own[p]["momentum_buffer"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diagnostics.estimators.symmetric_eigen import eigh
 
@@ -21,7 +22,7 @@ class FactorPowers:
     Three forms. Diagonal factors stay diagonal. Up to :data:`FULL` rows the power is formed from all eigenvectors. Of
     larger ones the leading r = :data:`RANK` eigenpairs ``(U, e)`` are kept and the rest is taken for flat, ρ its mean::
 
-        (F + τ I)^{-q} ≈ c I + U diag((e + τ)^{-q} − c) Uᵀ,   c = (ρ + τ)^{-q},   ρ = (tr F − Σ e) / (n − r)
+        (F + τ I)^{-q} ≈ c I − V Vᵀ,   V = U diag(√(c − (e + τ)^{-q})),   c = (ρ + τ)^{-q},   ρ = (tr F − Σ e) / (n − r)
 
     which needs two products of F with r vectors at a refresh, as the eigenvectors of the one before are a start for
     subspace iteration, and ``2 n r`` in place of ``n²`` multiplications for each vector. Source: docs/spectral.md.
@@ -39,7 +40,8 @@ class FactorPowers:
         self.exponent, self.damping = exponent, damping
         self.diagonal, self.full = like.ndim == 2, like.ndim == 3 and like.shape[1] <= FULL
         count, n = like.shape[:2]
-        shapes = [like.shape] if self.diagonal or self.full else [(count, n, RANK), (count, RANK), (count, 1)]
+        low = [(count, n, RANK), (count, 1)]
+        shapes = [like.shape] if self.diagonal or self.full else low
         self.tensors = [like.new_zeros(shape) for shape in shapes]
 
     @torch.no_grad()
@@ -55,10 +57,11 @@ class FactorPowers:
             powers = self._damped(values.clamp_min(0), mean)
             self.tensors = [(vectors * powers.unsqueeze(1)) @ vectors.mT]
             return
-        values, vectors = _leading(factors, None if first else self.tensors[0])
+        values, vectors = _leading(factors, None if first else functional.normalize(self.tensors[0], dim=1))
         rest = (n * mean - values.sum(1, keepdim=True)).clamp_min(0) / (n - RANK)
         flat = self._damped(rest, mean)
-        self.tensors = [vectors, self._damped(values, mean) - flat, flat]
+        missing = (flat - self._damped(values, mean)).clamp_min(0)
+        self.tensors = [vectors * missing.sqrt().unsqueeze(1), flat]
 
     def _damped(self, values: Tensor, mean: Tensor) -> Tensor:
         shift = self.damping**0.5 * mean
@@ -71,8 +74,8 @@ class FactorPowers:
             return self.tensors[0].unsqueeze(2) * x
         if self.full:
             return self.tensors[0] @ x
-        vectors, excess, flat = self.tensors
-        return torch.baddbmm(flat.unsqueeze(2) * x, vectors * excess.unsqueeze(1), vectors.mT @ x)
+        scaled, flat = self.tensors
+        return torch.baddbmm(flat.unsqueeze(2) * x, scaled, scaled.mT @ x, alpha=-1)
 
     def right(self, x: Tensor) -> Tensor:
         """``(m, k, n)`` times the powers."""
@@ -80,8 +83,8 @@ class FactorPowers:
             return x * self.tensors[0].unsqueeze(1)
         if self.full:
             return x @ self.tensors[0]
-        vectors, excess, flat = self.tensors
-        return torch.baddbmm(flat.unsqueeze(2) * x, x @ (vectors * excess.unsqueeze(1)), vectors.mT)
+        scaled, flat = self.tensors
+        return torch.baddbmm(flat.unsqueeze(2) * x, x @ scaled, scaled.mT, alpha=-1)
 
     def both(self, x: Tensor) -> Tensor:
         """The powers times ``(m, n, n)`` times the powers."""

@@ -149,8 +149,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             return self._step(closure)
 
     def _step(self, closure: Closure | None) -> Tensor | None:
-        trained = set(self._engine.parameters)
-        added = any(p.requires_grad and p not in trained for p in self._parameters())
+        added = any(p.requires_grad for p in self._engine.untrained)
         fresh = self._engine.steps == 0 and self._engine.inputs_only
         if closure is not None and (added or fresh):
             self._attach(closure=True)
@@ -172,7 +171,8 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         known = {
             p: sign * g if sign < 0 else g for p, g in zip(engine.parameters, gradients, strict=True) if g is not None
         }
-        self._write(engine.move(known))
+        decayed = any(group["weight_decay"] for group in self.param_groups)
+        self._write(engine.move(known, decayed=decayed))
         self.gradient_norm = norm
         if added and closure is None:
             self._attach()  # the parameters that were added are trained from the next step on
@@ -186,19 +186,15 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         """
         if not move.parameters:
             return
-        options = {p: group for group in self.param_groups for p in group["params"]}
-        changes = [
-            d + p.to(d.dtype) * (rate * options[p]["weight_decay"]) if options[p]["weight_decay"] else d
-            for p, d, rate in zip(move.parameters, move.changes, move.rates, strict=True)
-        ]
-        rates = [-float(options[p]["lr"]) for p in move.parameters]
-        if any(rate != rates[0] for rate in rates):
-            changes, rates = list(torch._foreach_mul(changes, rates)), [1.0]
-        changes = [d.to(p.dtype) for p, d in zip(move.parameters, changes, strict=True)]
+        changes, rate = move.changes, -float(self.param_groups[0]["lr"])
+        if move.rates or len(self.param_groups) > 1:
+            changes, rate = self._by_group(move)
+        if any(d.dtype != p.dtype for p, d in zip(move.parameters, changes, strict=True)):
+            changes = [d.to(p.dtype) for p, d in zip(move.parameters, changes, strict=True)]
         version = move.parameters[0]._version
         undo = self._engine.take(move)
         try:
-            torch._foreach_add_(move.parameters, changes, alpha=rates[0])
+            torch._foreach_add_(move.parameters, changes, alpha=rate)
         except BaseException:
             if move.parameters[0]._version == version:
                 undo()
@@ -206,6 +202,21 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         self._engine.go_on()
         if self._average is not None:
             self._average.update()
+
+    def _by_group(self, move: Move) -> tuple[list[Tensor], float]:
+        """Changes with weight decay and learning rates, and what is to be multiplied with yet."""
+        options = {p: group for group in self.param_groups for p in group["params"]}
+        own = [options[p] for p in move.parameters]
+        changes = move.changes
+        if move.rates:
+            changes = [
+                d + p.to(d.dtype) * (rate * group["weight_decay"]) if group["weight_decay"] else d
+                for p, d, rate, group in zip(move.parameters, changes, move.rates, own, strict=True)
+            ]
+        rates = [-float(group["lr"]) for group in own]
+        if all(rate == rates[0] for rate in rates):
+            return changes, rates[0]
+        return list(torch._foreach_mul(changes, rates)), 1.0
 
     def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "_saved": self._saved()}

@@ -27,7 +27,8 @@ class StackDirection:
 
         Z Zᵀ = B^{-p} N Mᵀ B^{-p},   D = B^{-p} (Z Zᵀ)^{-1/2} B^{-p} N
 
-    and likewise from the other side. Source: docs/spectral.md.
+    and likewise from the other side; square matrices take ``B^{-p}`` into both factors of the Gram matrix, which is two
+    products less. Source: docs/spectral.md.
 
     Args:
         stack: What the factors are averaged in.
@@ -38,6 +39,7 @@ class StackDirection:
     def __init__(self, stack: Stack, options: KroneckerCoordinates, outputs: bool) -> None:
         _, o, a = stack.shape
         self.stack, self.wide = stack, o <= a
+        self.square = o == a and outputs
         small, large = options.exponent, 2 * options.exponent
         left, right = (small, large) if self.wide else (large, small)
         self.right = FactorPowers(stack.inputs, right, options.damping)
@@ -56,26 +58,29 @@ class StackDirection:
 
     def gram(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """The Gram matrix of Z from its smaller side, and what the larger side is needed for, of M, ``(m, o, a)``."""
-        if self.wide:
-            scaled = self.right.right(momentum)
-            gram = scaled @ momentum.mT
-            return gram if self.left is None else self.left.both(gram), scaled
-        scaled = momentum if self.left is None else self.left.left(momentum)
-        return self.right.both(momentum.mT @ scaled), scaled
+        if not self.wide:
+            scaled = momentum if self.left is None else self.left.left(momentum)
+            return self.right.both(momentum.mT @ scaled), scaled
+        if self.square:
+            assert self.left is not None
+            momentum = self.left.left(momentum)
+        scaled = self.right.right(momentum)
+        gram = scaled @ momentum.mT
+        return gram if self.left is None or self.square else self.left.both(gram), scaled
 
     def direction(self, root: Tensor, scaled: Tensor) -> Tensor:
-        """``D̂``, from the inverse square root of the Gram matrix; zero for a zero matrix."""
-        if self.wide:
-            found = (root if self.left is None else self.left.both(root)) @ scaled
-        else:
-            found = scaled @ self.right.both(root)
-        norms = found.flatten(1).norm(dim=1).clamp_min(torch.finfo(found.dtype).tiny)
-        scale: Tensor = SIZE * (found.shape[1] * found.shape[2]) ** 0.5 / norms
-        return found * scale[:, None, None]
+        """D, from the inverse square root of the Gram matrix."""
+        if not self.wide:
+            return scaled @ self.right.both(root)
+        if self.left is None:
+            return root @ scaled
+        return self.left.left(root @ scaled) if self.square else self.left.both(root) @ scaled
 
 
-def directions_of(stacks: Sequence[StackDirection], momenta: Sequence[Tensor]) -> list[Tensor]:
-    """``D̂`` of each stack."""
+def directions_of(stacks: Sequence[StackDirection], momenta: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """D of each stack, ``(m, o, a)``, and the factors that make it ``D̂``, ``(m,)``; zero for a zero matrix."""
     made = [stack.gram(m) for stack, m in zip(stacks, momenta, strict=True)]
     roots = inverse_roots([gram for gram, _ in made])
-    return [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, roots, made, strict=True)]
+    found = [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, roots, made, strict=True)]
+    norms = [torch.linalg.vector_norm(d, dim=(1, 2)).clamp_min(torch.finfo(d.dtype).tiny) for d in found]
+    return found, [SIZE * (d.shape[1] * d.shape[2]) ** 0.5 / norm for d, norm in zip(found, norms, strict=True)]

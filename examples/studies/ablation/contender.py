@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +22,8 @@ class Stepper(Protocol):
 
     One whose step is a whole run has an attribute ``after_iteration``, which it calls with the loss after each of its
     iterations; one that follows a schedule has an attribute ``share``, the share of the budget that is used up. The
-    runner sets both.
+    runner sets both. One whose result is not what it trains with has ``shown()``, a context with the result in the
+    network.
     """
 
     def step(self, batch: Batch) -> float:
@@ -83,7 +86,56 @@ class Schedule:
                     group["lr"] = rate * factor
 
 
-class GradientStep:
+STATISTICS = 20
+"""Batches that normalization statistics are of, about what BatchNorm's default momentum of 0.1 remembers."""
+
+
+class Shown:
+    """Has averages of iterates measured, for optimizers that have ``eval()`` and ``train()``.
+
+    BatchNorm's running statistics are of the iterates; those of the average are taken anew from the last
+    :data:`STATISTICS` batches, and the others are put back. No budget is charged for that.
+    """
+
+    def __init__(self, task: Task, optimizers: Sequence[Optimizer]) -> None:
+        self.task = task
+        self._averaging: list[Any] = [o for o in optimizers if hasattr(o, "eval") and hasattr(o, "train")]
+        self._normalizing = [
+            m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        ]
+        self._batches: deque[Batch] = deque(maxlen=STATISTICS if self._averaging and self._normalizing else 0)
+
+    def note(self, batch: Batch) -> None:
+        self._batches.append(batch)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Has the network hold what would be shipped."""
+        for optimizer in self._averaging:
+            optimizer.eval()
+        kept = [(m, m.momentum, {n: b.clone() for n, b in m.named_buffers()}) for m in self._normalizing]
+        try:
+            if self._batches:
+                self._renew()
+            yield
+        finally:
+            for module, momentum, buffers in kept:
+                module.momentum = momentum
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(buffers[name])
+            for optimizer in self._averaging:
+                optimizer.train()
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        for module in self._normalizing:
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean
+        for batch in self._batches:
+            self.task.evaluate_loss(batch)
+
+
+class GradientStep(Shown):
     """Forward, backward and a step of optimizers that only look at ``.grad``.
 
     Args:
@@ -99,13 +151,14 @@ class GradientStep:
     def __init__(
         self, task: Task, *optimizers: Optimizer, create_graph: bool = False, schedule: str = "constant"
     ) -> None:
-        self.task = task
+        super().__init__(task, optimizers)
         self.optimizers = optimizers
         self.create_graph = create_graph
         self.schedule = Schedule(optimizers, schedule)
         self.share = 0.0
 
     def step(self, batch: Batch) -> float:
+        self.note(batch)
         self.task.model.zero_grad(set_to_none=True)
         loss = loss_of(self.task.evaluate_loss(batch))
         loss.backward(create_graph=self.create_graph)
@@ -115,7 +168,7 @@ class GradientStep:
         return loss.item()
 
 
-class ClosureStep:
+class ClosureStep(Shown):
     """A step of an optimizer that takes the closure of :mod:`hessopt.closure.protocol`.
 
     Args:
@@ -128,12 +181,13 @@ class ClosureStep:
     """
 
     def __init__(self, task: Task, optimizer: Optimizer, schedule: str = "constant") -> None:
-        self.task = task
+        super().__init__(task, [optimizer])
         self.optimizer = optimizer
         self.schedule = Schedule([optimizer], schedule)
         self.share = 0.0
 
     def step(self, batch: Batch) -> float:
+        self.note(batch)
         self.schedule.set(self.share)
         closure: Any = lambda: self.task.evaluate_loss(batch)  # noqa: E731
         return float(self.optimizer.step(closure))

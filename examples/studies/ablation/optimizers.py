@@ -11,8 +11,18 @@ from torch import nn
 
 import hessopt
 from examples.shared.task import Task
-from examples.studies.ablation.baselines.gradient import adahessian, adamw, muon, psgd, sgd, shampoo, soap
+from examples.studies.ablation.baselines.gradient import (
+    adahessian,
+    adamw,
+    prodigy,
+    psgd,
+    schedule_free,
+    sgd,
+    shampoo,
+    soap,
+)
 from examples.studies.ablation.baselines.kfac import kfac
+from examples.studies.ablation.baselines.muon_family import mousse, muon, newton_muon, normuon
 from examples.studies.ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
 from examples.studies.ablation.contender import (
     ClosureStep,
@@ -66,8 +76,17 @@ def banded_kronecker(
     return ClosureStep(task, optimizer, schedule)
 
 
+def spectral_kronecker(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
+    """What is measured is its average of the iterates."""
+    names = [field.name for field in dataclasses.fields(hessopt.KroneckerCoordinates) if field.name in settings]
+    coordinates = hessopt.KroneckerCoordinates(**{name: settings.pop(name) for name in names})
+    loss = None if task.declared is None else declared_loss(task.declared)
+    optimizer = hessopt.SpectralNewton(task.model, loss, coordinates=coordinates, **settings)
+    return ClosureStep(task, optimizer, schedule) if loss is None else GradientStep(task, optimizer, schedule=schedule)
+
+
 def spectral_newton(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
-    """Matrices by the spectral map, the rest by AdamW."""
+    """By the power law: matrices by the spectral map, the rest by AdamW."""
     law = {name: settings.pop(name) for name in ("alpha", "delta", "form") if name in settings}
     adamw = hessopt.AdamWPart(ratio=settings.pop("adamw_ratio", 1.0))
     optimizer = hessopt.SpectralNewton(task.model, coordinates=hessopt.PowerLaw(**law), adamw=adamw, **settings)
@@ -101,14 +120,31 @@ _KFAC = [(0.01, 1e-2), (0.1, 1.0), (0.001, 1e-3), (0.01, 1e-1), (0.03, 3e-2), (0
 _ADAM_LBFGS = [(1e-3, 0.2), (1e-2, 0.2), (1e-3, 0.5), (1e-2, 0.5), (3e-3, 0.1), (3e-3, 0.3)]
 
 _ALL = [
-    Contender("sgd", "SGD, Nesterov", sgd, rates(0.1, 0.01, 1.0)),
-    Contender("adamw", "AdamW", adamw, rates(1e-2, 1e-3, 3e-3)),
+    Contender("sgd", "SGD, Nesterov", sgd, rates(0.1, 0.01, 1.0, 0.03)),
+    Contender("adamw", "AdamW", adamw, rates(1e-2, 1e-3, 3e-3, 3e-2)),
+    Contender(
+        "schedule_free",
+        "Schedule-Free AdamW",
+        schedule_free,
+        [{"lr": lr, "beta": beta} for beta in (0.9, 0.98) for lr in (1e-2, 3e-3, 1e-3, 3e-2)],
+        packages=("pytorch-optimizer",),
+    ),
+    Contender(
+        "prodigy",
+        "Prodigy",
+        prodigy,
+        [{"d_coef": d, "schedule": name} for name in ("cosine", "constant") for d in (1.0, 0.5, 2.0, 4.0)],
+        packages=("pytorch-optimizer",),
+    ),
     Contender("lbfgs", "LBFGS", lbfgs, each(history_size=[100, 20, 10, 50, 200, 5])),
-    Contender("muon", "Muon + AdamW", muon, rates(1e-2, 1e-3, 3e-3)),
+    Contender("muon", "Muon + AdamW", muon, rates(1e-2, 1e-3, 3e-3, 3e-2)),
+    Contender("normuon", "NorMuon + AdamW", normuon, rates(1e-2, 1e-3, 3e-3, 3e-2), packages=("pytorch-optimizer",)),
+    Contender("mousse", "Mousse + AdamW", mousse, rates(1e-2, 1e-3, 3e-3, 3e-2)),
+    Contender("newton_muon", "Newton-Muon + AdamW", newton_muon, rates(1e-2, 1e-3, 3e-3, 3e-2)),
     Contender("adahessian", "Adahessian", adahessian, rates(0.15, 0.015, 0.05), packages=("torch-optimizer",)),
     Contender("shampoo", "Shampoo", shampoo, rates(0.1, 1.0, 0.01), packages=("torch-optimizer",)),
-    Contender("soap", "SOAP", soap, rates(3e-3, 1e-2, 1e-3), packages=("pytorch-optimizer",)),
-    Contender("psgd", "PSGD (Kron)", psgd, rates(1e-2, 1e-3, 3e-2), packages=("pytorch-optimizer",)),
+    Contender("soap", "SOAP", soap, rates(3e-3, 1e-2, 1e-3, 3e-2), packages=("pytorch-optimizer",)),
+    Contender("psgd", "PSGD (Kron)", psgd, rates(1e-2, 1e-3, 3e-2, 3e-3), packages=("pytorch-optimizer",)),
     Contender(
         "kfac",
         "K-FAC",
@@ -182,8 +218,22 @@ _ALL = [
         ours=True,
     ),
     Contender(
-        "spectral_newton",
+        "spectral_kronecker",
         "SpectralNewton",
+        spectral_kronecker,
+        [
+            {},
+            {"lr": 0.5},
+            {"lr": 2.0},
+            {"weight_decay": 0.1},
+            {"average": None, "schedule": "cosine"},
+            {"momentum": 0.95},
+        ],
+        ours=True,
+    ),
+    Contender(
+        "spectral_newton",
+        "SpectralNewton, power law",
         spectral_newton,
         [
             {"lr": 0.01, "adamw_ratio": 1.0, "schedule": "cosine"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -93,6 +94,7 @@ class _Runner:
         self.checkpoints = Checkpoints(checkpoints)
         self.seed = seed
         self._provisional = False
+        self._shown: Callable[[], AbstractContextManager[None]] = nullcontext
         self.result = Run(unit=int(self.meter.unit))
 
     def run(self) -> Run:
@@ -119,6 +121,7 @@ class _Runner:
         torch.manual_seed(self.seed)  # so that no contender sees what another's construction drew
         with self.clock.running(), self.meter.watching(self.metered):
             stepper = self.contender.build(self.metered, **self.settings)
+        self._shown = getattr(stepper, "shown", nullcontext)
         if hasattr(stepper, "after_iteration"):
             stepper.after_iteration = self._after_iteration
         while True:
@@ -153,7 +156,8 @@ class _Runner:
         random = torch.get_rng_state()
         modes = {module: module.training for module in self.task.model.modules()}
         try:
-            measured = self.task.measure()
+            with self.meter.unwatched(), self._shown():
+                measured = self.task.measure()
         finally:
             torch.set_rng_state(random)
             for module, mode in modes.items():

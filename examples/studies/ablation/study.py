@@ -56,6 +56,7 @@ class Study:
         grids: By contender, in place of its own grid.
         budgets: Seconds by problem, in place of all of the above.
         steps: Budget of a run by problem, besides seconds: for comparisons a step or an epoch.
+        untuned: Contenders of this package that run with their defaults only.
         variants: By label: ``contender`` and its settings, run untuned, for ablations.
     """
 
@@ -73,6 +74,7 @@ class Study:
     grids: Mapping[str, Sequence[Settings]] = field(default_factory=dict)
     budgets: Mapping[str, float] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
+    untuned: Sequence[str] = ()
     variants: Mapping[str, Settings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,9 @@ class Study:
             )
         if not 0 < self.tuning_fraction <= 1:
             raise ValueError(f"tuning_fraction must lie in (0, 1], got {self.tuning_fraction}.")
+        strangers = sorted(set(self.untuned) - set(self.contenders))
+        if strangers:
+            raise ValueError(f"untuned= names {strangers}, which are not among the contenders.")
 
     @classmethod
     def load(cls, path: Path) -> Study:
@@ -151,7 +156,9 @@ class Session:
         ]
         for contender in self.contenders:
             there = len(self.grid(contender))
-            if there < study.trials:
+            if contender.name in study.untuned and not contender.ours:
+                raise ValueError(f"{contender.name} is not of this package: it has to be tuned.")
+            if contender.name not in study.untuned and there < study.trials:
                 raise ValueError(f"{contender.name} has {there} settings, and the study has {study.trials} trials.")
 
     def grid(self, contender: Contender) -> Sequence[Settings]:
@@ -206,6 +213,8 @@ class Session:
         return self.table
 
     def tuning(self, problem: Problem, contender: Contender) -> list[Cell]:
+        if contender.name in self.study.untuned:
+            return []
         budget = self.study.budget(problem).scaled(self.study.tuning_fraction)
         trials = self.grid(contender)[: self.study.trials]
         return [Cell(problem, contender, s, "tuning", self.study.tuning_seed, budget) for s in trials]

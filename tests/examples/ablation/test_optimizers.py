@@ -17,7 +17,12 @@ from examples.studies.ablation.optimizers import CONTENDERS
 from tests.examples.ablation.toys import build
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lbfgs", "muon", "adam_lbfgs", "scipy_lbfgsb", "scipy_trust_ncg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sgd", "adamw", "lbfgs", "muon", "mousse", "newton_muon", "adam_lbfgs", "scipy_lbfgsb", "scipy_trust_ncg",
+    ],
+)  # fmt: skip
 def test_baselines_of_torch_and_scipy_train(name: str) -> None:
     _trains(name)
 
@@ -29,6 +34,9 @@ def test_baselines_of_torch_and_scipy_train(name: str) -> None:
         ("shampoo", "torch_optimizer"),
         ("soap", "pytorch_optimizer"),
         ("psgd", "pytorch_optimizer"),
+        ("normuon", "pytorch_optimizer"),
+        ("schedule_free", "pytorch_optimizer"),
+        ("prodigy", "pytorch_optimizer"),
         ("kfac", "curvlinops"),
     ],
 )

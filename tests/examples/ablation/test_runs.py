@@ -16,6 +16,7 @@ from examples.studies.ablation import runner
 from examples.studies.ablation.budget import Budget, Checkpoints
 from examples.studies.ablation.contender import Finished, GradientStep, NotApplicable
 from examples.studies.ablation.optimizers import CONTENDERS
+from tests.examples.ablation import toys
 from tests.examples.ablation.toys import BATCHES, FULL, LONG, contender
 
 
@@ -176,3 +177,40 @@ def test_a_step_without_end_is_interrupted() -> None:
     result = runner.run(FULL, endless, {}, 0, Budget(0.5, 1e6))
     assert (result.status, result.steps, result.curve[-1][2]) == ("budget spent", 1, 1)
     assert 0.55 < result.seconds < 5
+
+
+def test_averages_are_what_is_measured_and_what_trains_goes_on() -> None:
+    """Batch-norm statistics, too: those of the average while it is measured, then the others again."""
+
+    class Averaging(torch.optim.SGD):
+        shown = 0
+
+        def eval(self) -> None:
+            self.shown += 1
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data += 1
+
+        def train(self) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data -= 1
+
+    task = toys.build(0, torch.device("cpu"), None)
+    task.model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).double()
+    optimizer = Averaging(task.model.parameters(), lr=0.01)
+    task.evaluate_loss = lambda x: (task.model(x).square().mean(), task.model(x))
+    step = GradientStep(task, optimizer)
+    norm = task.model[1]
+    batches = [torch.randn(8, 4, dtype=torch.float64) for _ in range(3)]
+    for x in batches:
+        step.step(x)
+    weights, running = task.model[0].weight.detach().clone(), norm.running_mean.clone()
+    with step.shown():
+        torch.testing.assert_close(task.model[0].weight.detach(), weights + 1)
+        means = torch.stack([task.model[0](x).mean(0) for x in batches for _ in range(2)])
+        torch.testing.assert_close(norm.running_mean, means.mean(0).detach())
+    torch.testing.assert_close(task.model[0].weight.detach(), weights)
+    assert torch.equal(norm.running_mean, running)
+    assert norm.momentum == 0.1
+    assert optimizer.shown == 1

@@ -14,7 +14,7 @@ from torch.nn import functional
 import hessopt
 from hessopt import AdamWPart, CurvatureLengths, KroneckerAveraging, KroneckerCoordinates, PowerLaw, SpectralNewton
 from hessopt.errors import ClosureError
-from hessopt.spectral.gram_polar import COEFFICIENTS, ITERATIONS
+from hessopt.spectral.gram_polar import COEFFICIENTS
 
 F64 = torch.float64
 
@@ -98,7 +98,7 @@ def test_the_first_steps_are_the_definition() -> None:
             g = torch.cat([m.weight.grad, m.bias.grad[:, None]], 1)  # type: ignore[list-item, index]
             momentum[i] = 0.9 * momentum[i] + 0.1 * g
             left, right = power(factors[i][1], 0.25, 0.02), power(factors[i][0], 0.25, 0.02)
-            d = left @ muon(left @ (0.9 * momentum[i] + 0.1 * g) @ right) @ right
+            d = left @ polar(left @ (0.9 * momentum[i] + 0.1 * g) @ right) @ right
             found.append(0.2 * d.numel() ** 0.5 * d / d.norm())
             changes.append(((j[0] @ found[-1]) * bent).sum(1))
         z = torch.stack(changes, 1)
@@ -122,10 +122,9 @@ def test_the_first_steps_are_the_definition() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
 
 
-def muon(z: Tensor) -> Tensor:
-    a, b, c = COEFFICIENTS
+def polar(z: Tensor) -> Tensor:
     x = z / z.norm()
-    for _ in range(ITERATIONS):
+    for a, b, c in COEFFICIENTS:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x

@@ -29,13 +29,13 @@ OUTPUTS = [8 * 9, 300, 5]
 
 
 def powers(n: int) -> int:
-    return n * n if n <= 256 else 128 * n + 129
+    return n * n if n <= 256 else 128 * n + 1
 
 
 def held(average: bool) -> int:
     matrices = sum(g * o * a for g, o, a in LAYERS)
     factors = sum(g * (o * o + a * a + powers(o) + powers(a)) for g, o, a in LAYERS)
-    curvature = len(LAYERS) ** 2 + 2 * len(LAYERS)
+    curvature = len(LAYERS) ** 2 + 2 * len(LAYERS) + sum(g for g, _, _ in LAYERS)
     return 2 * matrices + 2 * OTHERS + average * (matrices + OTHERS) + factors + curvature
 
 

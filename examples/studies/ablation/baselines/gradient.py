@@ -1,12 +1,14 @@
-"""SGD, AdamW and Muon of torch.optim; Shampoo, SOAP and PSGD of other packages. No weight decay anywhere."""
+"""SGD and AdamW of torch.optim; Shampoo, SOAP, PSGD, Schedule-Free and Prodigy of other packages.
+
+No weight decay anywhere.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from examples.shared.task import Task
-from examples.studies.ablation.contender import GradientStep, NotApplicable, Stepper, split_parameters, trained
+from examples.studies.ablation.contender import GradientStep, Stepper, trained
 
 
 def sgd(task: Task, *, lr: float = 0.01, momentum: float = 0.9, schedule: str = "constant") -> Stepper:
@@ -17,29 +19,6 @@ def sgd(task: Task, *, lr: float = 0.01, momentum: float = 0.9, schedule: str = 
 
 def adamw(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper:
     return GradientStep(task, torch.optim.AdamW(trained(task.model), lr=lr, weight_decay=0.0), schedule=schedule)
-
-
-def muon(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper:
-    """Muon for hidden matrices, AdamW for the rest, at one learning rate (``"match_rms_adamw"``).
-
-    Hidden are matrices that are neither of an embedding nor of the first or last module with parameters, as the
-    method's author advises.
-    """
-    owners = [module for module in task.model.modules() if any(True for _ in module.parameters(recurse=False))]
-
-    def hidden(module: nn.Module, name: str, p: nn.Parameter) -> bool:
-        outer = module is owners[0] or module is owners[-1] or isinstance(module, nn.Embedding)
-        return p.ndim == 2 and not outer
-
-    matrices, rest = split_parameters(task.model, hidden)
-    if not matrices:
-        raise NotApplicable("the network has no hidden matrices")
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    ]
-    if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=lr, weight_decay=0.0))
-    return GradientStep(task, *optimizers, schedule=schedule)
 
 
 def adahessian(task: Task, *, lr: float = 0.15, schedule: str = "constant") -> Stepper:
@@ -71,4 +50,21 @@ def psgd(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper
 
     parameters = trained(task.model)
     optimizer = Kron(parameters, lr=lr, weight_decay=0.0, precondition_dtype=parameters[0].dtype)
+    return GradientStep(task, optimizer, schedule=schedule)
+
+
+def schedule_free(task: Task, *, lr: float = 2.5e-3, beta: float = 0.9, schedule: str = "constant") -> Stepper:
+    """Schedule-Free AdamW: what is measured is its average of the iterates."""
+    from pytorch_optimizer import ScheduleFreeAdamW
+
+    optimizer = ScheduleFreeAdamW(trained(task.model), lr=lr, betas=(beta, 0.999))
+    optimizer.train()
+    return GradientStep(task, optimizer, schedule=schedule)
+
+
+def prodigy(task: Task, *, d_coef: float = 1.0, schedule: str = "constant") -> Stepper:
+    """Prodigy, which estimates its learning rate; ``d_coef`` is a factor on the estimate."""
+    from pytorch_optimizer import Prodigy
+
+    optimizer = Prodigy(trained(task.model), d_coef=d_coef, bias_correction=True)
     return GradientStep(task, optimizer, schedule=schedule)
