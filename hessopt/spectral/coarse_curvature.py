@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from torch.nn import functional
 from hessopt.averages.blocks import Block
 from hessopt.averages.gathering import Batch
 from hessopt.averages.recorder import Call
+from hessopt.network.cliques import Bandwidth
 
 ALIKE = 3.0
 """Lengths within this factor of their median are taken for equal."""
+TAIL = 0.05
+"""Share of the curvature between layers that an automatic bandwidth may leave out."""
 SHORTEST = 1e-3
 """Least length of a layer, in units of the longest, before that: of one that has no slope at present."""
 FLAT = 0.01
@@ -78,8 +82,10 @@ class CoarseCurvature:
        q_v = \frac{r_v}{\tilde r} \Big/ \mathrm{clamp}\Big(\frac{r_v}{\tilde r}, \frac{1}{\tau}, \tau\Big), \qquad
        s = q \, \max\Big(0, \frac{g^\top q}{q^\top C q}\Big)
 
-    The sums run over pairs at most ``bandwidth`` apart. ``diag(Σ_w |C_vw|) ⪰ C``, so r does not go beyond the minimum
-    of the model ``½ sᵀCs − gᵀs``; what is subtracted is sampling noise, n the rows that an average is made of.
+    The sums run over pairs at most ``bandwidth`` apart; with ``"auto"`` that is the interaction radius, at every update
+    anew: the smallest distance beyond which there is at most :data:`TAIL` of all ``|C|°``. As ``diag(Σ_w |C_vw|) ⪰ C``,
+    r does not go beyond the minimum of the model ``½ sᵀCs − gᵀs``; what is subtracted is sampling noise, n the rows
+    that an average is made of.
     Layers share one length unless r differs from its median r̃ by more than τ = :data:`ALIKE` times, and then only by
     what is beyond that: lengths of single layers are noisier than a common one, and worth it only where layers are
     unlike (the code of an autoencoder). Along q, s is the model's minimiser. A layer along whose step there is no
@@ -87,7 +93,8 @@ class CoarseCurvature:
     every layer. Source: docs/spectral.md.
 
     Args:
-        near: Pairs that count, ``(L, L)``, booleans, the diagonal included.
+        distances: Of layers, ``(L, L)``, infinite where they are not connected.
+        bandwidth: Of the pairs that count; ``"auto"`` or ``"full"``.
         decay: Weight of the past in the averages.
         dtype: Of these.
 
@@ -96,20 +103,23 @@ class CoarseCurvature:
         slopes: The average of g, ``(L,)``.
         lengths: s, ``(L,)``; zero before the first update.
         updates: Updates, on the device.
+        radius: Distance of the furthest layers whose pairs count, on the device.
     """
 
-    def __init__(self, near: Tensor, decay: float, dtype: torch.dtype) -> None:
-        count = len(near)
-        self.decay, self.near = decay, near
-        self.curvature = torch.zeros(count, count, dtype=dtype, device=near.device)
-        self.slopes = torch.zeros(count, dtype=dtype, device=near.device)
-        self.lengths = torch.zeros(count, dtype=dtype, device=near.device)
-        self.updates = torch.zeros((), dtype=dtype, device=near.device)
+    def __init__(
+        self, distances: Tensor, bandwidth: Bandwidth | Literal["auto"], decay: float, dtype: torch.dtype
+    ) -> None:
+        self.decay, self.bandwidth = decay, bandwidth
+        self._apart, self._place = distances.unique(return_inverse=True)
+        self.curvature = torch.zeros_like(distances, dtype=dtype)
+        self.slopes = self.curvature.new_zeros(len(distances))
+        self.lengths = torch.zeros_like(self.slopes)
+        self.updates, self.radius = self.slopes.new_zeros(()), self.slopes.new_zeros(())
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that the next update depends on."""
-        return [self.curvature, self.slopes, self.lengths, self.updates]
+        return [self.curvature, self.slopes, self.lengths, self.updates, self.radius]
 
     @torch.no_grad()
     def update(self, changes: Tensor, slopes: Tensor, sound: Tensor) -> None:
@@ -131,11 +141,27 @@ class CoarseCurvature:
         independent = rows * (1 + self.decay) / (1 - self.decay)
         noise = 2 * (own[:, None] / independent * own).sqrt()
         apart = ~torch.eye(len(c), dtype=torch.bool, device=c.device)
-        coupling = torch.where(apart, (c.abs() - noise).clamp_min(0), own) * self.near
+        coupling = torch.where(apart, (c.abs() - noise).clamp_min(0), own)
+        near = self._near(coupling)
+        coupling = coupling * near
         bound = g.clamp_min(0) / coupling.sum(1) * known
         wanted = bound.clamp_min(SHORTEST * bound.max()).clamp_min(tiny)
         ratio = torch.where(known, wanted / torch.where(known, wanted, torch.nan).nanmedian(), 1.0)
         shape = ratio / ratio.clamp(1 / ALIKE, ALIKE)
-        curved = (shape @ (c * self.near) @ shape).clamp_min(tiny)
+        curved = (shape @ (c * near) @ shape).clamp_min(tiny)
         length = torch.where(known.any(), (g * known) @ shape / curved, FLAT * (g.sum() > 0))
         return shape * length.clamp_min(0)
+
+    def _near(self, coupling: Tensor) -> Tensor:
+        """Of pairs whether they count, ``(L, L)``."""
+        if self.bandwidth == "auto":
+            at = torch.zeros_like(self._apart, dtype=coupling.dtype).index_add_(
+                0, self._place.flatten(), coupling.flatten()
+            )
+            beyond = at.flip(0).cumsum(0).flip(0)  # and at the distance itself
+            inside = beyond > TAIL * beyond[0]
+        else:
+            inside = self._apart <= (torch.inf if self.bandwidth == "full" else self.bandwidth)
+        inside[0] = True  # layers with themselves
+        self.radius.copy_(torch.where(inside, self._apart, 0.0).max())
+        return inside[self._place]

@@ -305,13 +305,10 @@ class SpectralEngine:
         if factors is None or structure is None:
             outputs, lengths = True, self._asked  # as with a closure, which may come yet
             factors = self.averages.blank_factors()
-            near = torch.eye(len(factors.blocks), dtype=torch.bool, device=self.device)
+            distances = self._unconnected(factors)
         else:
-            reach = torch.from_numpy(structure.inside).to(self.device)
-            near = torch.ones_like(reach, dtype=torch.bool)
-            if lengths is not None and lengths.bandwidth != "full":
-                near = reach <= lengths.bandwidth
-        coarse = None if lengths is None else CoarseCurvature(near, lengths.decay, self.dtype)
+            distances = torch.from_numpy(structure.inside).to(self.device, self.dtype)
+        coarse = None if lengths is None else CoarseCurvature(distances, lengths.bandwidth, lengths.decay, self.dtype)
         gradient, matrices = factors.blank()
         views = factors.views(matrices)
         rows: list[list[int]] = [[] for _ in factors.stacks]
@@ -341,12 +338,18 @@ class SpectralEngine:
         return {block.name: share * s for block, s in zip(layers.factors.blocks, known, strict=True)}
 
     def report(self, names: dict[Tensor, str]) -> dict[str, str]:
-        """How each parameter is treated, by its name; and under ``"left out"`` what was not finite."""
+        """How each parameter is treated, by its name.
+
+        Under ``"left out"`` what was not finite, under ``"bandwidth"`` an automatic one.
+        """
         found = {names.get(p, "?"): f"AdamW: {why}" for p, why in self.others.items()}
         for block in () if self.gathering is None else self.gathering.blocks:
             g, o, a = block.shape
             text = f"spectral, {block.kind}: {a} ⊗ {o}" + (f", {g} groups" if g > 1 else "")
             found.update({names.get(p, "?"): text for p in block.parameters})
+        coarse = None if self._layers is None else self._layers.coarse
+        if coarse is not None and coarse.bandwidth == "auto":
+            found["bandwidth"] = f"pairs of layers at most {float(coarse.radius):g} apart"
         for p in () if self._layers is None else self._uncalled(self._layers):
             found[names.get(p, "?")] = "not moved: its layer was not called at the first step"
         if int(self.left_out):
@@ -424,9 +427,15 @@ class SpectralEngine:
             return
         directions = [StackDirection(stack, self.options, not self.inputs_only) for stack in factors.stacks]
         check_tensors(_power_tensors(directions), state["powers"])
-        near = torch.ones(len(factors.blocks), len(factors.blocks), device=factors.device)
-        coarse = None if self.lengths is None else CoarseCurvature(near, self.lengths.decay, self.dtype)
+        distances, rule = self._unconnected(factors), self.lengths
+        coarse = None if rule is None else CoarseCurvature(distances, rule.bandwidth, rule.decay, self.dtype)
         check_tensors(_coarse_tensors(coarse), state["coarse"])
+
+    def _unconnected(self, factors: KroneckerAverages) -> Tensor:
+        """Distances of layers of which nothing is known."""
+        count = len(factors.blocks)
+        own = torch.eye(count, dtype=torch.bool, device=self.device)
+        return torch.full((count, count), torch.inf, dtype=self.dtype, device=self.device).masked_fill(own, 0.0)
 
 
 def _power_tensors(directions: Sequence[StackDirection]) -> list[tuple[str, Tensor]]:

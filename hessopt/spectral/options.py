@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -112,7 +112,8 @@ class CurvatureLengths:
     Args:
         share: η, in (0, 1]: how much of the way to the minimum of the model is gone. Default: 0.5.
         decay: Weight of the past in its averages, in [0, 1). Default: 0.9.
-        bandwidth: Pairs of layers at most so far apart count; or ``"full"``. Default: ``"full"``.
+        bandwidth: Pairs of layers at most so far apart count; ``"auto"``, at most the interaction radius, measured at
+            every update; or ``"full"``. Default: ``"auto"``.
 
     Raises:
         ValueError: an option is out of range.
@@ -120,14 +121,15 @@ class CurvatureLengths:
 
     share: float = 0.5
     decay: float = 0.9
-    bandwidth: Bandwidth = "full"
+    bandwidth: Bandwidth | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {self.share!r}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}.")
-        check_bandwidth(self.bandwidth)
+        if self.bandwidth != "auto":
+            check_bandwidth(self.bandwidth)
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,14 @@ def test_the_curvature_between_steps_is_that_of_the_gauss_newton_matrix(case: st
     torch.testing.assert_close(changes.T @ changes, expected, rtol=1e-9, atol=1e-12)
 
 
+def chain(count: int) -> Tensor:
+    """Distances of layers in a row."""
+    place = torch.arange(count, dtype=F64)
+    return (place[:, None] - place).abs()
+
+
 def of(curvature: Tensor, slopes: Tensor, rows: int = 10**12) -> CoarseCurvature:
-    coarse = CoarseCurvature(torch.ones_like(curvature, dtype=torch.bool), 0.9, F64)
+    coarse = CoarseCurvature(chain(len(slopes)), "full", 0.9, F64)
     coarse.curvature.copy_(curvature)
     coarse.slopes.copy_(slopes)
     coarse.lengths.copy_(coarse.minimised(rows))
@@ -123,15 +129,33 @@ def test_coupling_below_the_noise_of_sampling_does_not_count() -> None:
 def test_a_band_leaves_out_what_is_beyond_it() -> None:
     torch.manual_seed(0)
     z = torch.randn(30, 3, dtype=F64) + 2
-    near = torch.eye(3, dtype=torch.bool)
-    coarse = CoarseCurvature(near, 0.9, F64)
-    coarse.update(z, torch.ones(3, dtype=F64), torch.tensor(True))
-    own = (z.T @ z).diagonal()
-    torch.testing.assert_close(coarse.lengths, torch.ones(3, dtype=F64) * 3 / own.sum(), rtol=1e-12, atol=0)
+    for bandwidth in (0, 1):
+        coarse = CoarseCurvature(chain(3), bandwidth, 0.9, F64)
+        coarse.update(z, torch.ones(3, dtype=F64), torch.tensor(True))
+        kept = (z.T @ z) * (chain(3) <= bandwidth)
+        torch.testing.assert_close(coarse.lengths, torch.ones(3, dtype=F64) * 3 / kept.sum(), rtol=1e-12, atol=0)
+        assert float(coarse.radius) == bandwidth
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 3])
+def test_an_automatic_band_ends_where_a_twentieth_of_the_curvature_is_left(radius: int) -> None:
+    """Not connected is furthest of all, and a coupling that is noise does not count."""
+    distances = chain(5)
+    distances[4, :4] = distances[:4, 4] = torch.inf
+    curvature = torch.where(distances <= radius, 1.0, 1e-3).to(F64)
+    coarse, fixed = (CoarseCurvature(distances, bandwidth, 0.9, F64) for bandwidth in ("auto", radius))
+    for c in (coarse, fixed):
+        c.curvature.copy_(curvature)
+        c.slopes.fill_(1.0)
+    assert torch.equal(coarse.minimised(10**12), fixed.minimised(10**12))
+    assert float(coarse.radius) == radius
+    coarse.curvature.copy_(torch.where(distances == 0, 1.0, 0.1).to(F64))
+    coarse.minimised(10)
+    assert float(coarse.radius) == 0
 
 
 def test_unsound_batches_change_nothing() -> None:
-    coarse = CoarseCurvature(torch.ones(2, 2, dtype=torch.bool), 0.9, F64)
+    coarse = CoarseCurvature(chain(2), "auto", 0.9, F64)
     coarse.update(torch.ones(3, 2, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(True))
     before = [t.clone() for t in coarse.tensors]
     coarse.update(torch.full((3, 2), torch.nan, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(True))

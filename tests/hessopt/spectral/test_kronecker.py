@@ -65,7 +65,12 @@ def test_the_first_steps_are_the_definition() -> None:
     other = copy.deepcopy(net)
     averages = KroneckerAveraging(decay=0.95, factor_every=1, inverse_every=1, seed=3)
     optimizer = SpectralNewton(
-        net, "cross_entropy", 0.7, coordinates=KroneckerCoordinates(0.25, 0.02, averages), weight_decay=0.1
+        net,
+        "cross_entropy",
+        0.7,
+        coordinates=KroneckerCoordinates(0.25, 0.02, averages),
+        step_lengths=CurvatureLengths(bandwidth="full"),
+        weight_decay=0.1,
     )
     layers = [m for m in other if isinstance(m, nn.Linear)]
     momentum = [torch.zeros(m.out_features, m.in_features + 1, dtype=F64) for m in layers]
