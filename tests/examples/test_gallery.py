@@ -27,6 +27,7 @@ COMMANDS = {
     "quickstart": "--seconds 0.01 --seeds 1 --out quickstart.png",
     "saddles": "--steps 2 --seeds 1",
     "spectra": "--steps 2 --out spectra.png",
+    "spectral_digits": "--steps 3 --seeds 1 --out spectral.png",
 }
 SLOW = {"banded_on_digits", "deep_narrow", "diagnose_digits", "diagnose_models", "quickstart", "saddles", "spectra"}
 
