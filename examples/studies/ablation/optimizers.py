@@ -76,13 +76,34 @@ def banded_kronecker(
     return ClosureStep(task, optimizer, schedule)
 
 
-def spectral_kronecker(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
-    """What is measured is its average of the iterates."""
-    names = [field.name for field in dataclasses.fields(hessopt.KroneckerCoordinates) if field.name in settings]
-    coordinates = hessopt.KroneckerCoordinates(**{name: settings.pop(name) for name in names})
+def spectral_kronecker(
+    task: Task, *, schedule: str = "constant", average: float = 8, known: bool = True, **settings: Any
+) -> Stepper:
+    """What is measured is its average of the iterates, if ``average`` is not 0.
+
+    Args:
+        task: The task.
+        schedule: Of ``lr``.
+        average: Its power.
+        known: Whether the loss is declared.
+        settings: Fields of the options' classes, and arguments.
+    """
+
+    def options(kind: type[Any], **more: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(kind) if field.name in settings]
+        return kind(**more, **{name: settings.pop(name) for name in names})
+
+    if settings.get("step_lengths") != "fixed":
+        settings["step_lengths"] = options(hessopt.CurvatureLengths)
+    averages = options(hessopt.KroneckerAveraging, decay=0.95)
+    coordinates = options(hessopt.KroneckerCoordinates, averages=averages)
     loss = None if task.declared is None else declared_loss(task.declared)
-    optimizer = hessopt.SpectralNewton(task.model, loss, coordinates=coordinates, **settings)
-    return ClosureStep(task, optimizer, schedule) if loss is None else GradientStep(task, optimizer, schedule=schedule)
+    optimizer = hessopt.SpectralNewton(
+        task.model, loss if known else None, coordinates=coordinates, average=average or None, **settings
+    )
+    if loss is None and known:
+        return ClosureStep(task, optimizer, schedule)
+    return GradientStep(task, optimizer, schedule=schedule)
 
 
 def spectral_newton(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
@@ -226,7 +247,7 @@ _ALL = [
             {"lr": 0.5},
             {"lr": 2.0},
             {"weight_decay": 0.1},
-            {"average": None, "schedule": "cosine"},
+            {"average": 0, "schedule": "cosine"},
             {"momentum": 0.95},
         ],
         ours=True,
