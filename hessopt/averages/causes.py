@@ -52,7 +52,8 @@ class Seen:
             f"the declared {name} was not called, on what the network returns, since the last step. Call that very "
             "module in the loop or closure and not its functional form; if the loss is computed inside of the network "
             '(as with `labels=`), take it out of there, or declare it by name, loss="cross_entropy", or leave out '
-            'loss= and pass a closure that returns `(loss, output)`, or use curvature="empirical".'
+            "loss= and pass a closure that returns `(loss, output)`, or, with KroneckerNewton, use "
+            'curvature="empirical".'
         )
 
 

@@ -126,7 +126,8 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
 
         Args:
             closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure.protocol`. Not needed where the
-                loss is declared; without it nothing waits for the device but the first update of the averages.
+                loss is declared; without it nothing waits for the device but the first
+                update of the averages and the refreshes of powers.
 
         Returns:
             The loss before the step, detached; None without a closure.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessopt
 from hessopt import AdamWPart, CurvatureLengths, KroneckerAveraging, KroneckerCoordinates, PowerLaw, SpectralNewton
@@ -434,3 +435,53 @@ def test_a_loss_without_curvature_in_the_output_is_trained_with_fixed_lengths(de
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert list(optimizer.step_lengths.values()) == pytest.approx([0.005] * 3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_recovers_from_steps_that_are_far_too_long(seed: int) -> None:
+    """Twenty times the learning rate for ten steps blows the loss up; afterwards it comes below where it was."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)).to(F64)
+    teacher = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4)).to(F64)
+    x = torch.randn(512, 10, dtype=F64)
+    y = (3 * teacher(x)).argmax(1)
+    optimizer = SpectralNewton(net, "cross_entropy")
+
+    def after(steps: int, lr: float) -> float:
+        optimizer.param_groups[0]["lr"] = lr
+        for _ in range(steps):
+            rows = torch.randint(512, (64,))
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+        return float(functional.cross_entropy(net(x), y).detach())
+
+    before = after(60, 1.0)
+    assert after(10, 20.0) > 5 * before
+    assert after(150, 1.0) < before
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing_but_at_refreshes_of_powers() -> None:
+    """Of low rank, too; steps that update the factors included."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 300), nn.LayerNorm(300), nn.Tanh(), nn.Linear(300, 3)).to(F64)
+    optimizer = SpectralNewton(net, "cross_entropy", weight_decay=0.1)
+    reads = []
+    for step in range(60):
+        x, y = data(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), y).backward()
+        with Reads() as counted:
+            optimizer.step()
+        reads += [step] if counted.count else []
+    assert reads == [0, 1, 2, 4, 8, 16, 32, 40]
