@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -166,7 +167,7 @@ _ENGINE: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignor
 
 
 def _signature(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor | None],
     retain_graph: bool,
     create_graph: bool,
@@ -180,7 +181,11 @@ def _signature(
             return None
         if cotangent is not None and torch._C._functorch.is_batchedtensor(cotangent):
             return None
-    ends = tuple((o.shape, type(o.grad_fn)) for o in outputs)
+    # An output may be an edge of the tape in place of a tensor; its cotangent has its shape.
+    ends = tuple(
+        (o.shape, type(o.grad_fn)) if isinstance(o, Tensor) else (None if c is None else c.shape, type(o.node))
+        for o, c in zip(outputs, cotangents, strict=True)
+    )
     return ("engine", ends, tuple(i.shape if isinstance(i, Tensor) else () for i in inputs), create_graph)
 
 

@@ -111,3 +111,18 @@ def test_forward_passes_outside_of_the_loss_count() -> None:
     task.model(x)
     task.evaluate_loss((x, x[:, :2]))[0].backward()  # type: ignore[index]
     assert "counted" not in engine.__qualname__
+
+
+def test_a_pass_from_an_edge_of_the_tape_counts_as_one_from_its_tensor() -> None:
+    task = runner.fresh_task(FULL, 0, torch.device("cpu"), None)
+    meter = Meter(1.0)
+    task = meter.attach(task)
+    parameters = list(task.model.parameters())
+    with meter.watching(task):
+        _, z = task.evaluate_loss(next(task.batches))  # type: ignore[misc]
+        spent = []
+        for output in (z, torch.autograd.graph.get_gradient_edge(z)):
+            before = meter.spent
+            torch.autograd.grad(output, parameters, torch.ones_like(z), retain_graph=True)
+            spent.append(meter.spent - before)
+    assert spent[0] == spent[1] > 0
