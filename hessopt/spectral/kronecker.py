@@ -118,7 +118,10 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         return self._engine.step_lengths
 
     def report(self) -> dict[str, str]:
-        """How each parameter is treated, by its name in the network; and ``"left out"``: steps that were not finite."""
+        """How each parameter is treated, by its name in the network.
+
+        Beside them ``"left out"``: steps that were not finite, and ``"bandwidth"``: an automatic one, as last measured.
+        """
         return self._engine.report({p: name for name, p in self.model.named_parameters()})
 
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
@@ -126,8 +129,8 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
 
         Args:
             closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure.protocol`. Not needed where the
-                loss is declared; without it nothing waits for the device but the first
-                update of the averages and the refreshes of powers.
+                loss is declared; without it nothing waits for the device but the first update of the averages and the
+                refreshes of powers.
 
         Returns:
             The loss before the step, detached; None without a closure.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ from examples.studies.ablation.contender import (
     trained,
 )
 
+Options = TypeVar("Options")
+
 
 def newton_cg(task: Task, **settings: Any) -> Stepper:
     if settings.pop("method", None) == "levenberg-marquardt":
@@ -57,12 +59,17 @@ def declared_loss(declared: Sequence[Any]) -> hessopt.NamedLoss | nn.Module:
     return declared[0] if isinstance(declared[0], nn.Module) else hessopt.NamedLoss(*declared)
 
 
+def with_own(options: Options, settings: dict[str, Any]) -> Options:
+    """Options with those of the settings that are fields of theirs, which are taken out of the settings."""
+    names = [field.name for field in dataclasses.fields(options) if field.name in settings]  # type: ignore[arg-type]
+    return dataclasses.replace(options, **{name: settings.pop(name) for name in names})  # type: ignore[type-var]
+
+
 def banded_kronecker(
     task: Task, *, schedule: str = "constant", bandwidth: Any = "auto", damping_unit: Any = "loss", **settings: Any
 ) -> Stepper:
     """For mini-batches. Where the loss can be declared, by name or as a module, it needs no closure."""
-    names = [field.name for field in dataclasses.fields(hessopt.KroneckerAveraging) if field.name in settings]
-    averages = hessopt.KroneckerAveraging(**{name: settings.pop(name) for name in names})
+    averages = with_own(hessopt.KroneckerAveraging(), settings)
     optimizer = hessopt.KroneckerNewton(
         task.model,
         bandwidth=bandwidth,
@@ -89,14 +96,11 @@ def spectral_kronecker(
         settings: Fields of the options' classes, and arguments.
     """
 
-    def options(kind: type[Any], **more: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(kind) if field.name in settings]
-        return kind(**more, **{name: settings.pop(name) for name in names})
-
     if settings.get("step_lengths") != "fixed":
-        settings["step_lengths"] = options(hessopt.CurvatureLengths)
-    averages = options(hessopt.KroneckerAveraging, decay=0.95)
-    coordinates = options(hessopt.KroneckerCoordinates, averages=averages)
+        settings["step_lengths"] = with_own(hessopt.CurvatureLengths(), settings)
+    default = hessopt.KroneckerCoordinates()
+    averages = with_own(default.averages, settings)
+    coordinates = with_own(dataclasses.replace(default, averages=averages), settings)
     loss = None if task.declared is None else declared_loss(task.declared)
     optimizer = hessopt.SpectralNewton(
         task.model, loss if known else None, coordinates=coordinates, average=average or None, **settings
@@ -108,9 +112,9 @@ def spectral_kronecker(
 
 def spectral_newton(task: Task, *, schedule: str = "constant", **settings: Any) -> Stepper:
     """By the power law: matrices by the spectral map, the rest by AdamW."""
-    law = {name: settings.pop(name) for name in ("alpha", "delta", "form") if name in settings}
+    law = with_own(hessopt.PowerLaw(), settings)
     adamw = hessopt.AdamWPart(ratio=settings.pop("adamw_ratio", 1.0))
-    optimizer = hessopt.SpectralNewton(task.model, coordinates=hessopt.PowerLaw(**law), adamw=adamw, **settings)
+    optimizer = hessopt.SpectralNewton(task.model, coordinates=law, adamw=adamw, **settings)
     if all(group["name"] != "spectral" for group in optimizer.param_groups):
         raise NotApplicable("the network has no hidden matrices")
     return ClosureStep(task, optimizer, schedule)
