@@ -43,6 +43,11 @@ class Structure:
     called: list[int]
     distances: NDArray[np.float64]
 
+    @classmethod
+    def unconnected(cls, count: int) -> Structure:
+        """So many blocks, all of them called and none connected with another."""
+        return cls(list(range(count)), np.where(np.eye(count, dtype=bool), 0.0, np.inf))
+
     def equals(self, other: Structure | None) -> bool:
         """Whether it is that of another batch."""
         return other is not None and self.called == other.called and np.array_equal(self.distances, other.distances)

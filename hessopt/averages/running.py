@@ -150,17 +150,12 @@ class RunningAverages:
         """
         structure = self.gathering.structure
         if structure is None:
-            return self._factors(self._unknown(), no_pairs, self.gathering.device)
+            return self._factors(Structure.unconnected(len(self.gathering.blocks)), no_pairs, self.gathering.device)
         return self._factors(structure, self.taper if taper is None else taper, self.gathering.device)
 
     def _factors(self, structure: Structure, taper: Taper, device: torch.device) -> KroneckerAverages:
         blocks, weights = [self.gathering.blocks[i] for i in structure.called], taper(structure.inside)
         return KroneckerAverages(blocks, torch.from_numpy(weights), self.gathering.dtype, device)
-
-    def _unknown(self) -> Structure:
-        """All blocks, none of them connected."""
-        count = len(self.gathering.blocks)
-        return Structure(list(range(count)), np.where(np.eye(count, dtype=bool), 0.0, np.inf))
 
     def open_probe(self, taper: Taper) -> None:
         """Average the factors of other pairs as well, from the next batch on."""
@@ -282,7 +277,7 @@ class RunningAverages:
         """
         factors, structure, diagonals = self.factors, self.gathering.structure, list(self.diagonals.values())
         if factors is None or structure is None:
-            factors, structure = self.blank_factors(), self._unknown()
+            factors, structure = self.blank_factors(), Structure.unconnected(len(self.gathering.blocks))
             others = self.gathering.others_of(structure.called)
             diagonals = [torch.zeros_like(p, dtype=factors.dtype) for p in others]
         own, cross = factors.split(factors.tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,3 +72,18 @@ class AdamWVector:
         count = steps.clamp_min(1)
         spread = (second / (1 - beta2**count)).sqrt() + self.eps
         return first / (1 - beta1**count) / spread, Moments(first, second, steps)
+
+    def state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """Moments of one of the parameters, as views."""
+        place = {id(q): i for i, q in enumerate(self.parameters)}[id(p)]
+        first, second = self.moments.first, self.moments.second
+        return {"exp_avg": self.views(first)[place], "exp_avg_sq": self.views(second)[place]}
+
+    def load(self, steps: Tensor, own: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Take up steps, and by parameter what :meth:`state_of` gave; zero where there is nothing."""
+        self.moments = moments = self.blank()
+        moments.steps.copy_(steps)
+        for vector, name in ((moments.first, "exp_avg"), (moments.second, "exp_avg_sq")):
+            for p, view in zip(self.parameters, self.views(vector), strict=True):
+                if name in own.get(p, {}):
+                    view.copy_(own[p][name])

@@ -10,70 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from hessopt.averages.averages import KroneckerAverages
-from hessopt.averages.blocks import Block, plan_blocks
-from hessopt.averages.gathering import Curvature, Gathering
+from hessopt.averages.gathering import Curvature, Gathering, Structure
 from hessopt.averages.options import NamedLoss, due
 from hessopt.averages.running import Pending, RunningAverages
 from hessopt.averages.saved import check_entries, check_tensors
 from hessopt.spectral.adamw_vector import AdamWVector, Moments
-from hessopt.spectral.coarse_curvature import CoarseCurvature, changes_along
+from hessopt.spectral.coarse_curvature import changes_along
+from hessopt.spectral.layers import SpectralLayers, divided
 from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
-from hessopt.spectral.stack_direction import StackDirection, directions_of
+from hessopt.spectral.stack_direction import directions_of
 
 FIXED = 0.01
 """Step length where the loss is not known, for a learning rate of 1."""
 ENTRIES = ("steps", "left_out", "gathering", "averages", "powers", "coarse", "adamw_steps")
-
-
-@dataclass(eq=False)
-class _Layers:
-    """What is known of the matrices once a batch has shown which are called.
-
-    Attributes:
-        factors: Their averages.
-        directions: Of each stack of these.
-        coarse: The curvature between their steps; None with fixed lengths.
-        parameters: Theirs.
-        momentum: M, flat.
-        gradient: G, flat; views of it are filled from the gradients.
-        slots: The views, of each parameter.
-        rows: Of each stack the places of its entries' blocks, ``(m,)``.
-        lengths: Of each stack the lengths of its entries, ``(m,)``; of fixed ones just one number.
-        usual: Their median.
-    """
-
-    factors: KroneckerAverages
-    directions: list[StackDirection]
-    coarse: CoarseCurvature | None
-    parameters: list[Tensor]
-    momentum: Tensor
-    gradient: Tensor
-    slots: list[Tensor]
-    rows: list[Tensor]
-    lengths: list[Tensor]
-    usual: Tensor
-
-    def set_lengths(self, share: float) -> None:
-        """Take the lengths of the coarse curvature, times a share, for the steps from now on."""
-        assert self.coarse is not None
-        found = self.coarse.lengths * share
-        self.lengths, self.usual = [found[rows] for rows in self.rows], found.median()
-
-    def blocks(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Of each block its part of matrices, ``(g, o, a)``."""
-        places = zip(self.factors.blocks, self.factors.place, strict=True)
-        return [matrices[stack][start : start + block.shape[0]] for block, (stack, start) in places]
-
-    def filled(self, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
-        """The gradients, and for one that is missing the momentum, which then stays as it is."""
-        if all(p in gradients for p in self.parameters):
-            return [gradients[p] for p in self.parameters]
-        return [gradients.get(p, m) for p, m in self.momenta.items()]
-
-    @property
-    def momenta(self) -> dict[Tensor, Tensor]:
-        """M by parameter, as views."""
-        return self.factors.views(self.factors.matrices(self.momentum))
 
 
 @dataclass(eq=False)
@@ -149,7 +98,7 @@ class SpectralEngine:
         given = list(parameters)
         trained = [p for p in given if p.requires_grad]
         self.untrained = [p for p in given if not p.requires_grad]
-        matrices, self.others = _divided(model, trained, options.averages.max_size)
+        matrices, self.others = divided(model, trained, options.averages.max_size)
         curvature: Curvature = "empirical" if inputs_only else "fisher"
         self.gathering: Gathering[Pending] | None = None
         self.averages: RunningAverages | None = None
@@ -164,7 +113,7 @@ class SpectralEngine:
         self.vector = AdamWVector([p for p in trained if p in self.others], self.dtype, adamw.betas, adamw.eps)
         self.steps = 0
         self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._layers: _Layers | None = None
+        self._layers: SpectralLayers | None = None
 
     @property
     def updates(self) -> int:
@@ -225,14 +174,10 @@ class SpectralEngine:
 
     def _rates(self, parameters: Sequence[Tensor], step: Tensor, usual: Tensor) -> list[Tensor]:
         """Step lengths of parameters, for a learning rate of 1."""
-        layers, rates = self._layers, {}
-        if layers is not None:
-            for block, (stack, start) in zip(layers.factors.blocks, layers.factors.place, strict=True):
-                length = layers.lengths[stack]
-                rates.update(dict.fromkeys(block.parameters, length[min(start, len(length) - 1)] * step))
-        return [rates.get(p, usual * self.adamw.ratio) for p in parameters]
+        known = {} if self._layers is None else self._layers.rates(step)
+        return [known.get(p, usual * self.adamw.ratio) for p in parameters]
 
-    def _matrices(self, layers: _Layers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> None:
+    def _matrices(self, layers: SpectralLayers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> None:
         """The part of the matrices."""
         first = self.steps == 0
         if first or due(self.steps, self.options.averages.inverse_every):
@@ -254,7 +199,7 @@ class SpectralEngine:
                 found.changes.append(part)
         found.momentum = momentum
 
-    def _measure(self, layers: _Layers, steps: list[Tensor], momenta: list[Tensor], sound: Tensor) -> None:
+    def _measure(self, layers: SpectralLayers, steps: list[Tensor], momenta: list[Tensor], sound: Tensor) -> None:
         """Lengths anew, at an update of the factors."""
         assert self.averages is not None
         assert self.gathering is not None
@@ -296,36 +241,21 @@ class SpectralEngine:
         if self.gathering is not None and (self.gathering.active or due(self.steps, every)):
             self.gathering.start()
 
-    def _build(self) -> _Layers:
+    def _build(self) -> SpectralLayers:
         """For the layers that were called; before the first batch for all, with nothing in them."""
         assert self.averages is not None
         assert self.gathering is not None
         factors, structure = self.averages.factors, self.gathering.structure
-        outputs, lengths = not self.inputs_only, self.lengths
-        if factors is None or structure is None:
-            outputs, lengths = True, self._asked  # as with a closure, which may come yet
-            factors = self.averages.blank_factors()
-            distances = self._unconnected(factors)
-        else:
-            distances = torch.from_numpy(structure.inside).to(self.device, self.dtype)
-        coarse = None if lengths is None else CoarseCurvature(distances, lengths.bandwidth, lengths.decay, self.dtype)
-        gradient, matrices = factors.blank()
-        views = factors.views(matrices)
-        rows: list[list[int]] = [[] for _ in factors.stacks]
-        for i, (block, (stack, _)) in enumerate(zip(factors.blocks, factors.place, strict=True)):
-            rows[stack] += [i] * block.shape[0]
-        return _Layers(
-            factors=factors,
-            directions=[StackDirection(stack, self.options, outputs) for stack in factors.stacks],
-            coarse=coarse,
-            parameters=list(views),
-            momentum=torch.zeros_like(gradient),
-            gradient=gradient,
-            slots=list(views.values()),
-            lengths=[gradient.new_full((1,), self.fixed)] * len(rows),
-            usual=gradient.new_full((), self.fixed),
-            rows=[torch.tensor(own, device=self.device) for own in rows],
-        )
+        if factors is None or structure is None:  # with a closure, which may come yet, there are outputs
+            return self._blank(self.averages.blank_factors(), None, self._asked, outputs=True)
+        return self._blank(factors, structure, self.lengths, outputs=not self.inputs_only)
+
+    def _blank(
+        self, factors: KroneckerAverages, structure: Structure | None, rule: CurvatureLengths | None, *, outputs: bool
+    ) -> SpectralLayers:
+        known = Structure.unconnected(len(factors.blocks)) if structure is None else structure
+        distances = torch.from_numpy(known.inside).to(self.device, self.dtype)
+        return SpectralLayers.blank(factors, distances, self.options, rule, outputs=outputs, fixed=self.fixed)
 
     @property
     def step_lengths(self) -> dict[str, float]:
@@ -356,17 +286,14 @@ class SpectralEngine:
             found["left out"] = f"{int(self.left_out)} steps, whose gradients were not finite"
         return found
 
-    def _uncalled(self, layers: _Layers) -> list[Tensor]:
+    def _uncalled(self, layers: SpectralLayers) -> list[Tensor]:
         assert self.gathering is not None
         return [p for p in self.gathering.parameters if p not in set(layers.parameters)]
 
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
         """Momentum, or moments, of a parameter, as views; empty before the first step."""
         if p in self.others:
-            vector = self.vector
-            place = {id(q): i for i, q in enumerate(vector.parameters)}[id(p)]
-            moments = vector.moments
-            return {"exp_avg": vector.views(moments.first)[place], "exp_avg_sq": vector.views(moments.second)[place]}
+            return self.vector.state_of(p)
         momenta = {} if self._layers is None else self._layers.momenta
         return {"momentum_buffer": momenta[p]} if p in momenta else {}
 
@@ -379,8 +306,7 @@ class SpectralEngine:
         if self.gathering is not None and self.averages is not None:
             state["gathering"], state["averages"] = self.gathering.state_dict(), self.averages.state_dict()
             layers = self._build() if self._layers is None else self._layers
-            state["powers"] = [t.clone() for _, t in _power_tensors(layers.directions)]
-            state["coarse"] = [t.clone() for _, t in _coarse_tensors(layers.coarse)]
+            state.update({entry: [t.clone() for _, t in named] for entry, named in layers.saved.items()})
         return state
 
     @torch.no_grad()
@@ -402,17 +328,12 @@ class SpectralEngine:
             self.gathering.load_state_dict(state["gathering"])
         self.steps = int(state["steps"])
         self.left_out.fill_(state["left_out"])
-        moments = self.vector.blank()
-        moments.steps.copy_(state["adamw_steps"])
-        self.vector.moments = moments
-        for vector, name in ((moments.first, "exp_avg"), (moments.second, "exp_avg_sq")):
-            for p, view in zip(self.vector.parameters, self.vector.views(vector), strict=True):
-                view.copy_(own[p][name]) if p in own and name in own[p] else view.zero_()
+        self.vector.load(state["adamw_steps"], own)
         self._layers = None
         if not self.updates:
             return
         self._layers = layers = self._build()
-        for named, entry in ((_power_tensors(layers.directions), "powers"), (_coarse_tensors(layers.coarse), "coarse")):
+        for entry, named in layers.saved.items():
             for (_, tensor), saved in zip(named, state[entry], strict=True):
                 tensor.copy_(saved)
         if self.lengths is not None:
@@ -425,45 +346,6 @@ class SpectralEngine:
         """Raise a ValueError unless powers and curvature are those of the state's averages, if it has any."""
         if factors is None:
             return
-        directions = [StackDirection(stack, self.options, not self.inputs_only) for stack in factors.stacks]
-        check_tensors(_power_tensors(directions), state["powers"])
-        distances, rule = self._unconnected(factors), self.lengths
-        coarse = None if rule is None else CoarseCurvature(distances, rule.bandwidth, rule.decay, self.dtype)
-        check_tensors(_coarse_tensors(coarse), state["coarse"])
-
-    def _unconnected(self, factors: KroneckerAverages) -> Tensor:
-        """Distances of layers of which nothing is known."""
-        count = len(factors.blocks)
-        own = torch.eye(count, dtype=torch.bool, device=self.device)
-        return torch.full((count, count), torch.inf, dtype=self.dtype, device=self.device).masked_fill(own, 0.0)
-
-
-def _power_tensors(directions: Sequence[StackDirection]) -> list[tuple[str, Tensor]]:
-    return [
-        (f"the power of a factor of stack {number}", t)
-        for number, direction in enumerate(directions)
-        for powers in direction.powers
-        for t in powers.tensors
-    ]
-
-
-def _coarse_tensors(coarse: CoarseCurvature | None) -> list[tuple[str, Tensor]]:
-    return [("the curvature between steps", t) for t in ([] if coarse is None else coarse.tensors)]
-
-
-def _divided(model: nn.Module, trained: Sequence[Tensor], max_size: int) -> tuple[list[Tensor], dict[Tensor, str]]:
-    """The parameters of layers that have matrices with factors, and of the others why not."""
-    blocks, reasons = plan_blocks(model, trained, max_size, tied=True)
-    others = dict(reasons)
-    matrices: list[Tensor] = []
-    for block in blocks:
-        if _is_spectral(block):
-            matrices += block.parameters
-        else:
-            vector = block.kind in ("linear", "convolution")
-            others.update(dict.fromkeys(block.parameters, "a single row or column" if vector else block.kind))
-    return matrices, {p: others[p] for p in trained if p in others}
-
-
-def _is_spectral(block: Block) -> bool:
-    return block.kind in ("linear", "convolution") and min(block.shape[1:]) > 1
+        layers = self._blank(factors, None, self.lengths, outputs=not self.inputs_only)
+        for entry, named in layers.saved.items():
+            check_tensors(named, state[entry])
