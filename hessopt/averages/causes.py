@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from torch import nn
+from torch.optim import Optimizer
 
 from hessopt.averages.recorder import Recorder
 from hessopt.closure.loss_curvature import LOSSES, Loss
@@ -52,8 +53,8 @@ class Seen:
             f"the declared {name} was not called, on what the network returns, since the last step. Call that very "
             "module in the loop or closure and not its functional form; if the loss is computed inside of the network "
             '(as with `labels=`), take it out of there, or declare it by name, loss="cross_entropy", or leave out '
-            "loss= and pass a closure that returns `(loss, output)`, or, with KroneckerNewton, use "
-            'curvature="empirical".'
+            'loss= and pass a closure that returns `(loss, output)`, or use curvature="empirical" (SpectralNewton: '
+            "in its coordinates)."
         )
 
 
@@ -125,3 +126,13 @@ def _compiled() -> str:
         "two networks of one class apart by theirs. Set `torch._dynamo.config.skip_nnmodule_hook_guards = False` "
         "before compiling, or call torch._dynamo.reset() when the optimizer was made."
     )
+
+
+def refuse_scaler(optimizer: Optimizer) -> None:
+    """Raise a ClosureError where a GradScaler left gradients scaled, as ``_step_supports_amp_scaling`` had it do."""
+    if optimizer.__dict__.pop("found_inf", None) is not None:
+        del optimizer.__dict__["grad_scale"]
+        raise ClosureError(
+            'under a GradScaler curvature="empirical" has to see by what the loss was scaled: '
+            f"{SEE_LOSS}. Or train in bfloat16, without a scaler."
+        )

@@ -184,8 +184,8 @@ class Gathering(Generic[T]):
 
     @property
     def slope_is_missing(self) -> bool:
-        """Whether a backward was chosen whose loss was not met, so that a factor on it is not known."""
-        return self.observer.slope_is_missing
+        """Whether a backward was chosen whose loss was not met, so that a factor on it is not known, and matters."""
+        return self.observer.slope_is_missing and not self._inputs_only
 
     def cause(self) -> HessoptError:
         """Why nothing was gathered since :meth:`start`."""
@@ -322,7 +322,7 @@ class Gathering(Generic[T]):
         """From the cotangents that ordinary backward passes left; a mean loss has 1/B in them, times its slope."""
         backwards = self.observer.backwards
         passes = len(backwards) + len(self.observer.choice.further)
-        if self.observer.slope_is_missing and passes > 1 and not self._inputs_only:
+        if self.slope_is_missing and passes > 1:
             raise ClosureError(
                 'the gradients of several backward passes were accumulated, and curvature="empirical" does not know '
                 f"the factor that each loss had. Call backward() once before each step, or {SEE_LOSS}."

@@ -114,6 +114,11 @@ def check_curvature(curvature: str, loss: NamedLoss | nn.Module | None, averages
     check_choice("curvature", curvature, CURVATURES)
     if averages.columns == "exact" and curvature == "fisher":
         raise ValueError('columns="exact" is curvature="ggn"; Monte-Carlo columns have a number.')
+    check_empirical(curvature, loss, averages)
+
+
+def check_empirical(curvature: str, loss: NamedLoss | nn.Module | None, averages: KroneckerAveraging) -> None:
+    """Raise a ValueError where options are for the empirical curvature alone, or for the others alone."""
     if averages.columns is not None and curvature == "empirical":
         raise ValueError('curvature="empirical" is that of the samples\' own gradients, without columns.')
     if isinstance(loss, NamedLoss) and loss.name is None and curvature != "empirical":

@@ -7,13 +7,12 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from hessopt.averages.causes import SEE_LOSS
+from hessopt.averages.causes import refuse_scaler
 from hessopt.averages.gathering import Curvature
 from hessopt.averages.options import KroneckerAveraging, Loss, check_curvature, declared_loss
 from hessopt.checks import check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
-from hessopt.errors import ClosureError
 from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.step import KroneckerStep
@@ -198,12 +197,7 @@ class KroneckerNewton(LayerwiseOptimizer):
         if asks_for_state(self, closure):
             return None
         refuse_processes("KroneckerNewton")
-        if self.__dict__.pop("found_inf", None) is not None:
-            del self.__dict__["grad_scale"]
-            raise ClosureError(
-                'under a GradScaler curvature="empirical" has to see by what the loss was scaled: '
-                f"{SEE_LOSS}. Or train in bfloat16, without a scaler."
-            )
+        refuse_scaler(self)
         with AllOrNothing():
             return self._kronecker.step(self.param_groups, closure)
 

@@ -99,7 +99,7 @@ class SpectralEngine:
         trained = [p for p in given if p.requires_grad]
         self.untrained = [p for p in given if not p.requires_grad]
         matrices, self.others = divided(model, trained, options.averages.max_size)
-        curvature: Curvature = "empirical" if inputs_only else "fisher"
+        curvature: Curvature = "empirical" if inputs_only else options.curvature
         self.gathering: Gathering[Pending] | None = None
         self.averages: RunningAverages | None = None
         if matrices:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hessopt.averages.causes import refuse_scaler
 from hessopt.averages.evaluation import evaluate
-from hessopt.averages.options import Loss, declared_loss
+from hessopt.averages.options import Loss, check_empirical, declared_loss
 from hessopt.averages.recorder import check_strided
 from hessopt.checks import check_choice, check_count, check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
@@ -70,6 +71,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         check_count("accumulate", accumulate)
         self.accumulate = accumulate
         self.loss, self.power = declared_loss(loss), average
+        check_empirical(self.coordinates.curvature, self.loss, self.coordinates.averages)
         self.gradient_norm: float | None = None
         usual = 1.0 if self.lengths is not None else FIXED
         defaults = {"lr": usual if lr is None else lr, "weight_decay": weight_decay, "maximize": maximize}
@@ -89,10 +91,19 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self.momentum,
             self.lengths,
             self.adamw,
-            inputs_only=self.loss is None and not closure,
+            inputs_only=self._inputs_only(closure),
             accumulate=self.accumulate,
         )
         self._average = None if self.power is None else IterateAverage(self._engine.parameters, self.power)
+
+    def _inputs_only(self, closure: bool) -> bool:
+        """Whether there are no output columns, without or with closures."""
+        return self.loss is None and not closure and self.coordinates.curvature != "empirical"
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks; if so, it leaves the gradients scaled and marks itself here, so it can be refused."""
+        return self._engine.gathering is not None and self._engine.gathering.slope_is_missing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the network; averages start anew."""
@@ -147,6 +158,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         if asks_for_state(self, closure):
             return None
         refuse_processes("SpectralNewton without coordinates=PowerLaw(…)")
+        refuse_scaler(self)
         if self._average is not None and self._average.shown:
             raise ClosureError("the network holds the average of the iterates: call optimizer.train() before training.")
         with AllOrNothing():
@@ -253,7 +265,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
 
     def _take(self, shared: dict[str, Any], own: list[dict[str, Tensor]]) -> None:
         entries = {p: entry for (_, p), entry in zip(members(self), own, strict=True)}
-        if self._engine.inputs_only == shared["closure"]:
+        if self._engine.inputs_only != self._inputs_only(shared["closure"]):
             self._attach(closure=shared["closure"])
         self._engine.load_state_dict(shared["engine"], entries)
         if self._average is not None:

@@ -39,7 +39,8 @@ class SpectralNewton(SavedState):
     ``loss.backward(); optimizer.step()`` is enough; or pass a closure that returns the loss, or ``(loss, output)``, or
     an object with ``loss`` and ``logits``, as networks of Hugging Face do. A loss declared by name is that of what the
     network returns, or of the ``logits`` in it; so it may be computed inside of the network. With neither declaration
-    nor closure the factors of the inputs alone are used, and lengths are fixed at 0.01; that is logged.
+    nor closure the factors of the inputs alone are used, and lengths are fixed at 0.01; that is logged. (Unless
+    ``coordinates=KroneckerCoordinates(curvature="empirical")`` takes the gradients of the samples for the curvature.)
 
     **Gradient accumulation.** With ``accumulate=n``, call ``backward()`` n times before each step, on losses scaled so
     that they add up to that of one large batch: ``(loss / n).backward()`` for a mean loss of micro-batches of equal

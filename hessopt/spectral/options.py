@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hessopt.averages.options import KroneckerAveraging
-from hessopt.checks import check_count, check_type
+from hessopt.averages.options import KroneckerAveraging, check_empirical
+from hessopt.checks import check_choice, check_count, check_type
 from hessopt.network.cliques import Bandwidth, check_bandwidth
 from hessopt.spectral.groups import Exponents, Selection, check_exponents
 from hessopt.spectral.transfer import Form, NewtonSchulz
@@ -84,6 +84,14 @@ class KroneckerCoordinates:
         exponent: p, in (0, 0.5]: powers ``-p`` of both factors. Default: 0.25.
         damping: δ > 0: factors get ``√δ`` times their mean eigenvalue. Default: 1e-2.
         averages: Of the factors, and when these and their powers change. Default: ``KroneckerAveraging(decay=0.95)``.
+        curvature: Of what the factors of the outputs, and the curvature between layers, are made. ``"fisher"``:
+            Monte-Carlo columns of the loss's output curvature, back-propagated at updates. ``"empirical"``: the
+            gradients of the samples, which need no further backward pass; nothing of the loss need be known where it is
+            a mean over samples, but the module that computes it has to be declared where it is scaled, or divided for
+            accumulation. That is the curvature as far as targets are as if drawn from the network's prediction, which
+            is near enough for a cross entropy. It fails for least squares whose residuals are alike (of an
+            autoencoder's, within an image at first), and as its unit is that of the loss squared, a factor on the loss
+            is one on the inverse step lengths. Default: ``"fisher"``.
 
     Raises:
         ValueError: an option is out of range, or does nothing.
@@ -92,6 +100,7 @@ class KroneckerCoordinates:
     exponent: float = 0.25
     damping: float = 1e-2
     averages: KroneckerAveraging = KroneckerAveraging(decay=0.95)  # noqa: RUF009 - frozen
+    curvature: Literal["fisher", "empirical"] = "fisher"
 
     def __post_init__(self) -> None:
         if not 0 < self.exponent <= 0.5:
@@ -99,6 +108,8 @@ class KroneckerCoordinates:
         if not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be positive and finite, got {self.damping!r}.")
         check_type("averages", self.averages, KroneckerAveraging)
+        check_choice("curvature", self.curvature, ("fisher", "empirical"))
+        check_empirical(self.curvature, None, self.averages)
         if self.averages.iterations is not None:
             raise ValueError("iterations are of conjugate gradients, of which spectral steps need none.")
         if self.averages.accumulate != 1:

@@ -39,17 +39,20 @@ def chain() -> nn.Module:
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {"chain": (chain, (7, 4)), "shared": (Twice, (5, 2, 4, 4))}
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "empirical"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_curvature_between_steps_is_that_of_the_gauss_newton_matrix(case: str, loss: Any) -> None:
+def test_the_curvature_between_steps_is_that_of_the_whole_matrix(case: str, loss: Any, curvature: Any) -> None:
     torch.manual_seed(0)
     make, shape = CASES[case]
     model = make().to(F64)
     x = torch.randn(shape, dtype=F64)
     y = torch.randint(3, (len(x),)) if loss == "cross_entropy" else torch.randn(len(x), 3, dtype=F64)
     loss_fn: Any = {"mse": nn.functional.mse_loss}.get(loss, nn.functional.cross_entropy)
-    options = KroneckerAveraging(columns="exact")
-    gathering: Gathering[Pending] = Gathering(model, model.parameters(), "ggn", NamedLoss(loss), options)
+    ggn = curvature == "ggn"
+    options = KroneckerAveraging(columns="exact" if ggn else None)
+    named = NamedLoss(loss) if ggn else None
+    gathering: Gathering[Pending] = Gathering(model, model.parameters(), curvature, named, options)
     averages = RunningAverages(gathering, 0.9, keep=True)
     loss_fn(model(x), y).backward()
     averages.commit([p.grad for p in gathering.parameters])
@@ -57,15 +60,17 @@ def test_the_curvature_between_steps_is_that_of_the_gauss_newton_matrix(case: st
     steps = [torch.randn(block.shape, dtype=F64) for block in gathering.blocks]
     changes = changes_along(gathering.blocks, range(len(steps)), batch, steps)
 
-    ggn = diagnostics.GaussNewtonOperator(model, (x, y), loss_fn)
+    whole: Any = diagnostics.GaussNewtonOperator(model, (x, y), loss_fn)
+    if not ggn:
+        whole = diagnostics.FisherOperator(model, (x, y), loss_fn, kind="empirical")
     place = {p: i for i, p in enumerate(model.parameters())}
-    vectors = torch.zeros(len(steps), ggn.shape[1], dtype=F64)
+    vectors = torch.zeros(len(steps), whole.shape[1], dtype=F64)
     starts = torch.tensor([0, *(p.numel() for p in model.parameters())]).cumsum(0)
     for row, (block, step) in enumerate(zip(gathering.blocks, steps, strict=True)):
         for p, view in zip(block.parameters, block.views(step), strict=True):
             start = int(starts[place[p]])
             vectors[row, start : start + p.numel()] = view.flatten()
-    expected = vectors @ (ggn @ vectors.T)
+    expected = vectors @ (whole @ vectors.T)
     torch.testing.assert_close(changes.T @ changes, expected, rtol=1e-9, atol=1e-12)
 
 

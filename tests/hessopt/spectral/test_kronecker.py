@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,8 +61,9 @@ def power(factor: Tensor, exponent: float, damping: float) -> Tensor:
     return (u * (e + damping**0.5 * factor.diagonal().mean()) ** -exponent) @ u.T
 
 
-def test_the_first_steps_are_the_definition() -> None:
-    """Factors by sums over samples, with the Gauss-Newton columns of a loss that draws none: targets do not matter."""
+@pytest.mark.parametrize("kind", ["fisher", "empirical"])
+def test_the_first_steps_are_the_definition(kind: Any) -> None:
+    """Factors by sums over samples."""
     net = network()
     other = copy.deepcopy(net)
     averages = KroneckerAveraging(decay=0.95, factor_every=1, inverse_every=1, seed=3)
@@ -69,7 +71,7 @@ def test_the_first_steps_are_the_definition() -> None:
         net,
         "cross_entropy",
         0.7,
-        coordinates=KroneckerCoordinates(0.25, 0.02, averages),
+        coordinates=KroneckerCoordinates(0.25, 0.02, averages, kind),
         step_lengths=CurvatureLengths(bandwidth="full"),
         weight_decay=0.1,
     )
@@ -85,15 +87,19 @@ def test_the_first_steps_are_the_definition() -> None:
         functional.cross_entropy(net(x), y).backward()
         gathering = optimizer._engine.gathering  # type: ignore[attr-defined]
         # drawn at random, so the reference takes them
-        columns = [j.clone() for j in next(iter(gathering._made.values())).batches[0].cotangents]
+        drawn = [j.clone() for made in gathering._made.values() for j in made.batches[0].cotangents]
         optimizer.step()
 
-        inputs, h = [], x
+        inputs, outputs, h = [], [], x
         for m in other:
             inputs += [h.detach()] if isinstance(m, nn.Linear) else []
             h = m(h)
+            outputs += [h] if isinstance(m, nn.Linear) else []
         other.zero_grad()
-        functional.cross_entropy(h, y).backward()
+        loss = functional.cross_entropy(h, y)
+        own = [j[None] for j in torch.autograd.grad(loss * len(x) ** 0.5, outputs, retain_graph=True)]
+        columns = drawn if kind == "fisher" else own
+        loss.backward()
         found, changes = [], []
         weight = max(0.05, 1 / t)
         for i, (m, h, j) in enumerate(zip(layers, inputs, columns, strict=True)):
@@ -195,6 +201,70 @@ def test_without_a_loss_inputs_alone_count_and_that_is_said(caplog: pytest.LogCa
     assert set(optimizer.step_lengths.values()) == {0.01}
 
 
+def test_gradients_of_samples_need_no_loss_and_no_second_backward(caplog: pytest.LogCaptureFixture) -> None:
+    """The same steps whether the module is seen, with a factor on its value, or nothing is declared."""
+    criterion = nn.CrossEntropyLoss()
+    coordinates = replace(often(), curvature="empirical")
+    nets = [network() for _ in range(4)]
+    losses = (None, criterion, criterion, None)
+    optimizers = [SpectralNewton(net, loss, coordinates=coordinates) for net, loss in zip(nets, losses, strict=True)]
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    nets[0][3].register_full_backward_hook(count)
+    for seed in range(5):
+        x, y = data(seed)
+        for net, optimizer, scale in zip(nets[:3], optimizers[:3], (1.0, 1.0, 64.0), strict=True):
+            optimizer.zero_grad()
+            (criterion(net(x), y) * scale).backward()
+            torch._foreach_mul_([p.grad for p in net.parameters()], 1 / scale)
+            optimizer.step()
+        optimizers[3].step(lambda: criterion(nets[3](x), y))  # noqa: B023
+    assert passes == 5
+    assert not caplog.records
+    assert 0.01 not in optimizers[0].step_lengths.values()
+    for other in nets[1:]:
+        for a, b in zip(nets[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_of_samples_are_refused_where_their_factor_is_not_seen() -> None:
+    net = network().to(torch.float32)
+    optimizer = SpectralNewton(net, coordinates=replace(often(), curvature="empirical"))
+    before = values(net)
+    x, y = data(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(functional.cross_entropy(net(x.float()), y)).backward()
+    with pytest.raises(ClosureError, match=r"under a GradScaler.*declare the module"):
+        scaler.step(optimizer)
+    assert all(map(torch.equal, before, values(net)))
+    alone = SpectralNewton(net)  # inputs have no factor
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(functional.cross_entropy(net(x.float()), y)).backward()
+    scaler.step(alone)
+    assert not any(map(torch.equal, before, values(net)))
+
+
+@pytest.mark.parametrize("declared", ["cross_entropy", None])
+def test_a_state_without_output_columns_is_refused_and_changes_nothing(declared: Any) -> None:
+    saved, net = network(), network()
+    without = SpectralNewton(saved, coordinates=often())
+    coordinates = often() if declared else replace(often(), curvature="empirical")
+    optimizer = SpectralNewton(net, declared, coordinates=coordinates)
+    train(saved, without, range(3))
+    train(net, optimizer, range(3))
+    before = everything(net, optimizer)
+    with pytest.raises(ValueError, match="another network"):
+        optimizer.load_state_dict(without.state_dict())
+    assert all(map(torch.equal, before, everything(net, optimizer)))
+    train(net, optimizer, range(3, 4))
+    assert not any(map(torch.equal, before, values(net)))
+
+
 def test_the_network_holds_the_average_or_the_iterates() -> None:
     net = network()
     optimizer = SpectralNewton(net, "cross_entropy")
@@ -215,14 +285,15 @@ def test_the_network_holds_the_average_or_the_iterates() -> None:
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_a_copy_and_a_resumed_run_go_on_bit_for_bit(shown: bool) -> None:
-    net = network()
-    optimizer = SpectralNewton(net, "cross_entropy", coordinates=often())
+@pytest.mark.parametrize(("loss", "curvature"), [("cross_entropy", "fisher"), (None, "empirical")])
+def test_a_copy_and_a_resumed_run_go_on_bit_for_bit(shown: bool, loss: Any, curvature: Any) -> None:
+    net, coordinates = network(), replace(often(), curvature=curvature)
+    optimizer = SpectralNewton(net, loss, coordinates=coordinates)
     train(net, optimizer, range(5))
     if shown:
         optimizer.eval()
     other = copy.deepcopy(net)
-    resumed = SpectralNewton(other, "cross_entropy", coordinates=often())
+    resumed = SpectralNewton(other, loss, coordinates=coordinates)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for own, way in ((net, optimizer), (other, resumed)):
         way.train()
@@ -376,6 +447,7 @@ def test_networks_without_matrices_are_trained_by_adamw() -> None:
         ({"lr": -1.0}, ValueError, "lr must be"),
         ({"coordinates": 0.5}, TypeError, "coordinates must be a hessopt.KroneckerCoordinates or hessopt.PowerLaw"),
         ({"adamw": "all"}, TypeError, "adamw must be a hessopt.AdamWPart"),
+        ({"loss": hessopt.NamedLoss(None)}, ValueError, "only the reduction is known"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -389,6 +461,11 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: st
         (lambda: KroneckerCoordinates(exponent=0.0), "exponent must lie"),
         (lambda: KroneckerCoordinates(damping=0.0), "damping must be"),
         (lambda: KroneckerCoordinates(averages=KroneckerAveraging(iterations=3)), "spectral steps need none"),
+        (lambda: KroneckerCoordinates(curvature="ggn"), "curvature must be one of"),  # type: ignore[arg-type]
+        (
+            lambda: KroneckerCoordinates(averages=KroneckerAveraging(columns=2), curvature="empirical"),
+            "without columns",
+        ),
         (lambda: CurvatureLengths(share=0.0), "share must lie"),
         (lambda: CurvatureLengths(decay=1.0), "decay must lie"),
         (lambda: CurvatureLengths(bandwidth=-1), "bandwidth"),
