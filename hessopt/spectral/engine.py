@@ -16,9 +16,10 @@ from hessopt.averages.running import Pending, RunningAverages
 from hessopt.averages.saved import check_entries, check_tensors
 from hessopt.spectral.adamw_vector import AdamWVector, Moments
 from hessopt.spectral.coarse_curvature import changes_along
+from hessopt.spectral.gram_polar import inverse_roots
 from hessopt.spectral.layers import SpectralLayers, divided
 from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
-from hessopt.spectral.stack_direction import directions_of
+from hessopt.spectral.stack_direction import Roots, directions_of
 
 FIXED = 0.01
 """Step length where the loss is not known, for a learning rate of 1."""
@@ -75,7 +76,10 @@ class SpectralEngine:
         others: Parameters of AdamW, with the reason.
         steps: That were taken.
         left_out: Of these those whose gradient was not finite, on the device.
+        roots: ``(Z Zᵀ)^{-1/2}``: what takes a direction from Z to its polar factor.
     """
+
+    roots: Roots = staticmethod(inverse_roots)
 
     def __init__(
         self,
@@ -187,7 +191,9 @@ class SpectralEngine:
         # What is not finite must not get into products, also where these count for nothing.
         gradient = layers.gradient.nan_to_num_(0.0, 0.0, 0.0)
         momentum = layers.momentum.lerp(gradient, (1 - self.momentum) * sound)
-        directions, scales = directions_of(layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum)))
+        directions, scales = directions_of(
+            layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum)), self.roots
+        )
         if layers.coarse is not None and self.averages is not None and self.averages.last:
             steps = [d * scale[:, None, None] for d, scale in zip(directions, scales, strict=True)]
             self._measure(layers, layers.blocks(steps), layers.blocks(factors.matrices(momentum)), sound)

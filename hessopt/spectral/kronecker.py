@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
 
     _OWN = ("loss", "coordinates", "lengths", "momentum", "power", "adamw", "accumulate", "gradient_norm")
     _TENSORS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "average")
+    _ENGINE: ClassVar[type[SpectralEngine]] = SpectralEngine
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         engine = self.__dict__.get("_engine")
         if engine is not None:
             engine.detach()
-        self._engine = SpectralEngine(
+        self._engine = self._ENGINE(
             self.model,
             self._parameters(),
             self.loss,

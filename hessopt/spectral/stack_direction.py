@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,10 +77,16 @@ class StackDirection:
         return self.left.left(root @ scaled) if self.square else self.left.both(root) @ scaled
 
 
-def directions_of(stacks: Sequence[StackDirection], momenta: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+Roots = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Of Gram matrices ``Z Zᵀ`` from the smaller side, ``(m, n, n)``, what Z is multiplied with from there."""
+
+
+def directions_of(
+    stacks: Sequence[StackDirection], momenta: Sequence[Tensor], roots: Roots = inverse_roots
+) -> tuple[list[Tensor], list[Tensor]]:
     """D of each stack, ``(m, o, a)``, and the factors that make it ``D̂``, ``(m,)``; zero for a zero matrix."""
     made = [stack.gram(m) for stack, m in zip(stacks, momenta, strict=True)]
-    roots = inverse_roots([gram for gram, _ in made])
-    found = [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, roots, made, strict=True)]
+    taken = roots([gram for gram, _ in made])
+    found = [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, taken, made, strict=True)]
     norms = [torch.linalg.vector_norm(d, dim=(1, 2)).clamp_min(torch.finfo(d.dtype).tiny) for d in found]
     return found, [SIZE * (d.shape[1] * d.shape[2]) ** 0.5 / norm for d, norm in zip(found, norms, strict=True)]

@@ -23,6 +23,7 @@ from examples.studies.ablation.baselines.gradient import (
 )
 from examples.studies.ablation.baselines.kfac import kfac
 from examples.studies.ablation.baselines.muon_family import mousse, muon, newton_muon, normuon
+from examples.studies.ablation.baselines.natural_gradient import NaturalCoordinates
 from examples.studies.ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
 from examples.studies.ablation.contender import (
     ClosureStep,
@@ -84,7 +85,13 @@ def banded_kronecker(
 
 
 def spectral_kronecker(
-    task: Task, *, schedule: str = "constant", average: float = 8, known: bool = True, **settings: Any
+    task: Task,
+    *,
+    schedule: str = "constant",
+    average: float = 8,
+    known: bool = True,
+    natural: bool = False,
+    **settings: Any,
 ) -> Stepper:
     """What is measured is its average of the iterates, if ``average`` is not 0.
 
@@ -93,12 +100,13 @@ def spectral_kronecker(
         schedule: Of ``lr``.
         average: Its power.
         known: Whether the loss is declared.
+        natural: Whether to go along the natural gradient.
         settings: Fields of the options' classes, and arguments.
     """
 
     if settings.get("step_lengths") != "fixed":
         settings["step_lengths"] = with_own(hessopt.CurvatureLengths(), settings)
-    default = hessopt.KroneckerCoordinates()
+    default = NaturalCoordinates() if natural else hessopt.KroneckerCoordinates()
     averages = with_own(default.averages, settings)
     coordinates = with_own(dataclasses.replace(default, averages=averages), settings)
     loss = None if task.declared is None else declared_loss(task.declared)
