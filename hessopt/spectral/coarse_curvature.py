@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,8 +21,14 @@ TAIL = 0.05
 """Share of the curvature between layers that an automatic bandwidth may leave out."""
 SHORTEST = 1e-3
 """Least length of a layer, in units of the longest, before that: of one that has no slope at present."""
-FLAT = 0.01
-"""Length where there is no curvature along the step of any layer, as of losses that are linear in the output."""
+USUAL = 0.02
+"""Length of layers of which nothing is known, and where no layer's step meets curvature."""
+PATIENCE = 300
+"""Steps that :data:`USUAL` counts for among the lengths so far."""
+AGREEMENT, DOUBT = 0.9, 0.2
+"""Weight of the past in how far momentum and gradients agree, and the mean of ``‖M‖²/‖G‖²`` that none is worth."""
+OUTLIER, SETTLED = 10.0, 5
+"""A batch of more than so many times the average curvature counts for that, after so many updates."""
 
 
 def changes_along(blocks: Sequence[Block], numbers: Sequence[int], batch: Batch, steps: Sequence[Tensor]) -> Tensor:
@@ -89,51 +96,99 @@ class CoarseCurvature:
     Layers share one length unless r differs from its median r̃ by more than τ = :data:`ALIKE` times, and then only by
     what is beyond that: lengths of single layers are noisier than a common one, and worth it only where layers are
     unlike (the code of an autoencoder). Along q, s is the model's minimiser. A layer along whose step there is no
-    curvature at all, ``C_vv = 0``, has the median, and its slope does not count; s is :data:`FLAT` if that is true of
-    every layer. Source: docs/spectral.md.
+    curvature at all, ``C_vv = 0``, has the median, and its slope does not count; s is :data:`USUAL` if that is true of
+    every layer.
+
+    The model is of one step, and its curvature has heavy tails. Where gradients are much the same from step to step
+    lengths are s; where they are not, only a part ρ of it on a scale of logarithms, and for the rest the past P of s:
+
+    .. math::
+       \ell = s^{\rho'} \, \min(u, P)^{1 - \rho'}, \qquad
+       \rho' = \rho + (1 - \rho) \, \mathrm{clamp}(2 \varphi, 0, 1), \qquad
+       \log P \leftarrow \log P + \frac{\Delta}{t + T} (\log s - \log P), \qquad
+       \varphi = \frac{\mathrm{mean}\; \langle M, G \rangle / \lVert G \rVert^2}
+                    {\mathrm{mean}\; \lVert M \rVert^2 / \lVert G \rVert^2},
+
+    M the momentum before the gradient G of a step gets into it, the means over steps with :data:`AGREEMENT`, from 0 and
+    :data:`DOUBT`; u = :data:`USUAL`, at which P begins; t the step, Δ of these since the update before, T = :data:`PATIENCE`. A batch
+    whose trace of C is more than :data:`OUTLIER` times that of the average is scaled down to it, from the update after
+    the first :data:`SETTLED` on. Source: docs/spectral.md.
 
     Args:
         distances: Of layers, ``(L, L)``, infinite where they are not connected.
         bandwidth: Of the pairs that count; ``"auto"`` or ``"full"``.
         decay: Weight of the past in the averages.
+        response: ρ, in (0, 1]; with 1, ``ℓ = s``.
         dtype: Of these.
 
     Attributes:
         curvature: The average of C, ``(L, L)``.
         slopes: The average of g, ``(L,)``.
-        lengths: s, ``(L,)``; zero before the first update.
+        lengths: ℓ, ``(L,)``; zero before the first update.
+        reference: log P, ``(L,)``.
+        agreement: The two means in φ, ``(2,)``.
+        steps: t of the last update, on the device.
         updates: Updates, on the device.
         radius: Distance of the furthest layers whose pairs count, on the device.
     """
 
     def __init__(
-        self, distances: Tensor, bandwidth: Bandwidth | Literal["auto"], decay: float, dtype: torch.dtype
+        self,
+        distances: Tensor,
+        bandwidth: Bandwidth | Literal["auto"],
+        decay: float,
+        response: float,
+        dtype: torch.dtype,
     ) -> None:
-        self.decay, self.bandwidth = decay, bandwidth
+        self.decay, self.bandwidth, self.response = decay, bandwidth, response
         self._apart, self._place = distances.unique(return_inverse=True)
         self.curvature = torch.zeros_like(distances, dtype=dtype)
         self.slopes = self.curvature.new_zeros(len(distances))
         self.lengths = torch.zeros_like(self.slopes)
-        self.updates, self.radius = self.slopes.new_zeros(()), self.slopes.new_zeros(())
+        self.reference = torch.full_like(self.slopes, math.log(USUAL))
+        self.agreement = self.slopes.new_tensor([0.0, DOUBT])
+        self.updates, self.steps, self.radius = (self.slopes.new_zeros(()) for _ in range(3))
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that the next update depends on."""
-        return [self.curvature, self.slopes, self.lengths, self.updates, self.radius]
+        return [
+            self.curvature, self.slopes, self.lengths, self.reference, self.agreement, self.updates, self.steps,
+            self.radius,
+        ]  # fmt: skip
 
     @torch.no_grad()
-    def update(self, changes: Tensor, slopes: Tensor, sound: Tensor) -> None:
-        """Average in ``z``, ``(rows, L)``, and g of one batch, unless it is not sound; then minimise."""
+    def compare(self, momentum: Tensor, gradient: Tensor, sound: Tensor) -> None:
+        """Take in how far the momentum and the gradient of a step agree, flat tensors both, unless it is not sound."""
+        size = gradient @ gradient
+        found = torch.stack([momentum @ gradient, momentum @ momentum]) / size
+        moving = (sound > 0) & size.isfinite() & found.isfinite().all()
+        self.agreement.lerp_(torch.where(moving, found, self.agreement), 1 - AGREEMENT)
+
+    @torch.no_grad()
+    def update(self, changes: Tensor, slopes: Tensor, step: int, sound: Tensor) -> None:
+        """Average in ``z``, ``(rows, L)``, and g of the batch of a step (from 1 on), unless it is not sound; then ℓ."""
         fresh = changes.mT @ changes
         sound = sound & fresh.sum().isfinite() & slopes.sum().isfinite()
+        usual, found = OUTLIER * self.curvature.trace(), fresh.trace()
+        beyond = (self.updates >= SETTLED) & (usual > 0) & (found > usual)
+        fresh = fresh * torch.where(beyond, usual / found, 1.0)
         self.updates += sound
         weight = self.updates.clamp_min(1).reciprocal().clamp_min(1 - self.decay)
         self.curvature.lerp_(torch.where(sound, fresh, self.curvature), weight)
         self.slopes.lerp_(torch.where(sound, slopes, self.slopes), weight)
-        self.lengths.copy_(self.minimised(len(changes)))
+        asked = self.minimised(len(changes))
+        moving = sound & (asked > 0)
+        gone = (step - self.steps) / (step + PATIENCE) * moving
+        self.reference.lerp_(torch.where(moving, asked, 1.0).log(), gone)
+        self.steps.copy_(torch.where(sound, step, self.steps))
+        held = self.reference.exp().clamp_max(USUAL)
+        same = 2 * self.agreement[0] / self.agreement[1].clamp_min(torch.finfo(held.dtype).tiny)
+        part = self.response + (1 - self.response) * same.clamp(0, 1)
+        self.lengths.copy_(torch.where(sound, asked**part * held ** (1 - part), self.lengths))
 
     def minimised(self, rows: int) -> Tensor:
-        """Lengths s of the present averages, of batches of so many rows."""
+        """Minimiser s of the model of the present averages, of batches of so many rows."""
         c, g = self.curvature, self.slopes
         tiny = torch.finfo(c.dtype).tiny
         known = c.diagonal() > tiny
@@ -149,7 +204,7 @@ class CoarseCurvature:
         ratio = torch.where(known, wanted / torch.where(known, wanted, torch.nan).nanmedian(), 1.0)
         shape = ratio / ratio.clamp(1 / ALIKE, ALIKE)
         curved = (shape @ (c * near) @ shape).clamp_min(tiny)
-        length = torch.where(known.any(), (g * known) @ shape / curved, FLAT * (g.sum() > 0))
+        length = torch.where(known.any(), (g * known) @ shape / curved, USUAL * (g.sum() > 0))
         return shape * length.clamp_min(0)
 
     def _near(self, coupling: Tensor) -> Tensor:

@@ -190,6 +190,8 @@ class SpectralEngine:
         factors = layers.factors
         # What is not finite must not get into products, also where these count for nothing.
         gradient = layers.gradient.nan_to_num_(0.0, 0.0, 0.0)
+        if layers.coarse is not None:
+            layers.coarse.compare(layers.momentum, gradient, sound)
         momentum = layers.momentum.lerp(gradient, (1 - self.momentum) * sound)
         directions, scales = directions_of(
             layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum)), self.roots
@@ -219,7 +221,7 @@ class SpectralEngine:
         if len(parts) > 1:
             changes = torch.cat([part * share**0.5 for part, (_, share) in zip(parts, batches, strict=True)])
         slopes = torch.stack([(m * d).sum() for m, d in zip(momenta, steps, strict=True)])
-        layers.coarse.update(changes, slopes, sound > 0)
+        layers.coarse.update(changes, slopes, self.steps + 1, sound > 0)
         layers.set_lengths(self.lengths.share)
 
     def take(self, move: Move) -> Callable[[], None]:

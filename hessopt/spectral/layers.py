@@ -69,10 +69,13 @@ class SpectralLayers:
         rows: list[list[int]] = [[] for _ in factors.stacks]
         for i, (block, (stack, _)) in enumerate(zip(factors.blocks, factors.place, strict=True)):
             rows[stack] += [i] * block.shape[0]
+        coarse = None
+        if rule is not None:
+            coarse = CoarseCurvature(distances, rule.bandwidth, rule.decay, rule.response, factors.dtype)
         return cls(
             factors=factors,
             directions=[StackDirection(stack, options, outputs) for stack in factors.stacks],
-            coarse=None if rule is None else CoarseCurvature(distances, rule.bandwidth, rule.decay, factors.dtype),
+            coarse=coarse,
             parameters=list(views),
             momentum=torch.zeros_like(gradient),
             gradient=gradient,

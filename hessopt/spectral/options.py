@@ -125,6 +125,8 @@ class CurvatureLengths:
         decay: Weight of the past in its averages, in [0, 1). Default: 0.9.
         bandwidth: Pairs of layers at most so far apart count; ``"auto"``, at most the interaction radius, measured at
             every update; or ``"full"``. Default: ``"auto"``.
+        response: ρ, in (0, 1]: where gradients differ from step to step, the power of a length that the model decides,
+            the rest being that of past ones, of at most 0.01 with the default share. 1: the model alone. Default: 1/3.
 
     Raises:
         ValueError: an option is out of range.
@@ -133,10 +135,12 @@ class CurvatureLengths:
     share: float = 0.5
     decay: float = 0.9
     bandwidth: Bandwidth | Literal["auto"] = "auto"
+    response: float = 1 / 3
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {self.share!r}.")
+        for name in ("share", "response"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)!r}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}.")
         if self.bandwidth != "auto":

@@ -12,7 +12,7 @@ import diagnostics
 from hessopt import KroneckerAveraging, NamedLoss
 from hessopt.averages.gathering import Gathering
 from hessopt.averages.running import Pending, RunningAverages
-from hessopt.spectral.coarse_curvature import ALIKE, FLAT, CoarseCurvature, changes_along
+from hessopt.spectral.coarse_curvature import ALIKE, PATIENCE, USUAL, CoarseCurvature, changes_along
 
 F64 = torch.float64
 
@@ -81,7 +81,7 @@ def chain(count: int) -> Tensor:
 
 
 def of(curvature: Tensor, slopes: Tensor, rows: int = 10**12) -> CoarseCurvature:
-    coarse = CoarseCurvature(chain(len(slopes)), "full", 0.9, F64)
+    coarse = CoarseCurvature(chain(len(slopes)), "full", 0.9, 1.0, F64)
     coarse.curvature.copy_(curvature)
     coarse.slopes.copy_(slopes)
     coarse.lengths.copy_(coarse.minimised(rows))
@@ -135,8 +135,8 @@ def test_a_band_leaves_out_what_is_beyond_it() -> None:
     torch.manual_seed(0)
     z = torch.randn(30, 3, dtype=F64) + 2
     for bandwidth in (0, 1):
-        coarse = CoarseCurvature(chain(3), bandwidth, 0.9, F64)
-        coarse.update(z, torch.ones(3, dtype=F64), torch.tensor(True))
+        coarse = CoarseCurvature(chain(3), bandwidth, 0.9, 1.0, F64)
+        coarse.update(z, torch.ones(3, dtype=F64), 1, torch.tensor(True))
         kept = (z.T @ z) * (chain(3) <= bandwidth)
         torch.testing.assert_close(coarse.lengths, torch.ones(3, dtype=F64) * 3 / kept.sum(), rtol=1e-12, atol=0)
         assert float(coarse.radius) == bandwidth
@@ -148,7 +148,7 @@ def test_an_automatic_band_ends_where_a_twentieth_of_the_curvature_is_left(radiu
     distances = chain(5)
     distances[4, :4] = distances[:4, 4] = torch.inf
     curvature = torch.where(distances <= radius, 1.0, 1e-3).to(F64)
-    coarse, fixed = (CoarseCurvature(distances, bandwidth, 0.9, F64) for bandwidth in ("auto", radius))
+    coarse, fixed = (CoarseCurvature(distances, bandwidth, 0.9, 1.0, F64) for bandwidth in ("auto", radius))
     for c in (coarse, fixed):
         c.curvature.copy_(curvature)
         c.slopes.fill_(1.0)
@@ -160,11 +160,11 @@ def test_an_automatic_band_ends_where_a_twentieth_of_the_curvature_is_left(radiu
 
 
 def test_unsound_batches_change_nothing() -> None:
-    coarse = CoarseCurvature(chain(2), "auto", 0.9, F64)
-    coarse.update(torch.ones(3, 2, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(True))
+    coarse = CoarseCurvature(chain(2), "auto", 0.9, 0.5, F64)
+    coarse.update(torch.ones(3, 2, dtype=F64), torch.ones(2, dtype=F64), 1, torch.tensor(True))
     before = [t.clone() for t in coarse.tensors]
-    coarse.update(torch.full((3, 2), torch.nan, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(True))
-    coarse.update(torch.ones(3, 2, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(False))
+    coarse.update(torch.full((3, 2), torch.nan, dtype=F64), torch.ones(2, dtype=F64), 2, torch.tensor(True))
+    coarse.update(torch.ones(3, 2, dtype=F64), torch.ones(2, dtype=F64), 3, torch.tensor(False))
     assert all(map(torch.equal, before, coarse.tensors))
 
 
@@ -182,5 +182,83 @@ def test_layers_without_curvature_have_the_common_length_of_the_others() -> None
 def test_without_any_curvature_lengths_are_fixed(dtype: torch.dtype) -> None:
     for slope in (1e-20, 1.0, 1e20):
         lengths = of(torch.zeros(3, 3, dtype=dtype), torch.full((3,), slope, dtype=dtype)).lengths
-        assert lengths.tolist() == pytest.approx([FLAT] * 3)
+        assert lengths.tolist() == pytest.approx([USUAL] * 3)
     assert not of(torch.zeros(3, 3, dtype=F64), -torch.ones(3, dtype=F64)).lengths.any()
+
+
+@pytest.mark.parametrize("response", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("agreement", [-1.0, 0.1, 0.6])
+def test_lengths_follow_the_model_by_their_response(response: float, agreement: float) -> None:
+    """Powers of what is asked for and of the geometric mean of the past, which starts at the usual length."""
+    torch.manual_seed(1)
+    coarse = CoarseCurvature(chain(3), "full", 0.0, response, F64)
+    coarse.agreement.copy_(torch.tensor([agreement * 7, 7.0], dtype=F64))
+    past = torch.full((3,), USUAL, dtype=F64)
+    part = response + (1 - response) * {-1.0: 0.0, 0.1: 0.2, 0.6: 1.0}[agreement]
+    last, capped = 0, 0
+    for step, size in ((1, 1.0), (2, 1.0), (900, 0.1), (9000, 30.0), (90000, 100.0)):
+        z = torch.randn(40, 3, dtype=F64) * torch.tensor([size, size, 8 * size], dtype=F64)
+        coarse.update(z, torch.ones(3, dtype=F64), step, torch.tensor(True))
+        asked = coarse.minimised(40)
+        share = (step - last) / (step + PATIENCE)
+        past, last = past ** (1 - share) * asked**share, step
+        capped += bool((past > USUAL).any())
+        expected = asked**part * past.clamp(max=USUAL) ** (1 - part)
+        torch.testing.assert_close(coarse.lengths, expected, rtol=1e-10, atol=0)
+    assert 0 < capped < 5
+
+
+def test_agreement_is_that_of_momentum_and_gradients() -> None:
+    """It is 1 for gradients that stay, near 0 for independent ones, and nothing that is not sound or is zero counts."""
+    torch.manual_seed(0)
+
+    def after(noise: float) -> CoarseCurvature:
+        coarse = CoarseCurvature(chain(2), "full", 0.9, 1.0, F64)
+        momentum, mean = torch.zeros(5000, dtype=F64), torch.randn(5000, dtype=F64)
+        for _ in range(200):
+            gradient = mean + noise * torch.randn(5000, dtype=F64)
+            coarse.compare(momentum, gradient, torch.tensor(1.0))
+            momentum = 0.9 * momentum + 0.1 * gradient
+        return coarse
+
+    for noise in (0.0, 2.0, 30.0):
+        m2, g2 = 1 + noise**2 * 0.1 / 1.9, 1 + noise**2
+        assert after(noise).agreement.tolist() == pytest.approx([1 / g2, m2 / g2], abs=0.03)
+    coarse = after(1.0)
+    before = coarse.agreement.clone()
+    for size, sound in ((1.0, 0.0), (0.0, 1.0), (1e200, 1.0)):
+        coarse.compare(torch.ones(3, dtype=F64), torch.full((3,), size, dtype=F64), torch.tensor(sound))
+    assert torch.equal(coarse.agreement, before)
+
+
+def test_the_past_of_a_layer_that_has_no_slope_stays() -> None:
+    coarse = CoarseCurvature(chain(2), "full", 0.9, 0.5, F64)
+    z = torch.randn(9, 2, dtype=F64)
+    coarse.update(z, -torch.ones(2, dtype=F64), 50, torch.tensor(True))
+    assert not coarse.lengths.any()
+    torch.testing.assert_close(coarse.reference.exp(), torch.full((2,), USUAL, dtype=F64))
+
+
+def test_one_extreme_batch_does_not_end_training() -> None:
+    """A recurrent network's curvature may be a million times the usual for a batch; it counts for ten times that."""
+    torch.manual_seed(2)
+    z, slopes = torch.randn(30, 2, dtype=F64), torch.ones(2, dtype=F64)
+    coarse = CoarseCurvature(chain(2), "full", 0.9, 1.0, F64)
+    for step in range(1, 21):
+        coarse.update(z, slopes, step, torch.tensor(True))
+    before = coarse.lengths.clone()
+    coarse.update(1e3 * z, slopes, 21, torch.tensor(True))
+    torch.testing.assert_close(coarse.lengths, before / (0.9 + 0.1 * 10), rtol=1e-12, atol=0)
+    first = CoarseCurvature(chain(2), "full", 0.9, 1.0, F64)
+    for step, size in ((1, 1.0), (2, 1e3)):  # at first it counts in full: how much is usual is not known yet
+        first.update(size * z, slopes, step, torch.tensor(True))
+    torch.testing.assert_close(first.curvature, z.mT @ z * (1 + 1e6) / 2, rtol=1e-12, atol=0)
+
+
+def test_curvature_that_was_zero_may_come() -> None:
+    z, slopes = torch.randn(30, 2, dtype=F64), torch.ones(2, dtype=F64)
+    coarse = CoarseCurvature(chain(2), "full", 0.9, 1.0, F64)
+    for step in range(1, 9):
+        coarse.update(0 * z, slopes, step, torch.tensor(True))
+    coarse.update(z, slopes, 9, torch.tensor(True))
+    torch.testing.assert_close(coarse.curvature, z.mT @ z / 9, rtol=1e-12, atol=0)

@@ -80,6 +80,7 @@ def test_the_first_steps_are_the_definition(kind: Any) -> None:
     rest = [p for m in other if isinstance(m, nn.LayerNorm) for p in m.parameters()]
     adam = [(torch.zeros_like(p), torch.zeros_like(p)) for p in rest]
     curvature, slopes = torch.zeros(3, 3, dtype=F64), torch.zeros(3, dtype=F64)
+    past, agreement = torch.full((3,), 0.02, dtype=F64).log(), torch.tensor([0.0, 0.2], dtype=F64)
     factors: list[list[Tensor]] = []
     for t in range(1, 4):
         x, y = data(t)
@@ -102,12 +103,16 @@ def test_the_first_steps_are_the_definition(kind: Any) -> None:
         loss.backward()
         found, changes = [], []
         weight = max(0.05, 1 / t)
-        for i, (m, h, j) in enumerate(zip(layers, inputs, columns, strict=True)):
+        gradients = [torch.cat([m.weight.grad, m.bias.grad[:, None]], 1) for m in layers]  # type: ignore[list-item, index]
+        both = torch.stack([torch.cat([t.flatten() for t in ts]) for ts in (momentum, gradients)])
+        gram = both @ both.T
+        agreement = 0.9 * agreement + 0.1 * torch.stack([gram[0, 1], gram[0, 0]]) / gram[1, 1]
+        for i, (h, j) in enumerate(zip(inputs, columns, strict=True)):
             bent = torch.cat([h, torch.ones(len(h), 1, dtype=F64)], 1)
             new = [bent.T @ bent / len(h), j[0].T @ j[0]]
             factors = [*factors, new] if t == 1 else factors
             factors[i] = [old.lerp(own, weight) for old, own in zip(factors[i], new, strict=True)]
-            g = torch.cat([m.weight.grad, m.bias.grad[:, None]], 1)  # type: ignore[list-item, index]
+            g = gradients[i]
             momentum[i] = 0.9 * momentum[i] + 0.1 * g
             left, right = power(factors[i][1], 0.25, 0.02), power(factors[i][0], 0.25, 0.02)
             d = left @ polar(left @ (0.9 * momentum[i] + 0.1 * g) @ right) @ right
@@ -117,7 +122,10 @@ def test_the_first_steps_are_the_definition(kind: Any) -> None:
         mean = max(0.1, 1 / t)
         curvature = curvature.lerp(z.T @ z, mean)
         slopes = slopes.lerp(torch.stack([(m * d).sum() for m, d in zip(momentum, found, strict=True)]), mean)
-        lengths = 0.5 * minimised(curvature, slopes, 16)
+        asked = minimised(curvature, slopes, 16)
+        past = past.lerp(asked.log(), 1 / (t + 300))
+        part = 1 / 3 + 2 / 3 * min(1.0, max(0.0, 2 * float(agreement[0] / agreement[1])))
+        lengths = 0.5 * asked**part * past.exp().clamp(max=0.02) ** (1 - part)
         with torch.no_grad():
             for m, d, s in zip(layers, found, lengths, strict=True):
                 whole = torch.cat([m.weight, m.bias[:, None]], 1)
@@ -467,6 +475,7 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], says: st
             "without columns",
         ),
         (lambda: CurvatureLengths(share=0.0), "share must lie"),
+        (lambda: CurvatureLengths(response=0.0), "response must lie"),
         (lambda: CurvatureLengths(decay=1.0), "decay must lie"),
         (lambda: CurvatureLengths(bandwidth=-1), "bandwidth"),
     ],
@@ -511,7 +520,7 @@ def test_a_loss_without_curvature_in_the_output_is_trained_with_fixed_lengths(de
             optimizer.step(lambda: criterion(net(x), x[:, :3]))
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert list(optimizer.step_lengths.values()) == pytest.approx([0.005] * 3)
+    assert list(optimizer.step_lengths.values()) == pytest.approx([0.01] * 3)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

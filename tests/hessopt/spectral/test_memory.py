@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hessopt import KroneckerAveraging, KroneckerCoordinates, SpectralNewton
 
-SCALARS = 8
+SCALARS = 12
 """Single numbers, as counts of steps on the device."""
 
 
@@ -35,7 +35,7 @@ def powers(n: int) -> int:
 def held(average: bool) -> int:
     matrices = sum(g * o * a for g, o, a in LAYERS)
     factors = sum(g * (o * o + a * a + powers(o) + powers(a)) for g, o, a in LAYERS)
-    curvature = len(LAYERS) ** 2 + 2 * len(LAYERS) + sum(g for g, _, _ in LAYERS)
+    curvature = len(LAYERS) ** 2 + 3 * len(LAYERS) + sum(g for g, _, _ in LAYERS)
     return 2 * matrices + 2 * OTHERS + average * (matrices + OTHERS) + factors + curvature
 
 
