@@ -110,9 +110,9 @@ class CoarseCurvature:
                     {\mathrm{mean}\; \lVert M \rVert^2 / \lVert G \rVert^2},
 
     M the momentum before the gradient G of a step gets into it, the means over steps with :data:`AGREEMENT`, from 0 and
-    :data:`DOUBT`; u = :data:`USUAL`, at which P begins; t the step, Δ of these since the update before, T = :data:`PATIENCE`. A batch
-    whose trace of C is more than :data:`OUTLIER` times that of the average is scaled down to it, from the update after
-    the first :data:`SETTLED` on. Source: docs/spectral.md.
+    :data:`DOUBT`; u = :data:`USUAL`, at which P begins; t the step, Δ of these since the update before,
+    T = :data:`PATIENCE`. A batch whose trace of C is more than :data:`OUTLIER` times that of the average is scaled down
+    to it, from the update after the first :data:`SETTLED` on. Source: docs/spectral.md.
 
     Args:
         distances: Of layers, ``(L, L)``, infinite where they are not connected.
