@@ -60,23 +60,27 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _task(
-    make: Callable[[], nn.Module], found: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, device: torch.device
+    make: Callable[[], nn.Module],
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    seed: int,
+    device: torch.device,
+    batch: int = 128,
 ) -> Task:
     with seeded(seed):
         model = make().to(device)
     x, y, x_test, y_test = (part.to(device) for part in found)
     mean = x.mean(dim=0)
     train, test = (x - mean, y), (x_test - mean, y_test)
-    return supervised(model, nn.CrossEntropyLoss(), train, test, seed=seed, batch=128, figures=accuracy)
+    return supervised(model, nn.CrossEntropyLoss(), train, test, seed=seed, batch=batch, figures=accuracy)
 
 
 def _digits(seed: int, device: torch.device, data: Path | None) -> Task:
     return _task(lambda: perceptron([64, 64, 64, 10], nn.Tanh), digits(), seed, device)
 
 
-def _mnist(name: str, title: str, make: Callable[[], nn.Module]) -> Problem:
+def _mnist(name: str, title: str, make: Callable[[], nn.Module], batch: int = 128) -> Problem:
     def build(seed: int, device: torch.device, data: Path | None) -> Task:
-        return _task(make, datasets.mnist(folder_of(data, name), TRAIN, TEST), seed, device)
+        return _task(make, datasets.mnist(folder_of(data, name), TRAIN, TEST), seed, device, batch)
 
     return Problem(name, "classification", title, "training cross entropy", build, seconds=10, needs_data=True)
 
@@ -88,6 +92,13 @@ PROBLEMS = [
         seconds=2, size="small",
     ),
     _mnist("mnist-tanh", "MNIST, tanh 784-64×5-10, 20,000 images", lambda: perceptron(DEEP, nn.Tanh)),
+    *(
+        _mnist(
+            f"mnist-tanh-{batch}", f"MNIST, tanh 784-64×5-10, batches of {batch}",
+            lambda: perceptron(DEEP, nn.Tanh), batch,
+        )
+        for batch in (16, 512, 2048)
+    ),
     _mnist("mnist-relu", "MNIST, ReLU 784-64×5-10, 20,000 images", lambda: perceptron(DEEP, nn.ReLU)),
     _mnist("mnist-residual", "MNIST, 8 residual tanh blocks of width 64, 20,000 images", lambda: residual(64, 8)),
 ]  # fmt: skip

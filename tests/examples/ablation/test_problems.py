@@ -47,7 +47,7 @@ def write_table(folder: Path, name: str, features: int, split: bool, count: int 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up data of every kind."""
     path = tmp_path_factory.mktemp("data")
-    write_images(path, "mnist", (28, 28))
+    write_images(path, "mnist", (28, 28), train=2060)
     write_images(path, "cifar10", (32, 32, 3))
     for name, features, split in (("california_housing", 8, False), ("concrete", 8, True), ("energy", 8, True)):
         write_table(path, name, features, split)
