@@ -6,6 +6,7 @@ from hessopt.averages.options import KroneckerAveraging, NamedLoss
 from hessopt.banded.bandwidth import AutoBandwidth
 from hessopt.banded.damped_step import DampedStep
 from hessopt.banded.newton import BandedNewton
+from hessopt.banded.rows import Rows
 from hessopt.closure.protocol import LeastSquares
 from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
@@ -52,6 +53,7 @@ __all__ = [
     "NullProject",
     "OnlineExponent",
     "PowerLaw",
+    "Rows",
     "SaddleEscape",
     "SpectralNewton",
     "SpectralStep",

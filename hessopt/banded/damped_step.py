@@ -36,6 +36,8 @@ class DampedStep:
         solves: Number of solves.
         closure_runs: Number of runs of the closure, the first one included.
         length: Multiple of the last solve's step that was taken; 0 if none was.
+        rows: Rows that were drawn, of which all of these numbers are, rescaled; None without ``rows=``.
+        whole_loss: The closure's loss of all rows after the step; None if it was not evaluated.
     """
 
     loss: float
@@ -49,6 +51,8 @@ class DampedStep:
     solves: int
     closure_runs: int
     length: float
+    rows: int | None = None
+    whole_loss: float | None = None
 
 
 @torch.no_grad()

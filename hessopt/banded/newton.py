@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hessopt.banded.bandwidth import AutoBandwidth
 from hessopt.banded.damped_step import DampedStep
+from hessopt.banded.rows import RowClosure, Rows, check_arguments
 from hessopt.banded.space import Space
 from hessopt.banded.step import ExactStep
 from hessopt.checks import check_choice, check_type
@@ -78,6 +79,12 @@ class BandedNewton(LayerwiseOptimizer):
     :class:`hessopt.LeastSquares`, and may or may not call ``backward()``. If it does, ``.grad`` is the gradient
     (gradient clipping is respected); if not, no ``.grad`` is touched. The loss must be convex in the output.
 
+    **Rows.** With ``rows=N`` a step draws some of the N rows of a least-squares problem (:class:`hessopt.Rows`), and
+    ``closure(rows)`` returns the :class:`hessopt.LeastSquares` of those whose numbers it is given, an ascending int64
+    tensor on the parameters' device: each residual scaled as in the whole problem, ``LeastSquares(r[rows] * (2 / N) **
+    0.5)`` for the mean square of N. The optimizer rescales them, so that objective, gradient and curvature are those of
+    all rows in expectation. The trials of a step are on the same rows. ``backward()`` is left to the optimizer.
+
     **Cost.** N = batch × outputs (outputs − 1 for the softmax). In sample space, one N×N Cholesky factorization for
     each clique and separator, N³/3, and one Gram matrix for each layer; in parameter space ``P_C³/3`` for each and
     ``N P_v P_w`` for the pairs inside the band. Besides, two back-propagations (one of N / batch vectors at once)
@@ -111,6 +118,9 @@ class BandedNewton(LayerwiseOptimizer):
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
         memory_limit: Bytes that the matrices of a solve may take. Default: 4 GiB.
+        rows: The number of rows of a least-squares problem, or a list of the numbers in its strata (conditions), of
+            which each step draws some; the same as ``Rows(rows)``, which has the options. Default: None, a step is on
+            what ``closure()`` evaluates.
 
     Param groups may have their own ``lr``, ``weight_decay``, ``momentum`` and ``maximize`` (the same in all groups).
 
@@ -136,7 +146,7 @@ class BandedNewton(LayerwiseOptimizer):
         True
     """
 
-    _OWN = ("bandwidth", "curvature", "space", "search", "memory_limit", "last_step")
+    _OWN = ("bandwidth", "curvature", "space", "search", "memory_limit", "rows", "last_step")
 
     def __init__(
         self,
@@ -152,6 +162,7 @@ class BandedNewton(LayerwiseOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         memory_limit: int = 4 * 2**30,
+        rows: int | Sequence[int] | Rows | None = None,
     ) -> None:
         if bandwidth != "auto" and not isinstance(bandwidth, AutoBandwidth):
             check_bandwidth(bandwidth)
@@ -167,6 +178,7 @@ class BandedNewton(LayerwiseOptimizer):
         self.space: Space = space
         self.search = search
         self.memory_limit = memory_limit
+        self.rows = rows if rows is None or isinstance(rows, Rows) else Rows(rows)
         self.last_step: DampedStep | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": momentum}
         super().__init__(params, model, defaults)
@@ -174,19 +186,23 @@ class BandedNewton(LayerwiseOptimizer):
 
     def _prepare(self) -> None:
         """What follows from the arguments and the network alone."""
-        self._exact = ExactStep(self.model, self.bandwidth, self.space, self.curvature, self.search, self.memory_limit)
+        self._exact = ExactStep(
+            self.model, self.bandwidth, self.space, self.curvature, self.search, self.memory_limit, self.rows
+        )
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | RowClosure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.
 
         Args:
-            closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure.protocol`.
+            closure: Evaluates the loss of this step's batch, see :mod:`hessopt.closure.protocol`; with ``rows=``, that
+                of the rows that it is given.
 
         Returns:
-            The loss before the step, detached.
+            The loss before the step, detached; with ``rows=``, its estimate by the rows that were drawn.
 
         Raises:
-            ClosureError: the closure is missing or does not give a finite, differentiable loss.
+            ClosureError: the closure is missing or does not give a finite, differentiable loss; or it does not take
+                rows where they are drawn, or not return the residuals of these, or takes an argument where none is.
             ModelError: the output or the loss cannot be treated, or a gradient is sparse; or several processes train
                 together (:func:`hessopt.separate_networks`).
             NotConvexError: the loss is not convex in the output (concave, if maximizing).
@@ -205,6 +221,7 @@ class BandedNewton(LayerwiseOptimizer):
                 "from `.grad` alone. Pass a function that returns the loss: "
                 "`optimizer.step(lambda: loss_fn(model(x), y))`."
             )
+        check_arguments(closure, self.rows)
         loss: Tensor
         with AllOrNothing(self._parameters(), state=self.state, owner=self, names=("last_step",)):
             loss, self.last_step = self._exact.step(self.param_groups, self.state, closure)
@@ -221,4 +238,6 @@ class BandedNewton(LayerwiseOptimizer):
 
     def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         shared = {"step": 0, "damping": math.nan, "growth": math.nan, "bandwidth": 0}
+        if self.rows is not None:
+            shared |= {"subset": 0, "whole": math.nan}
         return {**(shared if number == 0 else {}), **({"momentum_buffer": zeros()} if group["momentum"] else {})}

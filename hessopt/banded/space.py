@@ -15,7 +15,7 @@ from hessopt.banded.bandwidth import AutoBandwidth, bandwidth_cliques
 from hessopt.banded.quadratic_model import QuadraticModel
 from hessopt.banded.systems import BandedSystem, ParameterSystem, SampleSystem, banded_operations
 from hessopt.checks import check_choice
-from hessopt.network.cliques import Bandwidth
+from hessopt.network.cliques import Bandwidth, Cliques
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ class SpaceChoice:
                 if self.space == "parameter":
                     raise
         return SampleSystem(model.factors, shapes, self.memory_limit)
+
+    def operations(self, rows: int, sizes: Sequence[int], cliques: Cliques) -> float:
+        """Of a step with N rows and P_v parameters in layer v, in the space that it would be in."""
+        spaces = {"auto": (False, True), "sample": (False,), "parameter": (True,)}[self.space]
+        return min(banded_operations(rows, sizes, cliques, dense=dense) for dense in spaces)
 
     def _choose(
         self,

@@ -17,12 +17,13 @@ from hessopt.banded.damped_step import DampedStep, line_step, search_step, take_
 from hessopt.banded.linear_solve import least_damping
 from hessopt.banded.metric_momentum import MomentumSolve
 from hessopt.banded.quadratic_model import QuadraticModel
+from hessopt.banded.rows import NO_BACKWARD, AnyClosure, RowChoice, Rows, Subset
 from hessopt.banded.space import Space, SpaceChoice
-from hessopt.banded.step_cost import CostWarning, gradient_operations
+from hessopt.banded.step_cost import FEW_GRADIENTS, CostWarning, gradient_operations
 from hessopt.banded.systems import BandedSystem
 from hessopt.closure.backward_calls import gradients_of, without_recomputation
 from hessopt.closure.finite import refuse_not_finite
-from hessopt.closure.protocol import Closure, Evaluation
+from hessopt.closure.protocol import Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
 from hessopt.factors.exact_curvature import ExactCurvature
@@ -53,6 +54,7 @@ class ExactStep:
         curvature: ``"ggn"`` or ``"hessian"``.
         search: λ, and how far to go.
         memory_limit: Bytes.
+        rows: How the rows of a step are drawn, for closures that take them.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ExactStep:
         curvature: str,
         search: Search,
         memory_limit: int,
+        rows: Rows | None = None,
     ) -> None:
         self.bandwidth, self.search = bandwidth, search
         # |H|'s rows are as many as its columns: nothing would be gained in their space, and digits lost.
@@ -71,12 +74,21 @@ class ExactStep:
         self._model, self._memory_limit = model, memory_limit
         self._hessian, self._verified = curvature == "hessian", False
         self._cost = CostWarning(self._hessian)
+        self._rows = None if rows is None else RowChoice(rows)
 
-    def step(self, groups: Groups, state: State, closure: Closure) -> tuple[Tensor, DampedStep]:
+    def step(self, groups: Groups, state: State, closure: AnyClosure) -> tuple[Tensor, DampedStep]:
         """Change the parameters; returns the loss before, detached, and what happened."""
         parameters = [p for group in groups for p in group["params"]]
+        own = state[parameters[0]]
+        subset = None if self._rows is None else self._rows.subset(closure, own, parameters[0].device)
         recorder = self._exact.recorder(parameters)
-        runner = ClosureRunner(closure, parameters, self._model, twice_differentiable=self._hessian)
+        runner = ClosureRunner(
+            closure if subset is None else subset,
+            parameters,
+            self._model,
+            twice_differentiable=self._hessian,
+            no_backward=None if subset is None else NO_BACKWARD,
+        )
         try:
             with recorder.recording(), without_recomputation():
                 evaluation = runner.evaluate()
@@ -84,12 +96,11 @@ class ExactStep:
             gradients = _gradients(evaluation, layers, groups)
             distances, factors = self._curvature(evaluation, layers, recorder.uses, gradients[0][0].dtype, groups)
             model = self._quadratic_model(evaluation, layers, gradients, factors, groups)
-            gradient = 0.0 if self._cost.given else gradient_operations(recorder.uses)
+            gradient = gradient_operations(recorder.uses)
         finally:
             recorder.forget()
         loss = evaluation.loss.detach()
         del evaluation  # free what is left of the tape before the solves
-        own = state[parameters[0]]
         damping = self._damping(model, own)
         system = self._space.system(model, distances, self.bandwidth)
         cliques = self._cliques(distances, model, system, damping.value, own)
@@ -109,7 +120,37 @@ class ExactStep:
         solve.keep(done.length)
         own["step"] = own.get("step", 0) + 1
         own.update(damping.state_dict())
+        if subset is not None:
+            self._settle_rows(subset, own, model, cliques, gradient)
+            done = self._look_at_all_rows(closure, runner, groups, own, replace(done, rows=len(subset.rows)))
         return loss, done
+
+    def _settle_rows(
+        self, subset: Subset, own: dict[str, Any], model: QuadraticModel, cliques: Cliques, gradient: float
+    ) -> None:
+        """Choose the number of rows to go on with, by what the first step's gradient took."""
+        assert self._rows is not None
+        count, sizes = len(subset.rows), [sum(p.numel() for p in layer) for layer in model.parameters]
+        outputs = model.factors[0].size // count
+
+        def affordable(rows: int) -> bool:
+            operations = self._space.operations(rows * outputs, sizes, cliques)
+            return operations <= FEW_GRADIENTS * gradient * rows / count
+
+        self._rows.settle(own, affordable)
+
+    def _look_at_all_rows(
+        self, closure: AnyClosure, runner: ClosureRunner, groups: Groups, own: dict[str, Any], done: DampedStep
+    ) -> DampedStep:
+        """Evaluate the objective on all rows if it is time."""
+        assert self._rows is not None
+        whole = self._rows.whole(closure, own, groups[0]["params"][0].device)
+        if whole is None:
+            return done
+        runner.closure = whole
+        loss = runner.trial_loss()
+        self._rows.grow(own, loss + _penalty(groups))
+        return replace(done, whole_loss=loss, closure_runs=done.closure_runs + 1)
 
     def _curvature(
         self,
@@ -213,6 +254,13 @@ def _gradients(evaluation: Evaluation, layers: Sequence[Layer], groups: Groups) 
         gradients[p] = decay if slope is None else decay + _sign(group) * slope.detach().to(dtype)
     refuse_not_finite(list(gradients.values()), list(gradients))
     return [[gradients[p] for p in layer.parameters] for layer in layers]
+
+
+@torch.no_grad()
+def _penalty(groups: Groups) -> float:
+    """``½ Σ ω θ²``."""
+    terms = [g["weight_decay"] / 2 * p.square().sum() for g in groups if g["weight_decay"] for p in g["params"]]
+    return float(torch.stack(terms).sum()) if terms else 0.0
 
 
 def _group_of(groups: Groups) -> dict[Tensor, Group]:

@@ -11,6 +11,8 @@ _log = logging.getLogger(__name__)
 
 MANY_GRADIENTS = 100
 """Gradients that a step may cost in silence."""
+FEW_GRADIENTS = 3
+"""Gradients that a step may cost where its rows are a choice, to begin with."""
 FEW_OPERATIONS = 1e9
 """Operations of a step below which nothing is said: a few tenths of a second at most, much of it not the solve's."""
 
@@ -66,6 +68,7 @@ class CostWarning:
             return
         _log.warning(
             "an exact step takes %.2g operations here, about %.0f gradients (%d rows = batch × outputs, %d "
-            "parameters): take KroneckerNewton for mini-batches, a smaller batch, or NewtonCG for a large one",
+            "parameters): take KroneckerNewton for mini-batches, a smaller batch (rows= draws one of least squares), "
+            "or NewtonCG for a large one",
             *(operations, operations / max(gradient, 1), rows, parameters),
         )

@@ -44,6 +44,7 @@ class ClosureRunner:
         tape: The loss's tape is needed after a closure that calls ``backward``. Without, that call frees its tape.
         twice_differentiable: The loss will be differentiated twice: every run, trials too, uses kernels that can be
             (:func:`diagnostics.autograd.kernels.twice_differentiable`), and checkpointing is refused.
+        no_backward: What is wrong with a closure that calls ``backward()``, if it must not.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class ClosureRunner:
         *,
         tape: bool = True,
         twice_differentiable: bool = False,
+        no_backward: str | None = None,
     ) -> None:
         self.closure = closure
+        self._no_backward = no_backward
         self._tape = tape
         self._twice = twice_differentiable
         self.parameters = list(parameters)
@@ -95,6 +98,8 @@ class ClosureRunner:
             raise
         outputs = recorder.outputs
         self.runs += 1
+        if calls.called and self._no_backward is not None:
+            raise ClosureError(self._no_backward)
         self._derives = calls.derivatives
         with torch.enable_grad():
             loss, result = self._loss_of(calls, returned)

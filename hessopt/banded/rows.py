@@ -1,0 +1,221 @@
+"""Random rows of a least-squares problem: which of them a step takes, what each counts, and when they become more."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hessopt.checks import check_count
+from hessopt.closure.protocol import ClosureResult, LeastSquares
+from hessopt.closure.result import kind_of
+from hessopt.errors import ClosureError
+
+RowClosure: TypeAlias = Callable[[Tensor], LeastSquares]
+AnyClosure: TypeAlias = Callable[..., ClosureResult]
+"""Of rows, or of no argument."""
+
+FEWEST = 100
+"""Rows of the first step, and the least that a size is chosen from."""
+STALLED = 0.9
+"""The subset grows unless the objective on all rows has fallen to this part of its least."""
+NO_BACKWARD = (
+    "the closure called backward(), and with rows= the gradient is that of the rescaled residuals, which the optimizer "
+    "differentiates itself. Leave zero_grad() and backward() out of the closure, and return hessopt.LeastSquares."
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    r"""Random rows: each step takes S of the N rows of a least-squares problem, and all of them in the end.
+
+    The rows are in strata, such as the conditions of a boundary-value problem: stratum s has :math:`N_s` rows, of which
+    :math:`S_s`, :math:`n_s = \lceil n N_s / N \rceil` in number, are drawn without replacement. The step's objective,
+
+    .. math:: f_S = \tfrac12 \sum_s \frac{N_s}{n_s} \sum_{i \in S_s} r_i^2,
+
+    has the expectation :math:`f = \frac12 \sum_i r_i^2`, and so have its gradient and its Gauss-Newton matrix.
+
+    Rows are numbered 0 … N-1, stratum after stratum, and ``closure(rows)`` gets those of the step in ascending order.
+    Draws depend on ``seed`` and the number of the step alone: torch's global generator is not used, and a run that is
+    resumed draws what the first one would have. When n reaches N, steps are those without ``rows``.
+
+    Args:
+        counts: N, or the list of all :math:`N_s`; kept as a tuple.
+        first: n to start with. Default: None, where the operations of a step are three times those of the gradient of
+            the same rows, and 100 at least. What a gradient takes is seen at the first step, which has 100 rows.
+        growth: What n is multiplied by when the objective on all rows stops falling; 1: n stays. Default: 2.
+        every: Steps from one evaluation of the objective on all rows to the next; n grows unless it is at most 0.9
+            times the least one before. Each costs one evaluation of the loss on all rows, without its gradient, and
+            there are none where n stays. Default: 10.
+        seed: Of the draws, at least 0. Default: 0.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    counts: int | Sequence[int]
+    first: int | None = None
+    growth: float = 2.0
+    every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        strata = (self.counts,) if isinstance(self.counts, int) else tuple(self.counts)
+        if not strata:
+            raise ValueError("counts of rows must be a number or a list of at least one, got none.")
+        for count in strata:
+            check_count("a count of rows", count)
+        object.__setattr__(self, "counts", strata)
+        if self.first is not None:
+            check_count("first", self.first)
+        if not 1 <= self.growth < math.inf:
+            raise ValueError(f"growth must be a finite number of at least 1, got {self.growth!r}.")
+        check_count("every", self.every)
+        check_count("seed", self.seed, 0)
+
+    @property
+    def strata(self) -> tuple[int, ...]:
+        """The counts as they are kept."""
+        return self.counts  # type: ignore[return-value]
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return sum(self.strata)
+
+
+class RowChoice:
+    """The rows of every step, by what the optimizer's state says.
+
+    In there are ``"step"``, steps so far, ``"subset"``, n, once it is known, and ``"whole"``, the least objective on
+    all rows that was seen.
+
+    Args:
+        options: How they are drawn.
+    """
+
+    def __init__(self, options: Rows) -> None:
+        self._options = options
+
+    def size(self, state: dict[str, Any]) -> int:
+        """This step's n."""
+        first: int = state.get("subset", FEWEST if self._options.first is None else self._options.first)
+        return min(first, self._options.total)
+
+    def subset(self, closure: AnyClosure, state: dict[str, Any], device: torch.device) -> Subset:
+        """The closure of this step's rows."""
+        rows, scale = draw(self._options, self.size(state), state.get("step", 0))
+        return Subset(closure, rows.to(device), scale, self._options.total)
+
+    def settle(self, state: dict[str, Any], affordable: Callable[[int], bool]) -> None:
+        """Choose n after the first step, unless it was given.
+
+        Args:
+            state: The optimizer's.
+            affordable: Whether a step with so many rows costs no more than it may, true up to some number of rows.
+        """
+        if "subset" in state:
+            return
+        size, beyond = self.size(state), self._options.total + 1
+        while self._options.first is None and beyond - size > 1:
+            middle = (size + beyond) // 2
+            size, beyond = (middle, beyond) if affordable(middle) else (size, middle)
+        state["subset"] = size
+
+    def whole(self, closure: AnyClosure, state: dict[str, Any], device: torch.device) -> Subset | None:
+        """The closure of all rows, if the objective on them is to be evaluated after this step."""
+        options = self._options
+        if options.growth == 1 or self.size(state) == options.total or state["step"] % options.every:
+            return None
+        return Subset(closure, torch.arange(options.total, device=device), None, options.total)
+
+    def grow(self, state: dict[str, Any], objective: float) -> None:
+        """Take more rows from here on if the objective on all of them has stopped falling."""
+        least = state.get("whole", math.inf)
+        if not objective <= STALLED * least:  # also where it is not a number
+            state["subset"] = min(math.ceil(self._options.growth * self.size(state)), self._options.total)
+        if objective < least:
+            state["whole"] = objective
+
+
+class Subset:
+    """A closure of no argument: that of some rows, whose residuals are rescaled.
+
+    Args:
+        closure: Of rows.
+        rows: Their numbers, ``(n,)``.
+        scale: ``√(N_s / n_s)`` of each, ``(n,)``; None for all rows.
+        total: N.
+    """
+
+    def __init__(self, closure: AnyClosure, rows: Tensor, scale: Tensor | None, total: int) -> None:
+        self._closure, self.rows, self._scale, self._total = closure, rows, scale, total
+
+    def __call__(self) -> LeastSquares:
+        """The residuals of the rows, times their scales."""
+        returned = self._closure(self.rows)
+        if not isinstance(returned, LeastSquares):
+            raise ClosureError(
+                "with rows= the closure must return hessopt.LeastSquares(residuals) of the rows that it is given; it "
+                f"returned {kind_of(returned)}. For another loss leave rows= out, and draw the batch yourself."
+            )
+        count, shape = len(self.rows), tuple(returned.residuals.shape)
+        if shape[:1] == (self._total,) != (count,):
+            raise ClosureError(
+                f"the closure was asked for {count} rows and returned the residuals of all {self._total}: it ignores "
+                "its argument. Index the data by it, `def closure(rows): return LeastSquares(residuals(x[rows]))`, or "
+                "leave rows= out."
+            )
+        if shape[:1] != (count,):
+            raise ClosureError(
+                f"the closure was asked for {count} rows and returned residuals of shape {shape}. Return those of "
+                f"these rows, in their order, in shape ({count},), or ({count}, k) where a row has k of them."
+            )
+        if self._scale is None:
+            return returned
+        scale = self._scale.to(returned.residuals)
+        return LeastSquares(returned.residuals * scale.reshape(-1, *[1] * (len(shape) - 1)))
+
+
+def draw(options: Rows, size: int, step: int) -> tuple[Tensor, Tensor | None]:
+    """Numbers of the rows of a step, ascending, ``(n,)``, and ``√(N_s / n_s)`` of each; None where they are all rows.
+
+    Args:
+        options: Strata and seed.
+        size: n, at most N.
+        step: Steps before this one.
+    """
+    if size == options.total:
+        return torch.arange(size), None
+    generator = torch.Generator().manual_seed((1_000_003 * options.seed + step) % 2**63)
+    rows, scales, start = [], [], 0
+    for count in options.strata:
+        share = -(-size * count // options.total)
+        rows.append(start + torch.randperm(count, generator=generator)[:share].sort().values)
+        scales.append(torch.full((share,), math.sqrt(count / share), dtype=torch.float64))
+        start += count
+    return torch.cat(rows), torch.cat(scales)
+
+
+def check_arguments(closure: AnyClosure, rows: Rows | None) -> None:
+    """Raise a ClosureError unless the closure takes rows where there are some, and nothing where there are none."""
+    try:
+        signature = inspect.signature(closure)
+    except (TypeError, ValueError):  # of some builtins: the call will tell
+        return
+    try:
+        signature.bind(*(() if rows is None else (None,)))
+    except TypeError:
+        raise ClosureError(
+            "the closure takes an argument, and none is given to it: rows are drawn where their number is known. Pass "
+            "it, `BandedNewton(model, rows=N)`, or let the closure take no argument."
+            if rows is None
+            else "with rows= the closure takes one argument, the numbers of the rows to evaluate: `def closure(rows): "
+            "return LeastSquares(residuals(x[rows]))`. Let it take them, or leave rows= out."
+        ) from None

@@ -1,0 +1,363 @@
+"""Random rows of least squares: what is drawn, what it is the expectation of, growth, refusals, resuming."""
+
+import copy
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessopt import BandedNewton, Damped, Fixed, LeastSquares, LineSearch, Rows
+from hessopt.banded.rows import FEWEST, RowChoice, Subset, draw
+from hessopt.errors import ClosureError
+from tests.helpers.kronecker_reference import regression, relative, resumes
+
+F64 = torch.float64
+STRATA = (40, 24)
+
+
+def problem(
+    seed: int = 0, outputs: int = 1, device: torch.device | str = "cpu"
+) -> tuple[nn.Sequential, Callable[[Tensor], LeastSquares]]:
+    """A network, and the mean squared residuals of the 64 samples of :func:`regression`."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, outputs)).double().to(device)
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=F64).to(device)
+    y = (x[:, :1] * x[:, 1:]).sin() * torch.arange(1, outputs + 1, device=device)
+    return net, lambda rows: LeastSquares((net(x[rows]) - y[rows]) * (2 / 64) ** 0.5)
+
+
+def vector(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize(("strata", "size"), [((5,), 2), ((3, 5), 3), ((1, 2, 4), 4), ((6, 2), 8)])
+def test_objective_gradient_and_curvature_of_all_subsets_average_to_those_of_the_whole(
+    strata: tuple[int, ...], size: int, outputs: int
+) -> None:
+    net, closure = problem(outputs=outputs)
+    total = sum(strata)
+    rows, scale = draw(Rows(strata), size, 0)
+    starts = [sum(strata[:s]) for s in range(len(strata))]
+    shares = [int(((rows >= start) & (rows < start + n)).sum()) for start, n in zip(starts, strata, strict=True)]
+    subsets = [
+        [start + i for start, own in zip(starts, parts, strict=True) for i in own]
+        for parts in itertools.product(*map(itertools.combinations, map(range, strata), shares))
+    ]
+
+    def measured(subset: Subset) -> list[Tensor]:
+        result = subset()
+        jacobian = torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(r, list(net.parameters()), retain_graph=True)])
+                for r in result.residuals.flatten()
+            ]
+        )
+        residuals = result.residuals.detach().flatten()
+        return [result.loss.detach(), jacobian.T @ residuals, jacobian.T @ jacobian]
+
+    found = [measured(Subset(closure, torch.tensor(subset), scale, total)) for subset in subsets]
+    whole = measured(Subset(closure, torch.arange(total), None, total))
+    for parts, expected in zip(zip(*found, strict=True), whole, strict=True):
+        assert relative(sum(parts) / len(found), expected) < 1e-12
+
+
+def test_every_subset_is_drawn_equally_often() -> None:
+    options = Rows((3, 4), seed=5)
+    counts = Counter(tuple(draw(options, 4, step)[0].tolist()) for step in range(3600))
+    assert len(counts) == math.comb(3, 2) * math.comb(4, 3)
+    # 300 of each are expected, with a standard deviation of 17.
+    assert all(abs(count - 300) < 75 for count in counts.values())
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 99, 120])
+def test_strata_have_their_shares(size: int) -> None:
+    strata = (90, 27, 3)
+    rows, scale = draw(Rows(strata), size, 3)
+    assert torch.equal(rows, rows.unique())
+    shares = [int(((rows >= a) & (rows < b)).sum()) for a, b in ((0, 90), (90, 117), (117, 120))]
+    assert shares == [math.ceil(size * count / 120) for count in strata]
+    if size == 120:
+        assert scale is None
+        assert torch.equal(rows, torch.arange(120))
+    else:
+        assert scale is not None
+        expected = torch.cat([torch.full((n,), (c / n) ** 0.5, dtype=F64) for n, c in zip(shares, strata, strict=True)])
+        assert torch.allclose(scale, expected, rtol=1e-15)
+
+
+def test_draws_differ_from_step_to_step_and_by_seed() -> None:
+    a, b, c = draw(Rows(100), 10, 0)[0], draw(Rows(100), 10, 1)[0], draw(Rows(100, seed=1), 10, 0)[0]
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(a, draw(Rows(100), 10, 0)[0])
+
+
+@pytest.mark.parametrize("search", [Damped(), LineSearch(), Fixed(1e-3)])
+@pytest.mark.parametrize("rows", [64, STRATA, Rows(64, first=64), Rows([1, 63], growth=1, first=64)])
+def test_all_rows_are_the_step_without_rows(rows: Any, search: Any) -> None:
+    (net, closure), (twin, again) = problem(), problem()
+    optimizer, plain = BandedNewton(net, rows=rows, search=search), BandedNewton(twin, search=search)
+    for _ in range(5):
+        assert abs(optimizer.step(closure) - plain.step(lambda: again(torch.arange(64)))) < 1e-12
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.rows == 64
+    assert optimizer.last_step.whole_loss is None
+    assert relative(vector(net), vector(twin)) < 1e-12
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
+def test_a_step_on_rows_is_that_of_their_rescaled_residuals(momentum: float, decay: float) -> None:
+    (net, closure), (twin, again) = problem(outputs=2), problem(outputs=2)
+    settings: dict[str, Any] = {"search": Fixed(1e-2), "momentum": momentum, "weight_decay": decay}
+    options = Rows(STRATA, first=10, growth=1)
+    optimizer, plain = BandedNewton(net, rows=options, **settings), BandedNewton(twin, **settings)
+    for step in range(4):
+        rows, scale = draw(options, 10, step)
+        assert scale is not None
+        optimizer.step(closure)
+        plain.step(lambda rows=rows, scale=scale: LeastSquares(again(rows).residuals * scale[:, None]))
+        assert relative(vector(net), vector(twin)) < 1e-10
+
+
+def test_trials_are_on_the_rows_of_the_step_and_a_rejected_one_leaves_no_trace() -> None:
+    net, closure = problem()
+    seen: list[Tensor] = []
+
+    def rising(rows: Tensor) -> LeastSquares:
+        seen.append(rows)
+        return LeastSquares(closure(rows).residuals * (1.0 if len(seen) == 1 else 1e3))
+
+    optimizer = BandedNewton(net, rows=Rows(64, first=8), search=Damped(max_rejections=2))
+    before = vector(net)
+    optimizer.step(rising)
+    assert optimizer.last_step is not None
+    assert not optimizer.last_step.accepted
+    assert torch.equal(vector(net), before)
+    assert len(seen) == 3
+    assert all(torch.equal(rows, seen[0]) for rows in seen)
+
+
+def test_subsets_grow_to_all_rows_where_the_objective_stalls() -> None:
+    net, closure = problem()
+    asked: list[int] = []
+
+    def counting(rows: Tensor) -> LeastSquares:
+        asked.append(len(rows))
+        return closure(rows)
+
+    optimizer = BandedNewton(net, lr=0.0, rows=Rows(64, first=10, every=2))
+    sizes, wholes = [], []
+    for _ in range(12):
+        optimizer.step(counting)
+        assert optimizer.last_step is not None
+        sizes.append(optimizer.last_step.rows)
+        wholes.append(optimizer.last_step.whole_loss)
+    assert sizes == [10] * 4 + [20] * 2 + [40] * 2 + [64] * 4
+    expected = closure(torch.arange(64)).item()
+    assert [value is not None for value in wholes] == [False, True] * 4 + [False] * 4
+    assert all(value is None or abs(value - expected) < 1e-12 for value in wholes)
+    assert asked.count(64) == 4 + 4  # looks at all rows, and steps on them
+
+
+def test_the_objective_on_all_rows_has_the_weight_decay() -> None:
+    net, closure = problem()
+    optimizer = BandedNewton(net, rows=Rows(64, first=10, every=1), weight_decay=0.1)
+    optimizer.step(closure)
+    expected = closure(torch.arange(64)).item() + 0.05 * float(vector(net).square().sum())
+    assert optimizer.state[net[0].weight]["whole"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_subset_stays_while_the_objective_falls_and_where_it_is_to_stay() -> None:
+    choice, state = RowChoice(Rows(1000, first=10, growth=3)), {"subset": 10}
+    for objective, size in [(5.0, 10), (4.0, 10), (3.7, 30), (3.0, 30), (math.nan, 90), (math.inf, 270), (1.0, 270)]:
+        choice.grow(state, objective)
+        assert state["subset"] == size
+    assert state["whole"] == 1.0
+    choice.grow(state, 2.0)
+    choice.grow(state, 2.0)
+    assert state["subset"] == 1000
+    net, closure = problem()
+    optimizer = BandedNewton(net, lr=0.0, rows=Rows(64, first=10, every=1, growth=1))
+    for _ in range(4):
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        assert (optimizer.last_step.rows, optimizer.last_step.whole_loss) == (10, None)
+
+
+def test_the_first_size_is_what_a_few_gradients_pay_for() -> None:
+    choice = RowChoice(Rows(1000))
+    for most, size in [(137, 137), (999, 999), (1000, 1000), (5, FEWEST)]:
+        state: dict[str, Any] = {}
+        choice.settle(state, lambda rows, most=most: rows <= most)
+        assert state == {"subset": size}
+    state = {"subset": 3}
+    choice.settle(state, lambda rows: True)
+    assert state == {"subset": 3}
+
+    def size_of(derivatives: int) -> int:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)).double()
+        x = torch.rand(4000, 2, dtype=F64)
+
+        def closure(rows: Tensor) -> LeastSquares:
+            points = x[rows].requires_grad_()
+            value = net(points)[:, 0]
+            for _ in range(derivatives):
+                (slope,) = torch.autograd.grad(value.sum(), points, create_graph=True)
+                value = slope.sum(1)
+            return LeastSquares(value / 4000**0.5)
+
+        optimizer = BandedNewton(net, rows=4000)
+        optimizer.step(closure)
+        size: int = optimizer.state[net[0].weight]["subset"]
+        return size
+
+    sizes = [size_of(derivatives) for derivatives in (0, 2, 3)]
+    assert sizes[0] == FEWEST < sizes[1] < sizes[2] < 4000  # the dearer the gradient, the more rows
+
+
+@pytest.mark.parametrize("rows", [64, list(STRATA)])
+def test_training_on_rows(rows: Any) -> None:
+    net, closure = problem()
+    optimizer = BandedNewton(net, rows=Rows(rows, first=24))
+    first = closure(torch.arange(64)).item()
+    for _ in range(60):
+        optimizer.step(closure)
+    assert closure(torch.arange(64)).item() < 0.05 * first
+
+
+def test_the_global_generator_is_not_used() -> None:
+    net, closure = problem()
+    state = torch.get_rng_state()
+    optimizer = BandedNewton(net, rows=Rows(64, first=8, every=1))
+    for _ in range(3):
+        optimizer.step(closure)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_resumes_bit_for_bit_while_the_subset_grows(through_file: bool) -> None:
+    (net, closure), (other, again) = problem(), problem(seed=9)
+    settings: dict[str, Any] = {"rows": Rows(STRATA, first=6, every=2), "momentum": 0.5, "lr": 1e-3}
+    optimizer, resumed = (BandedNewton(m, **settings) for m in (net, other))
+    resumes((net, optimizer, closure), (other, resumed, again), through_file)
+    assert resumed.state[other[0].weight]["subset"] > 6
+    assert resumed.state[other[0].weight]["whole"] == optimizer.state[net[0].weight]["whole"]
+
+
+def test_states_with_and_without_rows_are_not_mixed_up() -> None:
+    (net, closure), (other, _) = problem(), problem()
+    optimizer = BandedNewton(net, rows=Rows(64, first=8))
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match=r"'subset', which BandedNewton does not keep.*Nothing was loaded"):
+        BandedNewton(other).load_state_dict(optimizer.state_dict())
+
+
+def test_copies_go_on_alike() -> None:
+    net, closure = problem()
+    optimizer = BandedNewton(net, rows=Rows(64, first=8, every=1))
+    for _ in range(3):
+        optimizer.step(closure)
+    twin, copied = copy.deepcopy((net, optimizer))
+    assert copied.rows == optimizer.rows
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    y = (x[:, :1] * x[:, 1:]).sin()
+    for _ in range(3):
+        optimizer.step(closure)
+        copied.step(lambda rows: LeastSquares((twin(x[rows]) - y[rows]) * (2 / 64) ** 0.5))
+    assert torch.equal(vector(net), vector(twin))
+
+
+def test_device(device: torch.device) -> None:
+    net, closure = problem(device=device)
+    optimizer = BandedNewton(net, rows=Rows(64, first=16))
+
+    def checked(rows: Tensor) -> LeastSquares:
+        assert rows.device.type == device.type
+        assert rows.dtype == torch.int64
+        return closure(rows)
+
+    for _ in range(3):
+        optimizer.step(checked)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda c: lambda rows: c(torch.arange(64)),
+            "asked for 8 rows and returned the residuals of all 64",
+        ),
+        (lambda c: lambda rows: c(rows[1:]), r"asked for 8 rows and returned residuals of shape \(7, 1\)"),
+        (lambda c: lambda rows: LeastSquares(c(rows).residuals.repeat(2, 1)), r"shape \(16, 1\).*in shape \(8,\)"),
+        (lambda c: lambda rows: LeastSquares(c(rows).residuals.sum()), r"returned residuals of shape \(\)"),
+        (lambda c: lambda rows: c(rows).loss, "must return hessopt.LeastSquares.*returned a tensor of shape"),
+        (lambda c: lambda rows: None, "must return hessopt.LeastSquares.*returned None"),
+        (lambda c: lambda: c(torch.arange(64)), r"with rows= the closure takes one argument.*leave rows= out"),
+        (lambda c: lambda rows, more: c(rows), "with rows= the closure takes one argument"),
+    ],
+)
+def test_closures_that_do_not_fit(make: Callable[[Any], Any], message: str) -> None:
+    net, closure = problem()
+    optimizer = BandedNewton(net, rows=Rows(64, first=8))
+    before = vector(net)
+    with pytest.raises(ClosureError, match=message):
+        optimizer.step(make(closure))
+    assert torch.equal(vector(net), before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("first", [8, 64])
+def test_backward_is_left_to_the_optimizer(first: int) -> None:
+    net, closure = problem()
+
+    def backward(rows: Tensor) -> LeastSquares:
+        result = closure(rows)
+        result.backward()
+        return result
+
+    with pytest.raises(ClosureError, match=r"called backward\(\), and with rows= .*Leave zero_grad\(\) and backward"):
+        BandedNewton(net, rows=Rows(64, first=first)).step(backward)
+
+
+def test_a_closure_of_rows_where_there_are_none() -> None:
+    net, closure = problem()
+    before = vector(net)
+    with pytest.raises(ClosureError, match=r"takes an argument, and none is given.*BandedNewton\(model, rows=N\)"):
+        BandedNewton(net).step(closure)
+    assert torch.equal(vector(net), before)
+
+
+def test_arguments_with_defaults_may_stay_out() -> None:
+    net, closure = regression()
+    before = vector(net)
+    BandedNewton(net).step(lambda scale=1.0: closure() * scale)
+    assert not torch.equal(vector(net), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"counts": 0}, "a count of rows must be an integer of at least 1, got 0"),
+        ({"counts": []}, "a list of at least one"),
+        ({"counts": [3, 2.5]}, "a count of rows must be an integer of at least 1, got 2.5"),
+        ({"counts": 9, "first": 0}, "first must be an integer of at least 1"),
+        ({"counts": 9, "growth": 0.5}, "growth must be a finite number of at least 1, got 0.5"),
+        ({"counts": 9, "growth": math.inf}, "growth must be a finite number"),
+        ({"counts": 9, "every": 0}, "every must be an integer of at least 1"),
+        ({"counts": 9, "seed": -1}, "seed must be an integer of at least 0"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rows(**options)
+    if set(options) == {"counts"}:
+        with pytest.raises(ValueError, match=message):
+            BandedNewton(nn.Linear(2, 1), rows=options["counts"])
