@@ -25,11 +25,13 @@ from hessopt import (
     KroneckerAveraging,
     KroneckerBandwidth,
     KroneckerNewton,
+    LeastSquares,
     NewtonCG,
     NullBoost,
     NullProject,
     OnlineExponent,
     PowerLaw,
+    Rows,
     SaddleEscape,
     SpectralNewton,
 )
@@ -53,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "NewtonCG(all that is kept)": lambda net: NewtonCG(net, warm_start=True, preconditioner="diagonal"),
     "BandedNewton": BandedNewton,
     "BandedNewton(momentum)": lambda net: BandedNewton(net, momentum=0.5, bandwidth=1),
+    "BandedNewton(rows)": lambda net: BandedNewton(net, rows=Rows([20, 12], first=6, every=2)),
     "KroneckerNewton(0)": lambda net: _kronecker(net, 0),
     "KroneckerNewton(1)": lambda net: _kronecker(net, 1),
     "KroneckerNewton(auto)": lambda net: _kronecker(net, KroneckerBandwidth(6)),
@@ -93,8 +96,12 @@ def steps(net: nn.Module, optimizer: Optimizer, count: int = 4) -> None:
         loss.backward()
         return loss
 
+    def on_rows(rows: Tensor) -> LeastSquares:
+        return LeastSquares((net(x[rows]) - y[rows, None]) / 32**0.5)
+
+    drawn = isinstance(optimizer, BandedNewton) and optimizer.rows is not None
     for _ in range(count):
-        optimizer.step(closure)
+        optimizer.step(on_rows if drawn else closure)
 
 
 def stepped(name: str, width: int = 8, count: int = 4) -> tuple[nn.Module, Optimizer]:
