@@ -66,7 +66,7 @@ class Rows:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        strata = (self.counts,) if isinstance(self.counts, int) else tuple(self.counts)
+        strata = tuple(self.counts) if isinstance(self.counts, Sequence) else (self.counts,)
         if not strata:
             raise ValueError("counts of rows must be a number or a list of at least one, got none.")
         for count in strata:

@@ -346,6 +346,7 @@ def test_arguments_with_defaults_may_stay_out() -> None:
     ("options", "message"),
     [
         ({"counts": 0}, "a count of rows must be an integer of at least 1, got 0"),
+        ({"counts": 2.5}, "a count of rows must be an integer of at least 1, got 2.5"),
         ({"counts": []}, "a list of at least one"),
         ({"counts": [3, 2.5]}, "a count of rows must be an integer of at least 1, got 2.5"),
         ({"counts": 9, "first": 0}, "first must be an integer of at least 1"),
