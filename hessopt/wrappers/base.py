@@ -55,6 +55,11 @@ class OptimizerWrapper(Optimizer):
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}.")
         refuse_meta(p for group in base.param_groups for p in group["params"])
+        if getattr(base, "rows", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} calls closures itself, without an argument, and cannot be around an optimizer "
+                "that draws rows for them. Construct that without rows=, and draw the points of a step in the closure."
+            )
         if any(p.is_complex() for group in base.param_groups for p in group["params"]):
             raise ValueError(f"{type(self).__name__} has no complex parameters; use torch.view_as_real.")
         if model is not None and not isinstance(model, nn.Module):

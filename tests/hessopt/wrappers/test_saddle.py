@@ -391,3 +391,12 @@ def test_attention_uses_kernels_with_a_second_derivative() -> None:
     losses = [optimizer.step(lambda: (net(x) - 1).square().mean()).item() for _ in range(5)]
     assert losses[-1] < losses[0]
     assert optimizer.last_check is not None
+
+
+@pytest.mark.parametrize("wrapper", [hessopt.SaddleEscape, hessopt.NullBoost, hessopt.NullProject])
+def test_an_optimizer_that_draws_rows_is_refused(wrapper: Any) -> None:
+    """Wrappers call the closure themselves, and would have no rows to give it."""
+    net = nn.Linear(2, 1)
+    base = hessopt.BandedNewton(net, rows=10)
+    with pytest.raises(ValueError, match=rf"{wrapper.__name__} calls closures itself.*without rows="):
+        wrapper(base, model=net)
