@@ -335,25 +335,6 @@ def test_a_batch_that_is_not_finite_changes_nothing(first: bool) -> None:
     assert not any(map(torch.equal, before[: len(values(net))], values(net)))
 
 
-def test_a_learning_rate_that_is_too_large_for_a_while_is_survived() -> None:
-    net = network()
-    optimizer = SpectralNewton(net, "cross_entropy")
-    x, y = data(0, 256)
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(functional.cross_entropy(net(x), y))
-
-    train(net, optimizer, range(40))
-    optimizer.param_groups[0]["lr"] = 20.0
-    train(net, optimizer, range(40, 50))
-    blown = loss()
-    optimizer.param_groups[0]["lr"] = 1.0
-    train(net, optimizer, range(50, 200))
-    optimizer.eval()
-    assert loss() < 0.9 * blown
-
-
 def test_frozen_and_missing_gradients() -> None:
     net = network()
     optimizer = SpectralNewton(net, "cross_entropy", coordinates=often())
