@@ -16,13 +16,14 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from examples.benchmarks.kronecker import Step, contender, forward_backward
 from examples.shared.problems import PROBLEMS
 from examples.studies.ablation.optimizers import CONTENDERS
 from examples.studies.ablation.results import STEPS, Entry, entries
@@ -32,6 +33,7 @@ from examples.studies.ablation.table import Table
 TABLE = Path(__file__).resolve().parents[1] / "studies" / "ablation" / "results" / "flagship.jsonl"
 FIRST, ROUND = 40, 10
 """Steps before rates are taken, and of a round."""
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,14 @@ class Cost:
 
 def costs(problem: str, contenders: Sequence[Entry], data: Path | None, rounds: int) -> tuple[list[Cost], float]:
     """Of each contender, and seconds of a forward-backward."""
-    seed, device = 1, torch.device("cpu")
-    steps: list[Callable[[Any], Any]] = []
+    makers = [*(contender(entry.contender, **entry.settings) for entry in contenders), forward_backward]
+    steps: list[Step] = []
     batches: list[Iterator[Any]] = []
-    for entry in [*contenders, None]:
-        task = fresh_task(PROBLEMS[problem], seed, device, data)
-        torch.manual_seed(seed)
+    for make in makers:
+        task = fresh_task(PROBLEMS[problem], SEED, torch.device("cpu"), data)
+        torch.manual_seed(SEED)
         batches.append(task.batches)
-        if entry is not None:
-            steps.append(CONTENDERS[entry.contender].build(task, **entry.settings).step)
-            continue
-
-        def plain(batch: Any, task: Any = task) -> None:
-            task.model.zero_grad()
-            result = task.evaluate_loss(batch)
-            (result[0] if isinstance(result, tuple) else result).backward()
-
-        steps.append(plain)
+        steps.append(make(task))
     taken = [[_timed(step, own, FIRST)] for step, own in zip(steps, batches, strict=True)]
     for _ in range(rounds):
         for seconds, step, own in zip(taken, steps, batches, strict=True):
@@ -73,7 +66,7 @@ def costs(problem: str, contenders: Sequence[Entry], data: Path | None, rounds: 
     return found[:-1], rates[-1]
 
 
-def _timed(step: Callable[[Any], Any], batches: Iterator[Any], count: int) -> float:
+def _timed(step: Step, batches: Iterator[Any], count: int) -> float:
     given = list(itertools.islice(batches, count))
     before = time.process_time()
     for batch in given:

@@ -22,6 +22,7 @@ import torch
 
 from examples.shared.problems import PROBLEMS
 from examples.shared.task import Task
+from examples.studies.ablation.meter import loss_of
 from examples.studies.ablation.optimizers import CONTENDERS, declared_loss
 from hessopt import KroneckerAveraging, KroneckerNewton
 from hessopt.averages.averages import KroneckerAverages
@@ -43,8 +44,7 @@ def forward_backward(task: Task) -> Step:
 
     def step(batch: Any) -> None:
         task.model.zero_grad()
-        result = task.evaluate_loss(batch)
-        (result[0] if isinstance(result, tuple) else result).backward()
+        loss_of(task.evaluate_loss(batch)).backward()
 
     return step
 

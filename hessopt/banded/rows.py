@@ -113,6 +113,10 @@ class RowChoice:
         rows, scale = draw(self._options, self.size(state), state.get("step", 0))
         return Subset(closure, rows.to(device), scale, self._options.total)
 
+    def settled(self, state: dict[str, Any]) -> bool:
+        """Whether n is known, as it is after the first step."""
+        return "subset" in state
+
     def settle(self, state: dict[str, Any], affordable: Callable[[int], bool]) -> None:
         """Choose n after the first step, unless it was given.
 
@@ -120,7 +124,7 @@ class RowChoice:
             state: The optimizer's.
             affordable: Whether a step with so many rows costs no more than it may, true up to some number of rows.
         """
-        if "subset" in state:
+        if self.settled(state):
             return
         size, beyond = self.size(state), self._options.total + 1
         while self._options.first is None and beyond - size > 1:

@@ -96,7 +96,8 @@ class ExactStep:
             gradients = _gradients(evaluation, layers, groups)
             distances, factors = self._curvature(evaluation, layers, recorder.uses, gradients[0][0].dtype, groups)
             model = self._quadratic_model(evaluation, layers, gradients, factors, groups)
-            gradient = gradient_operations(recorder.uses)
+            settling = self._rows is not None and not self._rows.settled(own)
+            gradient = gradient_operations(recorder.uses) if settling or not self._cost.given else 0.0
         finally:
             recorder.forget()
         loss = evaluation.loss.detach()
@@ -121,7 +122,8 @@ class ExactStep:
         own["step"] = own.get("step", 0) + 1
         own.update(damping.state_dict())
         if subset is not None:
-            self._settle_rows(subset, own, model, cliques, gradient)
+            if settling:
+                self._settle_rows(subset, own, model, cliques, gradient)
             done = self._look_at_all_rows(closure, runner, groups, own, replace(done, rows=len(subset.rows)))
         return loss, done
 

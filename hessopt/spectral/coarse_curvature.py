@@ -160,6 +160,8 @@ class CoarseCurvature:
     @torch.no_grad()
     def compare(self, momentum: Tensor, gradient: Tensor, sound: Tensor) -> None:
         """Take in how far the momentum and the gradient of a step agree, flat tensors both, unless it is not sound."""
+        if self.response == 1:
+            return  # φ is not asked for
         size = gradient @ gradient
         found = torch.stack([momentum @ gradient, momentum @ momentum]) / size
         moving = (sound > 0) & size.isfinite() & found.isfinite().all()

@@ -81,10 +81,13 @@ def test_work_of_recurrent_networks(kind: type[nn.RNNBase]) -> None:
     assert 1.5 * products <= backward.operations <= 2.8 * products
 
 
-def test_batched_products_count_each() -> None:
-    task = runner.fresh_task(FULL, 0, torch.device("cpu"), None)
+def metered() -> tuple[Meter, Task]:
     meter = Meter(1.0)
-    task = meter.attach(task)
+    return meter, meter.attach(runner.fresh_task(FULL, 0, torch.device("cpu"), None))
+
+
+def test_batched_products_count_each() -> None:
+    meter, task = metered()
     parameters = list(task.model.parameters())
     with meter.watching(task):
         _, z = task.evaluate_loss(next(task.batches))  # type: ignore[misc]
@@ -97,9 +100,7 @@ def test_batched_products_count_each() -> None:
 
 
 def test_forward_passes_outside_of_the_loss_count() -> None:
-    task = runner.fresh_task(FULL, 0, torch.device("cpu"), None)
-    meter = Meter(1.0)
-    task = meter.attach(task)
+    meter, task = metered()
     x, _ = next(task.batches)
     with meter.watching(task):
         task.model(x)
@@ -114,9 +115,7 @@ def test_forward_passes_outside_of_the_loss_count() -> None:
 
 
 def test_a_pass_from_an_edge_of_the_tape_counts_as_one_from_its_tensor() -> None:
-    task = runner.fresh_task(FULL, 0, torch.device("cpu"), None)
-    meter = Meter(1.0)
-    task = meter.attach(task)
+    meter, task = metered()
     parameters = list(task.model.parameters())
     with meter.watching(task):
         _, z = task.evaluate_loss(next(task.batches))  # type: ignore[misc]

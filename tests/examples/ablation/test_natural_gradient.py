@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import hessopt
 from examples.studies.ablation.baselines.natural_gradient import NaturalCoordinates
+from tests.helpers.linear_calls import linear_calls
 
 F64 = torch.float64
 
@@ -33,11 +34,7 @@ def test_the_first_step_is_the_natural_gradient_with_the_norm_of_a_spectral_step
     functional.cross_entropy(net(x), y).backward()
     optimizer.step()
 
-    inputs, outputs, h = [], [], x
-    for m in other:
-        inputs += [h.detach()] if isinstance(m, nn.Linear) else []
-        h = m(h)
-        outputs += [h] if isinstance(m, nn.Linear) else []
+    inputs, outputs, h = linear_calls(other, x)
     loss = functional.cross_entropy(h, y)
     columns = torch.autograd.grad(loss * len(x) ** 0.5, outputs)
     layers = [(a, b) for a, b in zip(net, other, strict=True) if isinstance(a, nn.Linear)]

@@ -213,7 +213,7 @@ def test_agreement_is_that_of_momentum_and_gradients() -> None:
     torch.manual_seed(0)
 
     def after(noise: float) -> CoarseCurvature:
-        coarse = CoarseCurvature(chain(2), "full", 0.9, 1.0, F64)
+        coarse = CoarseCurvature(chain(2), "full", 0.9, 0.5, F64)
         momentum, mean = torch.zeros(5000, dtype=F64), torch.randn(5000, dtype=F64)
         for _ in range(200):
             gradient = mean + noise * torch.randn(5000, dtype=F64)

@@ -17,6 +17,7 @@ import hessopt
 from hessopt import AdamWPart, CurvatureLengths, KroneckerAveraging, KroneckerCoordinates, PowerLaw, SpectralNewton
 from hessopt.errors import ClosureError
 from hessopt.spectral.gram_polar import COEFFICIENTS
+from tests.helpers.linear_calls import linear_calls
 
 F64 = torch.float64
 
@@ -91,11 +92,7 @@ def test_the_first_steps_are_the_definition(kind: Any) -> None:
         drawn = [j.clone() for made in gathering._made.values() for j in made.batches[0].cotangents]
         optimizer.step()
 
-        inputs, outputs, h = [], [], x
-        for m in other:
-            inputs += [h.detach()] if isinstance(m, nn.Linear) else []
-            h = m(h)
-            outputs += [h] if isinstance(m, nn.Linear) else []
+        inputs, outputs, h = linear_calls(other, x)
         other.zero_grad()
         loss = functional.cross_entropy(h, y)
         own = [j[None] for j in torch.autograd.grad(loss * len(x) ** 0.5, outputs, retain_graph=True)]
