@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from examples.shared.problems import data as datasets
 from examples.shared.problems.classification import digits
-from examples.shared.problems.common import accuracy, folder_of, seeded, supervised
+from examples.shared.problems.common import Pair, accuracy, folder_of, seeded, supervised
 from examples.shared.task import Problem, Task
 
 TRAIN, TEST = 10_000, 1_000
 MEASURED = 500
+SHIFT = 4
+"""Pixels, the custom for CIFAR-10."""
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -66,6 +69,32 @@ def _cifar(name: str, norm: Callable[[int], nn.Module]) -> Callable[[int, torch.
     return build
 
 
+def cropped_and_flipped(batches: Iterator[Pair], seed: int) -> Iterator[Pair]:
+    """Images ``(B, C, H, W)`` shifted by up to :data:`SHIFT` pixels, zero outside, and every other one mirrored."""
+    generator = torch.Generator().manual_seed(seed)
+    for x, y in batches:
+        size, (height, width) = len(x), x.shape[2:]
+        shifts = torch.randint(2 * SHIFT + 1, (2, size, 1), generator=generator)
+        rows, columns = (shift + torch.arange(n) for shift, n in zip(shifts, (height, width), strict=True))
+        mirrored = torch.rand(size, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        padded = F.pad(x, (SHIFT, SHIFT, SHIFT, SHIFT)).permute(0, 2, 3, 1)
+        images = torch.arange(size)[:, None, None].to(x.device)
+        cropped = padded[images, rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)]
+        yield cropped.permute(0, 3, 1, 2).contiguous(), y
+
+
+def _cifar_augmented(seed: int, device: torch.device, data: Path | None) -> Task:
+    found = datasets.cifar10(folder_of(data, "cifar10-augmented"), 50_000, 10_000)
+    x, y, x_test, y_test = (part.to(device) for part in found)
+    with seeded(seed):
+        model = residual_cnn(3, [16, 32, 64, 96], 2, nn.BatchNorm2d).to(device)
+    task = supervised(
+        model, nn.CrossEntropyLoss(), (x, y), (x_test, y_test), seed=seed, batch=128, figures=accuracy, measured=2000
+    )
+    return replace(task, batches=cropped_and_flipped(task.batches, seed))
+
+
 def _digits(seed: int, device: torch.device, data: Path | None) -> Task:
     x, y, x_test, y_test = (part.to(device) for part in digits())
     with seeded(seed):
@@ -90,5 +119,9 @@ PROBLEMS = [
             ("cifar10-groupnorm", "GroupNorm", group_norm),
             ("cifar10-batchnorm", "BatchNorm", nn.BatchNorm2d),
         )
+    ),
+    Problem(
+        "cifar10-augmented", "images", "CIFAR-10, residual CNN with BatchNorm, all images, cropped and flipped",
+        "training cross entropy", _cifar_augmented, seconds=20, needs_data=True,
     ),
 ]  # fmt: skip

@@ -302,6 +302,20 @@ def test_residual_cnn(name: str, norm: type[nn.Module], folder: Path) -> None:
     assert torch.allclose(block(x), y.clamp(min=0), rtol=1e-12, atol=1e-13)
 
 
+def test_augmented_images_are_windows_of_the_padded_ones_half_of_them_mirrored() -> None:
+    x, y = torch.randn(200, 3, 8, 6), torch.arange(200)
+    (found, labels), (again, _) = (next(images.cropped_and_flipped(iter([(x, y)]), seed=3)) for _ in range(2))
+    assert torch.equal(found, again)
+    assert torch.equal(labels, y)
+    padded = F.pad(x, (images.SHIFT,) * 4)
+    windows = padded.unfold(2, 8, 1).unfold(3, 6, 1)  # (N, C, shifts, shifts, 8, 6)
+    plain, mirrored = ((windows == image[:, :, None, None]).all(dim=(1, 4, 5)) for image in (found, found.flip(3)))
+    assert ((plain | mirrored).sum(dim=(1, 2)) == 1).all()
+    assert 60 < mirrored.any(dim=1).any(dim=1).sum() < 140
+    every = (plain | mirrored).any(dim=0)
+    assert every.sum() > 60  # of the 81 shifts: 200 draws leave out seven or so
+
+
 def test_autoencoder_has_a_linear_code_and_linear_outputs() -> None:
     linears = [(8, 6), (6, 5), (5, 2), (2, 5), (5, 6), (6, 8)]
     layers = list(autoencoder.autoencoder([8, 6, 5, 2]))

@@ -1,6 +1,6 @@
 """SGD and AdamW of torch.optim; Shampoo, SOAP, PSGD, Schedule-Free and Prodigy of other packages.
 
-No weight decay anywhere.
+Weight decay is that of the method's own argument, and none unless a study sets it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from examples.shared.task import Task
 from examples.studies.ablation.contender import GradientStep, Stepper, trained
 
 
-def sgd(task: Task, *, lr: float = 0.01, momentum: float = 0.9, schedule: str = "constant") -> Stepper:
+def sgd(
+    task: Task, *, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 0.0, schedule: str = "constant"
+) -> Stepper:
     """Nesterov's momentum."""
-    optimizer = torch.optim.SGD(trained(task.model), lr=lr, momentum=momentum, nesterov=momentum > 0)
+    optimizer = torch.optim.SGD(
+        trained(task.model), lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+    )
     return GradientStep(task, optimizer, schedule=schedule)
 
 
-def adamw(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper:
-    return GradientStep(task, torch.optim.AdamW(trained(task.model), lr=lr, weight_decay=0.0), schedule=schedule)
+def adamw(task: Task, *, lr: float = 1e-3, weight_decay: float = 0.0, schedule: str = "constant") -> Stepper:
+    optimizer = torch.optim.AdamW(trained(task.model), lr=lr, weight_decay=weight_decay)
+    return GradientStep(task, optimizer, schedule=schedule)
 
 
 def adahessian(task: Task, *, lr: float = 0.15, schedule: str = "constant") -> Stepper:
@@ -36,11 +41,19 @@ def shampoo(task: Task, *, lr: float = 0.1, update_freq: int = 1, schedule: str 
     return GradientStep(task, Shampoo(trained(task.model), lr=lr, update_freq=update_freq), schedule=schedule)
 
 
-def soap(task: Task, *, lr: float = 3e-3, precondition_frequency: int = 10, schedule: str = "constant") -> Stepper:
+def soap(
+    task: Task,
+    *,
+    lr: float = 3e-3,
+    precondition_frequency: int = 10,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+) -> Stepper:
     from pytorch_optimizer import SOAP
 
-    parameters = trained(task.model)
-    optimizer = SOAP(parameters, lr=lr, weight_decay=0.0, precondition_frequency=precondition_frequency)
+    optimizer = SOAP(
+        trained(task.model), lr=lr, weight_decay=weight_decay, precondition_frequency=precondition_frequency
+    )
     return GradientStep(task, optimizer, schedule=schedule)
 
 
@@ -53,11 +66,13 @@ def psgd(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper
     return GradientStep(task, optimizer, schedule=schedule)
 
 
-def schedule_free(task: Task, *, lr: float = 2.5e-3, beta: float = 0.9, schedule: str = "constant") -> Stepper:
+def schedule_free(
+    task: Task, *, lr: float = 2.5e-3, beta: float = 0.9, weight_decay: float = 0.0, schedule: str = "constant"
+) -> Stepper:
     """Schedule-Free AdamW: what is measured is its average of the iterates."""
     from pytorch_optimizer import ScheduleFreeAdamW
 
-    optimizer = ScheduleFreeAdamW(trained(task.model), lr=lr, betas=(beta, 0.999))
+    optimizer = ScheduleFreeAdamW(trained(task.model), lr=lr, betas=(beta, 0.999), weight_decay=weight_decay)
     optimizer.train()
     return GradientStep(task, optimizer, schedule=schedule)
 

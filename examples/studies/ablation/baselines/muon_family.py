@@ -2,7 +2,8 @@
 
 All treat a weight as a matrix, a convolution's filters as its rows; give steps the root mean square of AdamW's, so that
 one learning rate serves the matrices and the AdamW part; and leave embeddings, the first and the last module with
-parameters to AdamW, as Muon's author advises. No weight decay anywhere.
+parameters to AdamW, as Muon's author advises. Weight decay is decoupled, of all parameters, and none
+unless a study sets it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Muon's quintic Newton-Schulz iteration (Jordan et al., 2024)."""
 
 
-def muon(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper:
+def muon(task: Task, *, lr: float = 1e-3, weight_decay: float = 0.0, schedule: str = "constant") -> Stepper:
     """``torch.optim.Muon``."""
     matrices, rest = hidden_and_rest(task)
     views = [nn.Parameter(p.detach().flatten(1)) for p in matrices]  # it takes matrices only
-    optimizer = torch.optim.Muon(views, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizer = torch.optim.Muon(views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     def hand_over(*_: object) -> None:
         for view, p in zip(views, matrices, strict=True):
             view.grad = None if p.grad is None else p.grad.flatten(1)
 
     optimizer.register_step_pre_hook(hand_over)
-    return _with_adamw(task, optimizer, rest, lr, schedule)
+    return _with_adamw(task, optimizer, rest, lr, schedule, weight_decay)
 
 
 def normuon(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Stepper:
@@ -45,11 +46,18 @@ def normuon(task: Task, *, lr: float = 1e-3, schedule: str = "constant") -> Step
 
 
 def mousse(
-    task: Task, *, lr: float = 1e-3, alpha: float = 0.125, every: int = 10, schedule: str = "constant"
+    task: Task,
+    *,
+    lr: float = 1e-3,
+    alpha: float = 0.125,
+    every: int = 10,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
 ) -> Stepper:
     """Mousse (arXiv 2603.09697)."""
     matrices, rest = hidden_and_rest(task)
-    return _with_adamw(task, Mousse(matrices, lr, alpha=alpha, every=every), rest, lr, schedule)
+    optimizer = Mousse(matrices, lr, alpha=alpha, every=every, weight_decay=weight_decay)
+    return _with_adamw(task, optimizer, rest, lr, schedule, weight_decay)
 
 
 def newton_muon(
@@ -77,17 +85,30 @@ def hidden_and_rest(task: Task) -> tuple[list[nn.Parameter], list[nn.Parameter]]
 
 
 def _with_adamw(
-    task: Task, optimizer: torch.optim.Optimizer, rest: Sequence[nn.Parameter], lr: float, schedule: str
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    rest: Sequence[nn.Parameter],
+    lr: float,
+    schedule: str,
+    weight_decay: float = 0.0,
 ) -> Stepper:
-    others = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)] if rest else []
+    others = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)] if rest else []
     return GradientStep(task, optimizer, *others, schedule=schedule)
 
 
 class _Polar(torch.optim.Optimizer):
     """Nesterov's momentum, and a step of the length of Muon's along :meth:`_direction`."""
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, *, momentum: float = 0.95, every: int) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        every: int,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.momentum, self.every, self.steps = momentum, every, 0
 
     @torch.no_grad()
@@ -100,6 +121,7 @@ class _Polar(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(gradient))
                 buffer.mul_(self.momentum).add_(gradient)
                 step = self._direction(p, gradient, gradient + self.momentum * buffer)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(step.view_as(p), alpha=group["lr"] * 0.2 * math.sqrt(max(gradient.shape)))
         self.steps += 1
 
@@ -127,8 +149,9 @@ class Mousse(_Polar):
         every: int = 10,
         decay: float = 0.95,
         eps: float = 1e-5,
+        weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, lr, every=every)
+        super().__init__(params, lr, every=every, weight_decay=weight_decay)
         self.alpha, self.decay, self.eps = alpha, decay, eps
 
     def _direction(self, p: Tensor, g: Tensor, momentum: Tensor) -> Tensor:
