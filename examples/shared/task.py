@@ -33,6 +33,10 @@ class Task:
         split: Inputs and targets of a batch.
         declared: The loss module that :attr:`evaluate_loss` calls; or the loss's name, reduction and perhaps the
             dimension of the classes, for methods that know a few losses by name. None for another loss.
+        residual_rows: Where the problem is one of least squares: the residuals of these of all its rows, whose numbers
+            are an ascending int64 tensor on the model's device, each scaled as in the whole problem, ½ Σ r² over all
+            rows. None where rows cannot be told apart.
+        strata: Numbers of rows of the conditions that the rows are made up of, in their order.
     """
 
     model: nn.Module
@@ -43,6 +47,8 @@ class Task:
     loss_of_output: nn.Module | None = None
     split: Callable[[Batch], tuple[Tensor, Tensor]] | None = None
     declared: tuple[Any, ...] | None = None
+    residual_rows: Callable[[Tensor], LeastSquares] | None = None
+    strata: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ def supervised(
             return LeastSquares((output - y) * (2 / y.numel()) ** 0.5)
         return loss(output, y), output
 
+    def residual_rows(rows: Tensor) -> LeastSquares:
+        x, y = train
+        return LeastSquares((model(x[rows]) - y[rows]) * (2 / y.numel()) ** 0.5)
+
     def of_test(output: Tensor, y: Tensor) -> Mapping[str, Tensor]:
         return {"loss": loss(output, y), **(figures(output, y) if figures else {})}
 
@@ -124,6 +128,8 @@ def supervised(
         loss_of_output=loss if kfac else None,
         split=(lambda pair: pair) if kfac else None,
         declared=(loss,) if declared is None and not least_squares else declared,
+        residual_rows=residual_rows if least_squares else None,
+        strata=(len(train[0]),) if least_squares else (),
     )
 
 

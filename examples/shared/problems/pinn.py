@@ -51,6 +51,9 @@ def physics_informed(equation: Equation, model: nn.Sequential, derivatives: str)
     def evaluate_loss(batch: Tensor) -> LeastSquares:
         return LeastSquares(equation.residuals(differentiate(model, batch, equation.second)))
 
+    def residual_rows(rows: Tensor) -> LeastSquares:
+        return LeastSquares(equation.residuals(differentiate(model, points[rows], equation.second), rows))
+
     def measure() -> dict[str, float]:
         with measuring(model):
             error = torch.cat([model(part).squeeze(1) for part in grid.split(2500)]) - solution
@@ -60,7 +63,15 @@ def physics_informed(equation: Equation, model: nn.Sequential, derivatives: str)
                 "loss": (residuals.square().sum() / 2).item(),
             }
 
-    return Task(model, itertools.repeat(points), evaluate_loss, measure, full_batch=True)
+    return Task(
+        model,
+        itertools.repeat(points),
+        evaluate_loss,
+        measure,
+        full_batch=True,
+        residual_rows=residual_rows,
+        strata=equation.strata,
+    )
 
 
 def problem(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,9 +55,23 @@ class Equation:
         """The points of all conditions, in their order: row b of the residuals is that of point b."""
         return torch.cat([condition.points for condition in self.conditions])
 
-    def residuals(self, jet: Jet) -> Tensor:
-        """r ``(N,)``, so scaled that the loss is ``½ Σ r²``, of the jet at :attr:`points`."""
-        parts = jet.split([len(condition.points) for condition in self.conditions])
+    @property
+    def strata(self) -> tuple[int, ...]:
+        """Numbers of points of the conditions."""
+        return tuple(len(condition.points) for condition in self.conditions)
+
+    def residuals(self, jet: Jet, rows: Tensor | None = None) -> Tensor:
+        """r ``(N,)``, so scaled that the loss is ``½ Σ r²``, of the jet at :attr:`points`.
+
+        Args:
+            jet: At all of the points, or at ``points[rows]``.
+            rows: Ascending; r is that of these rows, ``(n,)``, scaled as before.
+        """
+        counts: Sequence[int] = self.strata
+        if rows is not None:
+            ends = torch.tensor(self.strata, device=rows.device).cumsum(0)
+            counts = torch.bucketize(rows, ends, right=True).bincount(minlength=len(ends)).tolist()
+        parts = jet.split(counts)
         return torch.cat(
             [
                 condition.residual(part) * (2 * condition.weight / len(condition.points)) ** 0.5

@@ -1,8 +1,8 @@
-"""Regression on tables by tanh perceptrons, full batch: scikit-learn's diabetes, California housing and UCI sets."""
+"""Regression on tables by tanh perceptrons: scikit-learn's diabetes, California housing and UCI sets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def standardised(
 
 def _task(
     x: NDArray[np.float64], y: NDArray[np.float64], test_rows: NDArray[np.bool_] | None, widths: list[int],
-    dtype: torch.dtype, seed: int, device: torch.device,
+    dtype: torch.dtype, seed: int, device: torch.device, batch: int | None = None,
 ) -> Task:  # fmt: skip
     train, test, scale = standardised(x, y, test_rows)
     with seeded(seed):
@@ -54,7 +54,7 @@ def _task(
         return {"squared": (output - targets).square().mean()}
 
     task = supervised(
-        model, nn.MSELoss(), train, test, seed=seed, batch=None, figures=squared, measured=len(train[0]),
+        model, nn.MSELoss(), train, test, seed=seed, batch=batch, figures=squared, measured=len(train[0]),
         least_squares=True,
     )  # fmt: skip
     inner = task.measure
@@ -77,18 +77,16 @@ def _diabetes(seed: int, device: torch.device, data: Path | None) -> Task:
     return _task(*_diabetes_table(), None, [20, 20], torch.float64, seed, device)
 
 
-def _from_folder(name: str, dtype: torch.dtype) -> Callable[[int, torch.device, Path | None], Task]:
+def _problem(
+    name: str, title: str, seconds: float, dtype: torch.dtype = torch.float64, *, table: str = "",
+    batch: int | None = None,
+) -> Problem:  # fmt: skip
     def build(seed: int, device: torch.device, data: Path | None) -> Task:
-        table = "california_housing" if name == "california" else name
-        return _task(*datasets.tabular(folder_of(data, name), table), [50, 50], dtype, seed, device)
+        found = datasets.tabular(folder_of(data, name), table or name)
+        return _task(*found, [50, 50], dtype, seed, device, batch)
 
-    return build
-
-
-def _problem(name: str, title: str, seconds: float, dtype: torch.dtype = torch.float64) -> Problem:
-    return Problem(
-        name, "tabular", title, "training mean square", _from_folder(name, dtype), seconds=seconds, needs_data=True
-    )
+    rows = "full batch" if batch is None else f"batches of {batch}"
+    return Problem(name, "tabular", f"{title}, {rows}", "training mean square", build, seconds, needs_data=True)
 
 
 PROBLEMS = [
@@ -96,8 +94,14 @@ PROBLEMS = [
         "diabetes", "tabular", "diabetes, tanh 10-20-20-1, full batch", "training mean square", _diabetes,
         seconds=2, size="small",
     ),
-    _problem("california", "California housing, tanh 8-50-50-1, full batch of 16,512", 20, torch.float32),
-    _problem("concrete", "UCI concrete, tanh 8-50-50-1, full batch", 10),
-    _problem("energy", "UCI energy, tanh 8-50-50-1, full batch", 10),
-    _problem("yacht", "UCI yacht, tanh 6-50-50-1, full batch", 10),
+    *(
+        _problem(
+            name, "California housing, 16,512 rows, tanh 8-50-50-1", 20, torch.float32, table="california_housing",
+            batch=batch,
+        )
+        for name, batch in (("california", None), ("california-256", 256))
+    ),
+    _problem("concrete", "UCI concrete, tanh 8-50-50-1", 10),
+    _problem("energy", "UCI energy, tanh 8-50-50-1", 10),
+    _problem("yacht", "UCI yacht, tanh 6-50-50-1", 10),
 ]  # fmt: skip

@@ -189,8 +189,17 @@ class ClosureStep(Shown):
     def step(self, batch: Batch) -> float:
         self.note(batch)
         self.schedule.set(self.share)
-        closure: Any = lambda: self.task.evaluate_loss(batch)  # noqa: E731
-        return float(self.optimizer.step(closure))
+        return float(self.optimizer.step(self._closure(batch)))
+
+    def _closure(self, batch: Batch) -> Any:
+        return lambda: self.task.evaluate_loss(batch)
+
+
+class RowsStep(ClosureStep):
+    """A step of an optimizer that draws rows itself, from all that the task has: batches are left alone."""
+
+    def _closure(self, batch: Batch) -> Any:
+        return self.task.residual_rows
 
 
 def need_full_batch(task: Task) -> None:

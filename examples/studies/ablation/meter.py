@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from examples.shared.task import Batch, Evaluated, Task
+
+Result = TypeVar("Result")
 
 
 class Work(TorchDispatchMode):
@@ -91,17 +93,22 @@ class Meter:
         return self._operations / self.unit
 
     def attach(self, task: Task) -> Task:
-        """The task, its loss counted."""
-        evaluate = task.evaluate_loss
+        """The task, its loss counted, of batches and of rows."""
+        rows = task.residual_rows
+        return replace(
+            task,
+            evaluate_loss=self._counted("loss", task.evaluate_loss),
+            residual_rows=None if rows is None else self._counted("rows", rows),
+        )
 
-        def counted(batch: Batch) -> Evaluated:
+    def _counted(self, name: str, evaluate: Callable[[Any], Result]) -> Callable[[Any], Result]:
+        def counted(argument: Any) -> Result:
             self.evaluations += 1
-            shapes = tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-            key = ("loss", torch.is_grad_enabled(), shapes)
-            result: Evaluated = self._event(key, lambda: evaluate(batch))
+            shapes = tuple(leaf.shape for leaf in tree_leaves(argument) if isinstance(leaf, Tensor))
+            result: Result = self._event((name, torch.is_grad_enabled(), shapes), lambda: evaluate(argument))
             return result
 
-        return replace(task, evaluate_loss=counted)
+        return counted
 
     @contextmanager
     def watching(self, task: Task) -> Iterator[None]:

@@ -30,6 +30,7 @@ from examples.studies.ablation.contender import (
     Contender,
     GradientStep,
     NotApplicable,
+    RowsStep,
     Settings,
     Stepper,
     need_full_batch,
@@ -45,14 +46,28 @@ def newton_cg(task: Task, **settings: Any) -> Stepper:
     return ClosureStep(task, hessopt.NewtonCG(task.model, **settings))
 
 
-def banded_newton(task: Task, *, damping: float = 1e-2, **settings: Any) -> Stepper:
-    return ClosureStep(task, hessopt.BandedNewton(task.model, search=hessopt.Damped(damping), **settings))
+def banded_newton(task: Task, **settings: Any) -> Stepper:
+    return ClosureStep(task, hessopt.BandedNewton(task.model, **_searched(settings)))
+
+
+def _searched(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a damping, if there is one, as that of the search."""
+    damping = settings.pop("damping", None)
+    return settings if damping is None else {"search": hessopt.Damped(damping), **settings}
 
 
 def banded_search(task: Task, *, damping: float | None = None, **settings: Any) -> Stepper:
     """With the line search: for full batches of residuals."""
     need_full_batch(task)
     return ClosureStep(task, hessopt.BandedNewton(task.model, search=hessopt.LineSearch(damping), **settings))
+
+
+def banded_rows(task: Task, **settings: Any) -> Stepper:
+    """On random rows, with the strata of the problem; fields of :class:`hessopt.Rows` are settings as well."""
+    if task.residual_rows is None:
+        raise NotApplicable("its residuals cannot be evaluated row by row")
+    rows = with_own(hessopt.Rows(task.strata), settings)
+    return RowsStep(task, hessopt.BandedNewton(task.model, rows=rows, **_searched(settings)))
 
 
 def declared_loss(declared: Sequence[Any]) -> hessopt.NamedLoss | nn.Module:
@@ -234,6 +249,20 @@ _ALL = [
         "BandedNewton, line search",
         banded_search,
         [{}, {"bandwidth": 0}, {"damping": 1e-6}, {"damping": 1e-3}, {"bandwidth": 1}, {"bandwidth": "full"}],
+        ours=True,
+    ),
+    Contender(
+        "banded_rows",
+        "BandedNewton, random rows",
+        banded_rows,
+        [
+            {},
+            {"damping": 1.0},
+            {"damping": 1e-4},
+            {"momentum": 0.9},
+            {"first": 200, "growth": 1.0},
+            {"bandwidth": "full"},
+        ],
         ours=True,
     ),
     Contender(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from examples.shared.task import Problem, Task
 from examples.studies.ablation import runner
 from examples.studies.ablation.budget import Budget
-from examples.studies.ablation.meter import loss_of
+from examples.studies.ablation.contender import NotApplicable
+from examples.studies.ablation.meter import Meter, loss_of
 from examples.studies.ablation.optimizers import CONTENDERS
 from tests.examples.ablation.toys import build
 
@@ -64,6 +66,29 @@ def _trains(name: str) -> None:
     assert all(result.status != "does not apply" for result in results), [result.reason for result in results]
     start = results[0].curve[0][3]
     assert min(result.final for result in results) < 0.5 * start
+
+
+def test_random_rows_are_those_of_the_problem() -> None:
+    """In its strata, not of batches; evaluations are counted; no such problem, no contender."""
+    torch.manual_seed(0)
+    asked: list[int] = []
+    task = build(0, torch.device("cpu"), None, batches=8)
+    evaluate = task.residual_rows
+    assert evaluate is not None
+    task = replace(task, residual_rows=lambda rows: asked.append(len(rows)) or evaluate(rows))
+    meter = Meter(1)
+    attached = meter.attach(task)
+    stepper = CONTENDERS["banded_rows"].build(attached, first=12, growth=1.0)
+    before = loss_of(evaluate(torch.arange(32))).item()
+    batch = next(task.batches)
+    with meter.watching(attached):
+        for _ in range(10):
+            stepper.step(batch)
+    assert set(asked) == {12}
+    assert meter.evaluations == len(asked) > 10
+    assert loss_of(evaluate(torch.arange(32))).item() < 0.5 * before
+    with pytest.raises(NotApplicable, match="row by row"):
+        CONTENDERS["banded_rows"].build(replace(task, residual_rows=None))
 
 
 def test_kfac_preconditions() -> None:

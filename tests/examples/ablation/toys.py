@@ -14,6 +14,7 @@ from examples.studies.ablation.budget import Budget
 from examples.studies.ablation.contender import Contender, Finished, GradientStep
 from examples.studies.ablation.study import Session, Study
 from examples.studies.ablation.table import Table
+from hessopt import LeastSquares
 
 LONG = Budget(1e6, 1e6)
 
@@ -39,8 +40,11 @@ def build(seed: int, device: torch.device, data: Path | None, *, batches: int = 
         torch.rand(3)  # a measurement that draws must not change the run
         return {"objective": loss(net(x), y).item()}
 
+    def residual_rows(rows: Tensor) -> LeastSquares:
+        return LeastSquares((net(x[rows]) - y[rows]) * (2 / y.numel()) ** 0.5)
+
     stream = some() if batches else itertools.repeat((x, y))
-    return Task(net, stream, evaluate, measure, not batches, loss, lambda batch: batch)
+    return Task(net, stream, evaluate, measure, not batches, loss, lambda batch: batch, None, residual_rows, (32,))
 
 
 def build_batches(seed: int, device: torch.device, data: Path | None) -> Task:
