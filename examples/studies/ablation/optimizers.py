@@ -25,6 +25,7 @@ from examples.studies.ablation.baselines.kfac import kfac
 from examples.studies.ablation.baselines.muon_family import mousse, muon, newton_muon, normuon
 from examples.studies.ablation.baselines.natural_gradient import NaturalCoordinates
 from examples.studies.ablation.baselines.quasi_newton import adam_then_lbfgs, lbfgs, scipy_lbfgsb, scipy_trust_ncg
+from examples.studies.ablation.baselines.self_scaled import ssbroyden
 from examples.studies.ablation.contender import (
     ClosureStep,
     Contender,
@@ -205,6 +206,20 @@ _ALL = [
         "Adam, then LBFGS",
         adam_then_lbfgs,
         [{"lr": lr, "adam_share": share} for lr, share in _ADAM_LBFGS],
+    ),
+    Contender(
+        "ssbroyden",
+        "SSBroyden",
+        ssbroyden,
+        [
+            {},
+            {"adam_share": 0.1},
+            {"adam_share": 0.1, "lr": 1e-2},
+            {"scaled_start": False},
+            {"adam_share": 0.3},
+            {"adam_share": 0.3, "lr": 1e-2},
+        ],
+        packages=("scipy",),
     ),
     Contender(
         "scipy_lbfgsb", "L-BFGS-B (scipy)", scipy_lbfgsb, each(maxcor=[10, 100, 30, 50, 5, 20]), packages=("scipy",)

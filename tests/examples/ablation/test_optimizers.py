@@ -22,7 +22,8 @@ from tests.examples.ablation.toys import build
 @pytest.mark.parametrize(
     "name",
     [
-        "sgd", "adamw", "lbfgs", "muon", "mousse", "newton_muon", "adam_lbfgs", "scipy_lbfgsb", "scipy_trust_ncg",
+        "sgd", "adamw", "lbfgs", "muon", "mousse", "newton_muon", "adam_lbfgs", "ssbroyden", "scipy_lbfgsb",
+        "scipy_trust_ncg",
     ],
 )  # fmt: skip
 def test_baselines_of_torch_and_scipy_train(name: str) -> None:
