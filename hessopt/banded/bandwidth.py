@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -51,25 +53,38 @@ def candidates(distances: NDArray[np.float64], radius: float) -> list[int]:
     """
     full = len(distances) - 1 if np.isinf(distances).any() else int(distances.max(initial=0))
     found = sorted({0, full, *(2**i for i in range(max(full, 1).bit_length()) if 2**i < full)})
-    return [k for i, k in enumerate(found) if i == 0 or found[i - 1] < radius]
+    return within(found, radius)
+
+
+def within(bandwidths: Sequence[int], radius: float) -> list[int]:
+    """Those of ascending bandwidths up to the first one that reaches the radius."""
+    return [k for i, k in enumerate(bandwidths) if i == 0 or bandwidths[i - 1] < radius]
 
 
 def bandwidth_cliques(distances: NDArray[np.float64], bandwidth: Bandwidth) -> Cliques:
     """Cliques of the band; one of all layers, connected or not, if the bandwidth is the number of layers less one."""
-    whole = bandwidth == "full" or bandwidth >= len(distances) - 1
-    return band_cliques(distances, "full" if whole else bandwidth)
+    if bandwidth == "full" or bandwidth >= len(distances) - 1:
+        return Cliques((tuple(range(len(distances))),), ())
+    return _cliques(np.ascontiguousarray(distances, dtype=float).tobytes(), len(distances), bandwidth)
+
+
+@lru_cache(maxsize=64)
+def _cliques(distances: bytes, count: int, bandwidth: int) -> Cliques:
+    """They take longer than a small step, and are the same at every one."""
+    return band_cliques(np.frombuffer(distances).reshape(count, count), bandwidth)
 
 
 @dataclass(frozen=True)
 class AutoBandwidth:
-    """Chooses the bandwidth, at the first step and at every N-th from then on.
+    """Chooses the bandwidth, at every N-th step.
 
     ``"gain"``: for each of :func:`candidates` its step at the present damping, that step's reduction of the exact
     Gauss-Newton model divided by a step's cost. One that takes no fewer operations than a larger bandwidth, whose
-    curvature is closer to the exact one, is left out: often there is nothing to compare. The cost is that of the
-    operations, which makes runs repeatable, or the seconds that the solve and the rest of the step took here, which
-    does not. The present bandwidth is kept unless another's gain is more by a tenth. ``"radius"``: the least
-    bandwidth that reaches k_ε.
+    curvature is closer to the exact one, is left out: often there is nothing to compare, and nothing is tried. Nor is
+    it at the first step, where the largest bandwidth is taken. The cost is that of the operations, which makes runs
+    repeatable, or the seconds that the solve and the rest of the step took here, which does not. The present bandwidth
+    is kept unless another's gain is more by a tenth. ``"radius"``: the least bandwidth that reaches k_ε, from the first
+    step on.
 
     Args:
         rule: ``"gain"``: predicted reduction of the objective by cost of a step; or ``"radius"``. Default: ``"gain"``.
@@ -117,19 +132,19 @@ class AutoBandwidth:
         current: int | None = state.get("bandwidth")
         if current is not None and state.get("step", 0) % self.every:
             return current
+        bandwidths = candidates(distances, math.inf)
+        costs = {k: system.operations(bandwidth_cliques(distances, k)) for k in bandwidths}
+        if self.rule == "gain":
+            bandwidths = [k for i, k in enumerate(bandwidths) if all(costs[k] < costs[j] for j in bandwidths[i + 1 :])]
+            if len(bandwidths) == 1 or current is None:
+                _log.info("bandwidth %d, untried: %d take fewer operations", bandwidths[-1], len(bandwidths) - 1)
+                return bandwidths[-1]
         radius = coupling_radius(system.block_norms(), distances, self.epsilon)
-        bandwidths = candidates(distances, radius)
+        bandwidths = within(bandwidths, radius)
         if self.rule == "radius":
             _log.info("bandwidth %d: interaction radius %g at %g", bandwidths[-1], radius, self.epsilon)
             return bandwidths[-1]
-        found: list[Candidate] = []
-        least = float("inf")
-        for k in reversed(bandwidths):
-            cliques = bandwidth_cliques(distances, k)
-            operations = system.operations(cliques)
-            if operations < least:
-                least = operations
-                found.insert(0, self._candidate(k, cliques, operations, model, system, damping))
+        found = [self._candidate(k, distances, costs[k], model, system, damping) for k in bandwidths]
         chosen = most_gain(found, current, HYSTERESIS)
         evidence = ", ".join(f"{c.bandwidth}: {c.reduction:.3g} for {c.cost:.3g}" for c in found)
         _log.info(
@@ -140,12 +155,13 @@ class AutoBandwidth:
     def _candidate(
         self,
         bandwidth: int,
-        cliques: Cliques,
+        distances: NDArray[np.float64],
         operations: float,
         model: QuadraticModel,
         system: BandedSystem,
         damping: float,
     ) -> Candidate:
+        cliques = bandwidth_cliques(distances, bandwidth)
         start = time.perf_counter()
         try:
             reduction = model.predicted_reduction(model.step(damping, cliques, system))

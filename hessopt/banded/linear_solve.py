@@ -20,7 +20,7 @@ def banded_solve(
     cliques: Cliques,
     *,
     memory_limit: int = 4 * 2**30,
-    gram: Callable[[int, Sequence[float]], Tensor] | None = None,
+    gram: Callable[[Sequence[int], Sequence[Sequence[float]]], Tensor] | None = None,
     residuals: Tensor | None = None,
 ) -> list[list[Tensor]]:
     """Apply the inverse of the maximum-determinant completion of the banded, damped curvature to a gradient.
@@ -45,7 +45,7 @@ def banded_solve(
         damping: D, for each layer a list of positive numbers.
         cliques: Cliques and separators of the layers that interact, from :func:`hessopt.network.cliques.band_cliques`.
         memory_limit: Bytes that the N×N matrices may take. Cliques are treated together as far as it permits.
-        gram: ``gram(v, damping)``, Γ_v from where it is kept already. Default: the factors' own.
+        gram: ``gram(C, damping)``, ``Σ_{v∈C} Γ_v`` from where it is kept already. Default: of the factors' own.
         residuals: r, ``(N,)``, if ``g_v = Ĵ_vᵀ r`` for all layers; the gradients are then not looked at.
 
     Returns:
@@ -73,14 +73,19 @@ def banded_solve(
         at_once = 1  # LAPACK factorizes one matrix after the other anyway, and nothing is computed twice
     for start in range(0, len(terms), at_once):
         part = terms[start : start + at_once]
-        matrices = q.new_zeros(len(part), q.shape[1], q.shape[1])
-        matrices.diagonal(dim1=1, dim2=2).fill_(1)
-        for v, factor in enumerate(factors):
-            holders = [i for i, (members, _) in enumerate(part) if v in members]
-            if holders:
-                product = factor.gram(damping[v]) if gram is None else gram(v, damping[v])
-                for i in holders:
-                    matrices[i] += product
+        if gram is None:
+            matrices = q.new_zeros(len(part), q.shape[1], q.shape[1])
+            for v, factor in enumerate(factors):
+                holders = [i for i, (members, _) in enumerate(part) if v in members]
+                if holders:
+                    product = factor.gram(damping[v])
+                    for i in holders:
+                        matrices[i] += product
+        else:
+            matrices = q.new_empty(len(part), q.shape[1], q.shape[1])
+            for matrix, (members, _) in zip(matrices, part, strict=True):
+                matrix.copy_(gram(members, damping))
+        matrices.diagonal(dim1=1, dim2=2).add_(1)
         right_sides = torch.stack(
             [q[list(members)].sum(dim=0) if residuals is None else residuals for members, _ in part]
         )

@@ -99,7 +99,7 @@ class BandedNewton(LayerwiseOptimizer):
         params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model=``.
         lr: γ, a factor on the step; at least 0. Default: 1.
         bandwidth: k, an integer of at least 0, or ``"full"``; or ``"auto"``, the same as ``AutoBandwidth()``, which
-            chooses it among 0, 1, 2, 4, … up to the interaction radius, at the first step and at every tenth
+            chooses it among 0, 1, 2, 4, … up to the interaction radius, at every tenth step
             (:class:`hessopt.AutoBandwidth`). Default: ``"auto"``.
         model: The network, if ``params`` is not the network itself.
         curvature: ``"ggn"``, the generalized Gauss-Newton matrix; or ``"hessian"``, for small networks, the absolute

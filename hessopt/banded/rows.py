@@ -48,7 +48,8 @@ class Rows:
     Args:
         counts: N, or the list of all :math:`N_s`; kept as a tuple.
         first: n to start with. Default: None, where the operations of a step are three times those of the gradient of
-            the same rows, and 100 at least. What a gradient takes is seen at the first step, which has 100 rows.
+            the same rows, or 5e7 if that is more, and 100 at least. What a gradient takes is seen at the first step,
+            which has 100 rows.
         growth: What n is multiplied by when the objective on all rows stops falling; 1: n stays. Default: 2.
         every: Steps from one evaluation of the objective on all rows to the next; n grows unless it is at most 0.9
             times the least one before. Each costs one evaluation of the loss on all rows, without its gradient, and

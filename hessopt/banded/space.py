@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diagnostics.errors import MemoryBudgetError
@@ -44,7 +42,7 @@ class SpaceChoice:
     ) -> BandedSystem:
         """The system of this step."""
         shapes = [[p.shape for p in own] for own in model.parameters]
-        choice = self._choose(model, shapes, distances, bandwidth) if self.space == "auto" else self.space
+        choice = self._choose(model, distances, bandwidth) if self.space == "auto" else self.space
         if choice == "parameter":
             try:
                 return ParameterSystem(model.factors, shapes, self.memory_limit)
@@ -53,21 +51,21 @@ class SpaceChoice:
                     raise
         return SampleSystem(model.factors, shapes, self.memory_limit)
 
-    def operations(self, rows: int, sizes: Sequence[int], cliques: Cliques) -> float:
-        """Of a step with N rows and P_v parameters in layer v, in the space that it would be in."""
-        spaces = {"auto": (False, True), "sample": (False,), "parameter": (True,)}[self.space]
-        return min(banded_operations(rows, sizes, cliques, dense=dense) for dense in spaces)
+    def operations(self, rows: int, model: QuadraticModel, cliques: Cliques) -> float:
+        """Of a step with N rows of the same kind as the model's, in the space that it would be in."""
+        sizes, grams = _costs(model)
+        spaces = {"auto": (grams, None), "sample": (grams,), "parameter": (None,)}[self.space]
+        return min(banded_operations(rows, sizes, cliques, grams=own) for own in spaces)
 
     def _choose(
         self,
         model: QuadraticModel,
-        shapes: Sequence[Sequence[torch.Size]],
         distances: NDArray[np.float64],
         bandwidth: Bandwidth | AutoBandwidth,
     ) -> str:
-        rows, sizes = model.factors[0].size, [sum(shape.numel() for shape in own) for own in shapes]
+        rows, (sizes, grams) = model.factors[0].size, _costs(model)
         cliques = bandwidth_cliques(distances, "full" if isinstance(bandwidth, AutoBandwidth) else bandwidth)
-        sample, dense = (banded_operations(rows, sizes, cliques, dense=d) for d in (False, True))
+        sample, dense = (banded_operations(rows, sizes, cliques, grams=own) for own in (grams, None))
         choice = "parameter" if dense < sample else "sample"
         if choice != self._last:
             _log.info(
@@ -76,3 +74,9 @@ class SpaceChoice:
             )
             self._last = choice
         return choice
+
+
+def _costs(model: QuadraticModel) -> tuple[list[int], list[float]]:
+    """P_v of the layers, and what their Gram matrices take."""
+    sizes = [sum(p.numel() for p in own) for own in model.parameters]
+    return sizes, [factor.gram_operations for factor in model.factors]

@@ -19,7 +19,7 @@ from hessopt.banded.metric_momentum import MomentumSolve
 from hessopt.banded.quadratic_model import QuadraticModel
 from hessopt.banded.rows import NO_BACKWARD, AnyClosure, RowChoice, Rows, Subset
 from hessopt.banded.space import Space, SpaceChoice
-from hessopt.banded.step_cost import FEW_GRADIENTS, CostWarning, gradient_operations
+from hessopt.banded.step_cost import FEW_GRADIENTS, ROW_FLOOR, CostWarning, gradient_operations
 from hessopt.banded.systems import BandedSystem
 from hessopt.closure.backward_calls import gradients_of, without_recomputation
 from hessopt.closure.finite import refuse_not_finite
@@ -132,12 +132,12 @@ class ExactStep:
     ) -> None:
         """Choose the number of rows to go on with, by what the first step's gradient took."""
         assert self._rows is not None
-        count, sizes = len(subset.rows), [sum(p.numel() for p in layer) for layer in model.parameters]
+        count = len(subset.rows)
         outputs = model.factors[0].size // count
 
         def affordable(rows: int) -> bool:
-            operations = self._space.operations(rows * outputs, sizes, cliques)
-            return operations <= FEW_GRADIENTS * gradient * rows / count
+            operations = self._space.operations(rows * outputs, model, cliques)
+            return operations <= max(FEW_GRADIENTS * gradient * rows / count, ROW_FLOOR)
 
         self._rows.settle(own, affordable)
 

@@ -13,6 +13,8 @@ MANY_GRADIENTS = 100
 """Gradients that a step may cost in silence."""
 FEW_GRADIENTS = 3
 """Gradients that a step may cost where its rows are a choice, to begin with."""
+ROW_FLOOR = 5e7
+"""Operations that such a step may take in any case: a few milliseconds, as much as its many small operations."""
 FEW_OPERATIONS = 1e9
 """Operations of a step below which nothing is said: a few tenths of a second at most, much of it not the solve's."""
 

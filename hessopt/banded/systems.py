@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from diagnostics.errors import MemoryBudgetError
 from hessopt.banded.linear_solve import banded_solve, check_solve_memory, solve_positive_definite
-from hessopt.factors.sample_factors import Factor
+from hessopt.factors.sample_factors import Factor, symmetric_product
 from hessopt.network.cliques import Cliques
 
 Parts = list[list[Tensor]]
@@ -42,7 +41,7 @@ class BandedSystem(Protocol):
 class SampleSystem:
     """Solves in the space of the N rows, :func:`hessopt.banded.linear_solve.banded_solve`.
 
-    Gram matrices whose damping is one number are kept while they all fit into half of ``memory_limit``.
+    Gram matrices whose damping is one number, and their sum, are kept while they all fit into half of ``memory_limit``.
 
     Args:
         factors: One for each layer, all with the same N.
@@ -59,10 +58,11 @@ class SampleSystem:
         self._sizes = [sum(shape.numel() for shape in own) for own in shapes]
         rows, dtype = factors[0].size, factors[0].trace().dtype
         check_solve_memory(rows, dtype, memory_limit)
-        kept = len(factors) * rows**2 * dtype.itemsize
+        kept = (len(factors) + 1) * rows**2 * dtype.itemsize
         self._keeps = 2 * kept <= memory_limit
         self._left = memory_limit - kept if self._keeps else memory_limit
         self._grams: dict[int, Tensor] = {}
+        self._sum: Tensor | None = None
 
     def solve(
         self,
@@ -78,7 +78,7 @@ class SampleSystem:
             damping,
             cliques,
             memory_limit=self._left,
-            gram=self._gram,
+            gram=self._clique_gram,
             residuals=residuals,
         )
 
@@ -91,14 +91,36 @@ class SampleSystem:
 
     def operations(self, cliques: Cliques) -> float:
         """Multiplications of one step with these cliques."""
-        return banded_operations(self.factors[0].size, self._sizes, cliques, dense=False)
+        return banded_operations(
+            self.factors[0].size, self._sizes, cliques, grams=[factor.gram_operations for factor in self.factors]
+        )
+
+    def _clique_gram(self, members: Sequence[int], damping: Sequence[Sequence[float]]) -> Tensor:
+        """``Σ_v Ĵ_v D_v⁻¹ Ĵ_vᵀ``."""
+        values = {d for v in members for d in damping[v]}
+        if not self._keeps or len(values) > 1 or len(members) < len(self.factors):
+            return _total(self._gram(v, damping[v]) for v in members)
+        if self._sum is None:
+            self._sum = _total(self._grams[v] if v in self._grams else self._unit(v) for v in members)
+        return self._sum / values.pop()
 
     def _gram(self, v: int, damping: Sequence[float]) -> Tensor:
         if not self._keeps or len(set(damping)) > 1:
             return self.factors[v].gram(damping)
         if v not in self._grams:
-            self._grams[v] = self.factors[v].gram([1.0] * len(damping))
+            self._grams[v] = self._unit(v)
         return self._grams[v] / damping[0]
+
+    def _unit(self, v: int) -> Tensor:
+        return self.factors[v].gram([1.0] * len(self._shapes[v]))
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    found = iter(parts)
+    total = next(found)
+    for i, part in enumerate(found):
+        total = total + part if i == 0 else total.add_(part)  # the first may be kept for later
+    return total
 
 
 class ParameterSystem:
@@ -159,34 +181,36 @@ class ParameterSystem:
 
     def operations(self, cliques: Cliques) -> float:
         """Multiplications of one step with these cliques."""
-        return banded_operations(len(self._rows[0]), self._sizes, cliques, dense=True)
+        return banded_operations(len(self._rows[0]), self._sizes, cliques)
 
     def _block(self, v: int, w: int) -> Tensor:
         if (v, w) not in self._blocks:
-            block = self._rows[v].mT @ self._rows[w]
+            block = symmetric_product(self._rows[v].mT) if v == w else self._rows[v].mT @ self._rows[w]
             self._blocks[v, w] = block
             self._blocks[w, v] = block.mT
         return self._blocks[v, w]
 
 
-def banded_operations(rows: int, sizes: Sequence[int], cliques: Cliques, *, dense: bool) -> float:
+def banded_operations(
+    rows: int, sizes: Sequence[int], cliques: Cliques, *, grams: Sequence[float] | None = None
+) -> float:
     """Multiplications of one step, to leading order: evaluation, matrices, and one solve.
 
-    ``6 N P`` for the network's passes. In sample space ``N² min(P_v, 2 √P_v)`` for each layer's Gram matrix (that of
-    outer products for a square weight) and ``N³/3`` for each clique and separator. In parameter space ``N P_v P_w`` for
-    each pair ``v ≤ w`` that some clique holds and ``P_C³/3``, P_C being the clique's parameters.
+    ``6 N P`` for the network's passes. In sample space each layer's Gram matrix, ``P_v/2`` for each of N² numbers or
+    what its factor says, and ``N³/3`` for each clique and separator. In parameter space ``N P_v P_w`` for each pair
+    ``v < w`` that some clique holds, half of it where ``v = w``, and ``P_C³/3``, P_C being the clique's parameters.
 
     Args:
         rows: N.
         sizes: P_v of each layer.
         cliques: Cliques and separators.
-        dense: In parameter space.
+        grams: ``gram_operations`` of each layer's :class:`hessopt.factors.sample_factors.Factor`; None: in parameter
+            space.
     """
     terms = [*cliques.cliques, *cliques.separators]
     passes = 6.0 * rows * sum(sizes)
-    if not dense:
-        grams = sum(rows**2 * min(size, 2 * math.sqrt(size)) for size in sizes)
-        return passes + grams + len(terms) * rows**3 / 3
+    if grams is not None:
+        return passes + rows**2 * sum(grams) + len(terms) * rows**3 / 3
     pairs = {(v, w) for members in cliques.cliques for v in members for w in members if v <= w}
-    products = sum(rows * sizes[v] * sizes[w] for v, w in pairs)
+    products = sum(rows * sizes[v] * sizes[w] / (2 if v == w else 1) for v, w in pairs)
     return passes + products + sum(sum(sizes[v] for v in members) ** 3 / 3 for members in terms)

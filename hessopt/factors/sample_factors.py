@@ -26,6 +26,10 @@ class Factor(Protocol):
     def gram(self, damping: Sequence[float]) -> Tensor:
         """``Ĵ D⁻¹ Ĵᵀ``, ``(N, N)``."""
 
+    @property
+    def gram_operations(self) -> float:
+        """Multiplications of :meth:`gram` for each of its N² numbers, to leading order."""
+
     def trace(self) -> Tensor:
         """``‖Ĵ‖²_F``, the trace of the layer's curvature."""
 
@@ -77,8 +81,7 @@ class OuterFactor(Factor):
         """
         uses, width, features = self.left.shape[2], self.left.shape[3], self.right.shape[3]
         count, size = self.size, width * features
-        root = self._spread(damping).rsqrt()
-        scaled = self.right * root
+        scaled = self.right * self._spread(damping).rsqrt()
         if count * uses**2 * (width + features) > (count + 2 * uses) * size:
             return symmetric_product(rearrange(self.left.mT @ scaled, "k b i j -> (k b) (i j)"))
         gram = self.left.new_zeros(count, count)
@@ -87,6 +90,12 @@ class OuterFactor(Factor):
                 part = self._pair(scaled, t, s)
                 gram += part if s == t else part + part.mT
         return gram
+
+    @property
+    def gram_operations(self) -> float:
+        """Multiplications of :meth:`gram` for each of its N² numbers, to leading order."""
+        uses, width, features = self.left.shape[2], self.left.shape[3], self.right.shape[3]
+        return min(uses * (uses + 1) / 2 * (width + features), width * features / 2)
 
     def _pair(self, scaled: Tensor, t: int, s: int) -> Tensor:
         left = rearrange(self.left, "k b t i -> t (k b) i")
@@ -159,6 +168,11 @@ class DenseFactor(Factor):
         sizes = [math.prod(shape) for shape in self.shapes]
         diagonal = torch.cat([self.rows.new_full((n,), d) for n, d in zip(sizes, damping, strict=True)])
         return symmetric_product(self.rows * diagonal.rsqrt())
+
+    @property
+    def gram_operations(self) -> float:
+        """Multiplications of :meth:`gram` for each of its N² numbers, to leading order."""
+        return self.rows.shape[1] / 2
 
     def trace(self) -> Tensor:
         """``‖Ĵ‖²_F``."""

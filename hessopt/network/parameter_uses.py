@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional
+from torch.nn import Parameter, functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -114,7 +114,7 @@ class UseRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves((*args, *kwargs.values()))
         used = dict.fromkeys(t for t in leaves if isinstance(t, Tensor) and t.requires_grad and t in self._trained)
         if not used or not torch.is_grad_enabled() or _transformed():
             return func(*args, **kwargs)
@@ -188,6 +188,21 @@ class _Columns(torch.autograd.Function):
             through_g = ctx.recorder.rows(v, weight, None, forward=False) if on_tape else v @ weight.mT
         rows = g.reshape(-1, g.shape[-1])
         return through_g, rows.mT @ v.reshape(-1, v.shape[-1]) if needs_weight else None, None
+
+
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """``tree_leaves``, which takes a third of a small step's time, for those few types that most arguments are of."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind in _LEAVES:
+            found.append(value)
+        else:
+            found += _leaves(value) if kind in (tuple, list) else tree_leaves(value)
+    return found
+
+
+_LEAVES = frozenset([Tensor, Parameter, int, float, bool, str, type(None), slice, torch.dtype, torch.device])
 
 
 def _linear_arguments(

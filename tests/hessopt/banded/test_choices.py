@@ -98,9 +98,9 @@ def test_coupling_radius() -> None:
 @pytest.mark.parametrize(
     ("operations", "tried", "chosen"),
     [
-        ({0: 1.0, 1: 2.0, 2: 3.0, 4: 4.0}, [4, 2, 1, 0], 0),
-        ({0: 4.0, 1: 5.0, 2: 2.0, 4: 3.0}, [4, 2], 2),
-        ({0: 9.0, 1: 9.0, 2: 9.0, 4: 9.0}, [4], 4),
+        ({0: 1.0, 1: 2.0, 2: 3.0, 4: 4.0}, [0, 1, 2, 4], 0),
+        ({0: 4.0, 1: 5.0, 2: 2.0, 4: 3.0}, [2, 4], 2),
+        ({0: 9.0, 1: 9.0, 2: 9.0, 4: 9.0}, [], 4),
     ],
 )
 def test_a_bandwidth_that_costs_no_less_than_a_larger_one_is_not_tried(
@@ -125,7 +125,9 @@ def test_a_bandwidth_that_costs_no_less_than_a_larger_one_is_not_tried(
         def predicted_reduction(self, step: int) -> float:
             return 1.0
 
-    found = AutoBandwidth().choose({}, distances, Model(), System(), 0.1)  # type: ignore[arg-type]
+    arguments: Any = (distances, Model(), System(), 0.1)
+    assert (AutoBandwidth().choose({}, *arguments), solved) == (4, [])  # nothing is tried at the first step
+    found = AutoBandwidth().choose({"step": 10, "bandwidth": 4}, *arguments)
     assert (solved, found) == (tried, chosen)
 
 
@@ -146,7 +148,7 @@ def test_auto_decides_logs_and_keeps(options: Any, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO, logger="hessopt.banded.bandwidth"):
         values = [optimizer.step(closure).item() for _ in range(7)]
     assert len(caplog.records) == 3
-    assert "interaction radius" in caplog.records[0].getMessage()
+    assert "bandwidth" in caplog.records[0].getMessage()
     assert optimizer.state[net[0].weight]["bandwidth"] in (0, 1, 2, 3)
     assert values[-1] < values[0]
 

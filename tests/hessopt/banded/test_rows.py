@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessopt import BandedNewton, Damped, Fixed, LeastSquares, LineSearch, Rows
+from hessopt.banded import step as steps
 from hessopt.banded.rows import FEWEST, RowChoice, Subset, draw
 from hessopt.errors import ClosureError
 from tests.helpers.kronecker_reference import regression, relative, resumes
@@ -191,7 +192,9 @@ def test_the_subset_stays_while_the_objective_falls_and_where_it_is_to_stay() ->
         assert (optimizer.last_step.rows, optimizer.last_step.whole_loss) == (10, None)
 
 
-def test_the_first_size_is_what_a_few_gradients_pay_for() -> None:
+def test_the_first_size_is_what_a_few_gradients_pay_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "FEW_GRADIENTS", 6)
+    monkeypatch.setattr(steps, "ROW_FLOOR", 0)
     choice = RowChoice(Rows(1000))
     for most, size in [(137, 137), (999, 999), (1000, 1000), (5, FEWEST)]:
         state: dict[str, Any] = {}

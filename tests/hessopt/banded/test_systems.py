@@ -126,11 +126,14 @@ def test_both_spaces_give_the_same_step(net: Any, bandwidth: Any) -> None:
 
 def test_operations() -> None:
     chain_of_two = band_cliques(np.array([[0.0, 1.0], [1.0, 0.0]]), 0)
-    # six passes of 10 rows; Gram matrices 10²·min(P, 2√P) and two systems 10³/3; blocks 10 P² and P³/3
-    grams = 100 * 18 + 2 * 1000 / 3
-    assert banded_operations(10, [16, 25], chain_of_two, dense=False) == pytest.approx(60 * 41 + grams)
-    blocks = 10 * (16**2 + 25**2) + (16**3 + 25**3) / 3
-    assert banded_operations(10, [16, 25], chain_of_two, dense=True) == pytest.approx(60 * 41 + blocks)
+    # six passes of 10 rows; Gram matrices and two systems 10³/3; blocks 10 P²/2 and P³/3
+    assert banded_operations(10, [16, 25], chain_of_two, grams=[8.0, 12.5]) == pytest.approx(
+        60 * 41 + 100 * 20.5 + 2 * 1000 / 3
+    )
+    blocks = 10 * (16**2 + 25**2) / 2 + (16**3 + 25**3) / 3
+    assert banded_operations(10, [16, 25], chain_of_two) == pytest.approx(60 * 41 + blocks)
+    whole = band_cliques(np.array([[0.0, 1.0], [1.0, 0.0]]), "full")
+    assert banded_operations(10, [16, 25], whole) == pytest.approx(60 * 41 + 10 * 41**2 / 2 + 41**3 / 3)
 
 
 def test_dense_memory_is_refused() -> None:

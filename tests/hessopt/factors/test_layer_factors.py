@@ -1,5 +1,6 @@
 """Factors of any layer, derivatives of the network included, against dense Jacobians by torch.func."""
 
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from diagnostics.autograd.sample_mixing import sample_rows
 from hessopt import LeastSquares
@@ -16,6 +18,7 @@ from hessopt.errors import ModelError
 from hessopt.factors.exact_curvature import ExactCurvature
 from hessopt.factors.layer_factors import general_factors, layer_factors, row_dims
 from hessopt.factors.sample_factors import DenseFactor, OuterFactor, symmetric_product
+from hessopt.network.parameter_uses import _leaves
 from tests.helpers.kronecker_reference import NETWORKS, batch, chain, dense, factors_of, flat, record, unflat
 
 RTOL = 1e-11
@@ -359,3 +362,21 @@ def test_losses_that_couple_samples(loss_fn: Callable[[Tensor], Tensor]) -> None
     with pytest.raises(ModelError, match=r"not a sum or mean over samples.*LeastSquares"):
         check_separable(loss_fn(z), z)
     check_separable(z.square().mean(), z)
+
+
+def test_leaves_of_arguments_are_those_of_the_tree() -> None:
+    """Of plain arguments, nested ones, and kinds that only the tree knows."""
+    t, p = torch.ones(2), nn.Parameter(torch.ones(2))
+    pair = namedtuple("pair", "a b")
+    values = (t, [p, (1, None, [t])], {"a": t, "b": (p, 2.0)}, OrderedDict(x=p), pair(t, p), torch.Size([2]), slice(1))
+    found, expected = _leaves(values), tree_leaves(values)
+    assert len(found) == len(expected)
+    assert all(a is b or a == b for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("uses", [1, 3, 9])
+def test_operations_of_a_gram_matrix_are_those_of_the_cheaper_way(uses: int) -> None:
+    """9 numbers each on the left, 4 on the right, P = 36: products of pairs, or half of Ĵ Ĵᵀ."""
+    factor = OuterFactor(torch.ones(1, 5, uses, 9), torch.ones(1, 5, uses, 4), True, True)
+    assert factor.gram_operations == min(uses * (uses + 1) / 2 * 13, 18)
+    assert DenseFactor(torch.ones(5, 7), (torch.Size([7]),)).gram_operations == 3.5
