@@ -17,6 +17,8 @@ from examples import gallery
 
 COMMANDS = {
     "banded_on_digits": "--seconds 0.01 --seeds 1",
+    "burgers": "--seconds 0.01 --out burgers.png",
+    "curve_fitting": "--seconds 0.01 --seeds 1 --out curves.png",
     "deep_narrow": "--seconds 0.01 --seeds 1",
     "diagnose_digits": "--steps 2 --out digits.json",
     "diagnose_models": "branches --verdicts --threads 1",

@@ -24,8 +24,8 @@ def pendulum(t: NDArray[np.float64], amplitude: float) -> NDArray[np.float64]:
     return angle
 
 
-def burgers(points: Tensor, nodes: int = 160) -> Tensor:
-    """``u_t + u u_x = ν u_xx`` on [-1, 1] from ``-sin πx``, ν = 0.01/π, by the Cole-Hopf transformation.
+def burgers(points: Tensor, nodes: int = 160, viscosity: float = VISCOSITY) -> Tensor:
+    """``u_t + u u_x = ν u_xx`` on [-1, 1] from ``-sin πx`` by the Cole-Hopf transformation.
 
     ``u = -∫ sin π(x-η) f(x-η) e^(-η²/4νt) dη / ∫ f(x-η) e^(-η²/4νt) dη`` with ``f(y) = exp(-cos(πy) / 2πν)``, by
     Gauss-Hermite quadrature in ``η = 2 √(νt) z``. It can be differentiated, where t > 0.
@@ -33,6 +33,7 @@ def burgers(points: Tensor, nodes: int = 160) -> Tensor:
     Args:
         points: ``(N, 2)``, columns x and t, float64.
         nodes: Of the quadrature.
+        viscosity: ν. Default: 0.01/π.
 
     Returns:
         u, ``(N, 1)``.
@@ -42,8 +43,8 @@ def burgers(points: Tensor, nodes: int = 160) -> Tensor:
     """
     z, weights = (torch.from_numpy(part).to(points.device) for part in roots_hermite(nodes))
     x, t = points[:, :1], points[:, 1:]
-    y = x - 2 * (VISCOSITY * t).sqrt() * z
-    exponent = -torch.cos(math.pi * y) / (2 * math.pi * VISCOSITY) + weights.log()
+    y = x - 2 * (viscosity * t).sqrt() * z
+    exponent = -torch.cos(math.pi * y) / (2 * math.pi * viscosity) + weights.log()
     share = torch.softmax(exponent, dim=1)
     return -(torch.sin(math.pi * y) * share).sum(dim=1, keepdim=True)
 

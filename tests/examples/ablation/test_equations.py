@@ -12,6 +12,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
+from examples.gallery import burgers as gallery
 from examples.shared.problems import pinn
 from examples.shared.problems import pinn_equations as equations
 from examples.shared.problems import pinn_references as references
@@ -240,6 +241,38 @@ def test_burgers_symmetry_ends_and_start() -> None:
             assert torch.allclose(u, -torch.sin(math.pi * x), atol=1e-14)
     few, many = (references.burgers(equations.burgers().grid, nodes) for nodes in (120, 200))
     assert (few - many).abs().max() < 1e-10
+
+
+def test_burgers_of_another_viscosity_satisfies_the_conditions_of_the_gallery() -> None:
+    """And what is no solution does not."""
+    viscosity = 0.03 / math.pi
+
+    class Exact(nn.Module):
+        def forward(self, points: Tensor) -> Tensor:
+            return self.factor * references.burgers(points, viscosity=viscosity)
+
+        factor = 1.0
+
+    net = Exact()
+    inside, start, ends = gallery.conditions(viscosity)
+    # By quadrature to 1e-13 of u, whose terms are of size 1e3 about the front.
+    for part, tolerance in ((inside, 1e-8), (start, 1e-12), (ends, 1e-12)):
+        assert part.residual(net, part.points).abs().max() < tolerance
+    net.factor = 1.1
+    assert all(part.residual(net, part.points).abs().max() > 1e-2 for part in (inside, start))
+    assert (start.points[:, 1] == 0).all()
+    assert ((ends.points[:, 0] == -1).sum() + (ends.points[:, 0] == 1).sum()) == 100
+
+
+def test_closure_of_the_gallery_has_the_rows_that_are_asked_for() -> None:
+    parts = gallery.conditions(0.01)
+    net = gallery.network(0)
+    closure = gallery.closure_of(net, parts)
+    whole = closure(torch.arange(2200))
+    expected = sum(part.residual(net, part.points).square().mean().item() for part in parts)
+    assert whole.loss.item() == pytest.approx(expected, rel=1e-12)
+    rows = torch.tensor([0, 3, 1999, 2000, 2050, 2100, 2199])
+    assert torch.allclose(closure(rows).residuals, whole.residuals[rows], rtol=1e-10, atol=1e-13)
 
 
 def test_allen_cahn_against_finite_differences_in_space() -> None:
