@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from diagnostics.results.files import write_text
 from examples.shared.task import Problem
@@ -28,7 +29,9 @@ algebra of an optimizer itself shows in the seconds only.
 
 The **target** of a problem is the median final objective of the best tuned peer (at least 10⁻¹⁰ of the objective at
 the start: less is rounding). Times are medians over seeds, with
-the range over those seeds that reach the target in brackets, and how many do. Lower is better everywhere.
+the range over those seeds that reach the target in brackets, and how many do. Where there are held-out data, a last
+column has what the networks are worth there at the end of their runs, for which nothing was tuned. Lower is better
+everywhere but for accuracies.
 """
 
 PARTS = """Settings of one optimizer side by side, untuned, beside tuned peers: median objectives at the end of the same
@@ -174,12 +177,18 @@ class Page:
         return lines
 
     def _table(self, here: Sequence[Entry], verdict: Verdict | None) -> str:
-        lines = [
-            "| optimizer | final objective: median (range) | seconds to target | gradient-equivalents | reached |",
-            "| --- | --- | --- | --- | --- |",
+        held_out = next((e.test_name for e in here if e.test), "")
+        titles = [
+            "optimizer",
+            "final objective: median (range)",
+            "seconds to target",
+            "gradient-equivalents",
+            "reached",
         ]
+        titles += [f"{held_out.replace('_', ' ')}: median (range)"] if held_out else []
+        lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
         for e in here:
-            finals = f"{_figure(e.final)} ({_figure(min(e.finals))} to {_figure(max(e.finals))})"
+            finals = _median_and_range(e.finals)
             cells = ["–", "–", "–"]
             if verdict is not None:
                 seconds = e.to_target(verdict.target)
@@ -188,6 +197,8 @@ class Page:
                     _times(e.to_target(verdict.target, WORK)),
                     f"{sum(map(math.isfinite, seconds))} of {len(seconds)}",
                 ]
+            if held_out:
+                cells.append(_median_and_range(e.test) if e.test else "–")
             settings = ", ".join(f"{name} {value}" for name, value in e.settings.items())
             title = f"**{self._name(_key(e))}**" if e.ours else self._title(e)
             shown = f"{title} ({_escape(settings)})" if settings and not e.label else title
@@ -219,6 +230,10 @@ def _why(entry: Entry) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "diverged"
+
+
+def _median_and_range(values: Sequence[float]) -> str:
+    return f"{_figure(median(values))} ({_figure(min(values))} to {_figure(max(values))})"
 
 
 def _ratio(value: float) -> str:

@@ -33,6 +33,8 @@ class Entry:
         finals: Last objective by seed; infinite where it diverged.
         curves: By seed.
         reasons: Of runs that did not spend their budget, with the status.
+        test: The figure of held-out data at the last point, by seed; none where there are no such data.
+        test_name: Of that figure.
     """
 
     problem: str
@@ -45,6 +47,8 @@ class Entry:
     finals: tuple[float, ...]
     curves: tuple[Curve, ...]
     reasons: tuple[str, ...]
+    test: tuple[float, ...] = ()
+    test_name: str = ""
 
     @property
     def final(self) -> float:
@@ -94,6 +98,8 @@ def _entry(rows: Sequence[Row], contenders: Mapping[str, Contender], role: str |
     first = rows[-1]
     applicable = [row for row in rows if row["status"] != "does not apply"]
     reasons = [f"{row['status']}: {row['reason']}" for row in rows if row["status"] != "budget spent"]
+    # The loss where there is nothing that says more, which problems state after it.
+    names = [name for row in applicable for name in row["measured"] if name.startswith("test_")]
     return Entry(
         problem=first["problem"],
         family=first["family"],
@@ -105,6 +111,8 @@ def _entry(rows: Sequence[Row], contenders: Mapping[str, Contender], role: str |
         finals=tuple(math.inf if row["final"] is None else row["final"] for row in applicable),
         curves=tuple(row["curve"] for row in applicable),
         reasons=tuple(dict.fromkeys(reasons)),
+        test=tuple(row["measured"][names[-1]] for row in applicable if names[-1:] and names[-1] in row["measured"]),
+        test_name=names[-1] if names else "",
     )
 
 

@@ -130,6 +130,20 @@ def test_the_page_shows_every_entry_and_who_wins(tmp_path: Path) -> None:
     assert "seeds 1, 2, 3; 3 trials" in text
 
 
+def test_figures_of_held_out_data_have_a_column(tmp_path: Path) -> None:
+    rows = session(tmp_path / "table.jsonl").run().rows
+    assert "test rmse" not in page(rows).text()
+    for row in rows:
+        if row["problem"] == "full" and row["contender"] != "never":
+            row["measured"] = {**row["measured"], "test_loss": 7.0, "test_rmse": float(row["seed"])}
+    _, _, rest = page(rows).text().partition("### Full batch")
+    section, _, others = rest.partition("### Mini-batches")
+    assert "| reached | test rmse: median (range) |" in section
+    assert "| 2 (1 to 3) |" in section
+    assert "test loss" not in section
+    assert "test rmse" not in others
+
+
 def test_a_loss_is_told(tmp_path: Path) -> None:
     rows = session(tmp_path / "table.jsonl").run().rows
     for row in rows:
