@@ -17,7 +17,14 @@ from hessopt.search.rules import Damped, Fixed, KroneckerDamping, LevenbergMarqu
 from hessopt.spectral.groups import left_to_adamw
 from hessopt.spectral.kronecker import KroneckerSpectralNewton as _Kronecker  # noqa: F401 - a kind of SpectralNewton
 from hessopt.spectral.optimizer import SpectralNewton
-from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, OnlineExponent, PowerLaw
+from hessopt.spectral.options import (
+    AdamWPart,
+    CurvatureLengths,
+    KroneckerCoordinates,
+    Momentum,
+    OnlineExponent,
+    PowerLaw,
+)
 from hessopt.spectral.power_law import PowerLawSpectralNewton as _PowerLaw  # noqa: F401 - a kind of SpectralNewton
 from hessopt.spectral.step import SpectralStep
 from hessopt.spectral.transfer import NewtonSchulz, spectral_map
@@ -45,6 +52,7 @@ __all__ = [
     "LeastSquares",
     "LevenbergMarquardt",
     "LineSearch",
+    "Momentum",
     "NamedLoss",
     "NewtonCG",
     "NewtonSchulz",

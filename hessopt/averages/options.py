@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 from torch import nn
@@ -69,8 +70,8 @@ class KroneckerAveraging:
 
     Args:
         decay: Weight of the past in the running averages; in [0, 1). Default: 0.9.
-        factor_every: Steps between updates of factors (more often before the first). Default: 10.
-        inverse_every: Steps between inversions. Default: 40.
+        factor_every: Steps between updates of factors (more often at first, see :func:`due`). Default: 10.
+        inverse_every: Steps between inversions, likewise. Default: 40.
         iterations: Conjugate-gradient iterations, from bandwidth 1 on. Default: None, 3 there.
         columns: Back-propagated columns of the output curvature a sample, or ``"exact"``: one for each output. With
             ``curvature="empirical"`` there are none. Default: None, 1 where there are columns.
@@ -125,6 +126,19 @@ def check_empirical(curvature: str, loss: NamedLoss | nn.Module | None, averages
         raise ValueError('a loss without a name, of which only the reduction is known, is for curvature="empirical".')
 
 
-def due(step: int, every: int) -> bool:
-    """Whether to refresh at this step (the first is 0): every so many steps, and at powers of two before the first."""
-    return step % every == 0 or (step < every and step & (step - 1) == 0)
+def due(step: int, every: int, share: int = 1) -> bool:
+    """Whether to refresh at this step (the first is 0): every so many steps, and more often at first.
+
+    At first intervals are the ``share``-th part of the steps so far, and 1 at least: with 1 these are powers of two.
+    """
+    return step in _early(every, share) if step < every * share else step % every == 0
+
+
+@cache
+def _early(every: int, share: int) -> frozenset[int]:
+    """The steps before ``every · share`` at which to refresh."""
+    found, at = set(), 0
+    while at < every * share:
+        found.add(at)
+        at += max(1, at // share)
+    return frozenset(found)

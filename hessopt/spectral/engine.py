@@ -18,12 +18,15 @@ from hessopt.spectral.adamw_vector import AdamWVector, Moments
 from hessopt.spectral.coarse_curvature import changes_along
 from hessopt.spectral.gram_polar import inverse_roots
 from hessopt.spectral.layers import SpectralLayers, divided
-from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
+from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, Momentum
 from hessopt.spectral.stack_direction import Roots, directions_of
 
 FIXED = 0.01
 """Step length where the loss is not known, for a learning rate of 1."""
-ENTRIES = ("steps", "left_out", "gathering", "averages", "powers", "coarse", "adamw_steps")
+OFTEN = 8
+"""Updates are at first so many times as frequent as doublings of the steps: curvature rises a hundredfold in the first
+fifty, and lengths that lag behind it saturate a network for good."""
+ENTRIES = ("steps", "left_out", "gathering", "averages", "powers", "coarse", "norm", "adamw_steps")
 
 
 @dataclass(eq=False)
@@ -62,7 +65,7 @@ class SpectralEngine:
         parameters: All that are trained.
         loss: What is declared of it, or None.
         options: Coordinates.
-        momentum: μ.
+        momentum: μ, and how long a gradient may be.
         lengths: Rule of the step lengths; None: fixed at 1.
         adamw: Of the other parameters.
         inputs_only: No output columns are gathered: the factors of inputs alone, and fixed lengths.
@@ -87,7 +90,7 @@ class SpectralEngine:
         parameters: Iterable[Tensor],
         loss: NamedLoss | nn.Module | None,
         options: KroneckerCoordinates,
-        momentum: float,
+        momentum: Momentum,
         lengths: CurvatureLengths | None,
         adamw: AdamWPart,
         *,
@@ -184,17 +187,19 @@ class SpectralEngine:
     def _matrices(self, layers: SpectralLayers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> None:
         """The part of the matrices."""
         first = self.steps == 0
-        if first or due(self.steps, self.options.averages.inverse_every):
+        if first or due(self.steps, self.options.averages.inverse_every, OFTEN // 2):
             for direction in layers.directions:
                 direction.refresh(first=first)
         factors = layers.factors
         # What is not finite must not get into products, also where these count for nothing.
         gradient = layers.gradient.nan_to_num_(0.0, 0.0, 0.0)
+        if self.momentum.clip is not None:
+            layers.clip(self.momentum.clip, self.steps, sound)
         if layers.coarse is not None:
             layers.coarse.compare(layers.momentum, gradient, sound)
-        momentum = layers.momentum.lerp(gradient, (1 - self.momentum) * sound)
+        momentum = layers.momentum.lerp(gradient, (1 - self.momentum.decay) * sound)
         directions, scales = directions_of(
-            layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum)), self.roots
+            layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum.decay)), self.roots
         )
         if layers.coarse is not None and self.averages is not None and self.averages.last:
             steps = [d * scale[:, None, None] for d, scale in zip(directions, scales, strict=True)]
@@ -246,7 +251,7 @@ class SpectralEngine:
     def go_on(self) -> None:
         """Gather in the next backward pass, if that is due."""
         every = self.options.averages.factor_every
-        if self.gathering is not None and (self.gathering.active or due(self.steps, every)):
+        if self.gathering is not None and (self.gathering.active or due(self.steps, every, OFTEN)):
             self.gathering.start()
 
     def _build(self) -> SpectralLayers:
@@ -309,7 +314,7 @@ class SpectralEngine:
         """What the next steps depend on beside :meth:`state_of`, as tensors and plain numbers."""
         state: dict[str, Any] = {
             "steps": self.steps, "left_out": self.left_out.clone(), "adamw_steps": self.vector.moments.steps.clone(),
-            "gathering": None, "averages": None, "powers": [], "coarse": [],
+            "gathering": None, "averages": None, "powers": [], "coarse": [], "norm": [],
         }  # fmt: skip
         if self.gathering is not None and self.averages is not None:
             state["gathering"], state["averages"] = self.gathering.state_dict(), self.averages.state_dict()

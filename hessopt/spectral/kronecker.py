@@ -24,7 +24,7 @@ from hessopt.network.saved_state import Group, StateDict, asks_for_state, member
 from hessopt.spectral.engine import FIXED, Move, SpectralEngine
 from hessopt.spectral.iterate_average import IterateAverage
 from hessopt.spectral.optimizer import SpectralNewton
-from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates
+from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, Momentum
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         model: nn.Module | None = None,
         coordinates: KroneckerCoordinates | None = None,
         step_lengths: Literal["curvature", "fixed"] | CurvatureLengths = "curvature",
-        momentum: float | None = None,
+        momentum: float | Momentum | None = None,
         weight_decay: float = 0.0,
         average: float | None = 8,
         maximize: bool = False,
@@ -62,9 +62,10 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self.lengths = None if step_lengths == "fixed" else CurvatureLengths()
         else:
             self.lengths = step_lengths
-        self.momentum = 0.9 if momentum is None else momentum
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}.")
+        if momentum is None or isinstance(momentum, Momentum):
+            self.momentum = momentum or Momentum()
+        else:
+            self.momentum = Momentum(momentum)
         if average is not None and not 0 < average < float("inf"):
             raise ValueError(f"average must be positive and finite, or None for none, got {average!r}.")
         self.adamw = AdamWPart(betas=(0.9, 0.99)) if adamw is None else adamw

@@ -14,6 +14,9 @@ from hessopt.spectral.coarse_curvature import CoarseCurvature
 from hessopt.spectral.options import CurvatureLengths, KroneckerCoordinates
 from hessopt.spectral.stack_direction import StackDirection
 
+MEMORY, START = 0.97, 5
+"""Weight of the past in the usual norm of gradients, and steps before which none is too long."""
+
 
 @dataclass(eq=False)
 class SpectralLayers:
@@ -27,6 +30,7 @@ class SpectralLayers:
         momentum: M, flat.
         gradient: G, flat; views of it are filled from the gradients.
         slots: The views, of each parameter.
+        norm: Running mean of ‖G‖, clipped.
         rows: Of each stack the places of its entries' blocks, ``(m,)``.
         lengths: Of each stack the lengths of its entries, ``(m,)``; of fixed ones just one number.
         usual: Their median.
@@ -39,6 +43,7 @@ class SpectralLayers:
     momentum: Tensor
     gradient: Tensor
     slots: list[Tensor]
+    norm: Tensor
     rows: list[Tensor]
     lengths: list[Tensor]
     usual: Tensor
@@ -80,10 +85,27 @@ class SpectralLayers:
             momentum=torch.zeros_like(gradient),
             gradient=gradient,
             slots=list(views.values()),
+            norm=gradient.new_zeros(()),
             rows=[torch.tensor(own, device=factors.device) for own in rows],
             lengths=[gradient.new_full((1,), fixed)] * len(rows),
             usual=gradient.new_full((), fixed),
         )
+
+    def clip(self, bound: float, steps: int, sound: Tensor) -> None:
+        """Scale G down to so many times its usual norm, in place, after so many steps; take its norm into the usual.
+
+        Args:
+            bound: c.
+            steps: That were taken.
+            sound: 1, or 0 where G does not count.
+        """
+        found = torch.linalg.vector_norm(self.gradient)
+        if steps >= START:
+            most = (bound * self.norm).clamp_min(torch.finfo(found.dtype).tiny)
+            share = (most / found).clamp_max(1.0)
+            self.gradient *= share
+            found = found * share
+        self.norm.lerp_(found, max(1 - MEMORY, 1 / (steps + 1)) * sound)
 
     def set_lengths(self, share: float) -> None:
         """Take the lengths of the coarse curvature, times a share, for the steps from now on."""
@@ -125,7 +147,11 @@ class SpectralLayers:
             for t in power.tensors
         ]
         coarse = [] if self.coarse is None else self.coarse.tensors
-        return {"powers": powers, "coarse": [("the curvature between steps", t) for t in coarse]}
+        return {
+            "powers": powers,
+            "coarse": [("the curvature between steps", t) for t in coarse],
+            "norm": [("the usual norm of gradients", self.norm)],
+        }
 
 
 def divided(model: nn.Module, trained: Sequence[Tensor], max_size: int) -> tuple[list[Tensor], dict[Tensor, str]]:

@@ -10,7 +10,7 @@ from hessopt.averages.options import Loss
 from hessopt.closure.protocol import Closure
 from hessopt.network.arguments import Params
 from hessopt.network.saved_state import SavedState
-from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, PowerLaw
+from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, Momentum, PowerLaw
 
 
 class SpectralNewton(SavedState):
@@ -72,7 +72,8 @@ class SpectralNewton(SavedState):
         coordinates: :class:`hessopt.KroneckerCoordinates` or :class:`hessopt.PowerLaw`. Default: None, the former.
         step_lengths: ``"curvature"``, a :class:`hessopt.CurvatureLengths` with options, or ``"fixed"``: the learning
             rate is the step length, in the units of Muon with matched root mean squares. Default: ``"curvature"``.
-        momentum: μ in [0, 1). Default: None, 0.9.
+        momentum: μ in [0, 1), or a :class:`hessopt.Momentum` that also says how long a gradient may be. Default: None,
+            ``Momentum(0.9, clip=1.5)``.
         weight_decay: λ, decoupled, in units of the step lengths. Default: 0.
         average: k, of the average of iterates; None: there is none, and a schedule is up to the user. Default: 8.
         maximize: Maximize the loss, which must be concave in the output.
@@ -134,7 +135,7 @@ class SpectralNewton(SavedState):
         model: nn.Module | None = None,
         coordinates: KroneckerCoordinates | PowerLaw | None = None,
         step_lengths: Literal["curvature", "fixed"] | CurvatureLengths = "curvature",
-        momentum: float | None = None,
+        momentum: float | Momentum | None = None,
         weight_decay: float = 0.0,
         average: float | None = 8,
         maximize: bool = False,

@@ -117,6 +117,32 @@ class KroneckerCoordinates:
 
 
 @dataclass(frozen=True)
+class Momentum:
+    r"""Momentum ``M ← μ M + (1 − μ) G``, in which one batch counts for little more than another.
+
+    Args:
+        decay: μ, in [0, 1). Default: 0.9.
+        clip: c > 0: a gradient G with ``‖G‖ > c · n`` is scaled down to that, n being the running mean of these norms,
+            the smaller ones, over some thirty steps. It is of all matrices together, after the first
+            five steps. As the step is along the polar factor of M, norms are no more than the weights of batches in M,
+            and one that is ten times longer would decide on the direction of the next ten steps. None: no clipping.
+            Default: 1.5.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    decay: float = 0.9
+    clip: float | None = 1.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.decay}.")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be positive and finite, or None for none, got {self.clip!r}.")
+
+
+@dataclass(frozen=True)
 class CurvatureLengths:
     """Step lengths from the curvature between the steps of layers.
 

@@ -25,7 +25,7 @@ from hessopt.network.saved_state import Group, SavedState, asks_for_state, membe
 from hessopt.spectral.exponent import Probe, measure_on_tape, smoothed
 from hessopt.spectral.groups import Selection, exponent_of, is_matrix, left_to_adamw
 from hessopt.spectral.optimizer import SpectralNewton
-from hessopt.spectral.options import AdamWPart, OnlineExponent, PowerLaw
+from hessopt.spectral.options import AdamWPart, Momentum, OnlineExponent, PowerLaw
 from hessopt.spectral.step import (
     SpectralStep,
     apply_adamw_step,
@@ -124,7 +124,7 @@ class PowerLawSpectralNewton(SpectralNewton, coordinates=PowerLaw):
         *,
         coordinates: PowerLaw,
         model: nn.Module | None = None,
-        momentum: float | None = None,
+        momentum: float | Momentum | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         adamw: AdamWPart | None = None,
@@ -135,6 +135,8 @@ class PowerLawSpectralNewton(SpectralNewton, coordinates=PowerLaw):
             )
         adamw = AdamWPart() if adamw is None else adamw
         lr = 0.01 if lr is None else lr
+        if isinstance(momentum, Momentum):
+            raise TypeError("momentum must be a number with coordinates=PowerLaw(…), which clips no gradients.")
         momentum = 0.95 if momentum is None else momentum
         check_type("coordinates", coordinates, PowerLaw)
         check_type("adamw", adamw, AdamWPart)

@@ -117,7 +117,7 @@ def spectral_kronecker(
         average: Its power.
         known: Whether the loss is declared.
         natural: Whether to go along the natural gradient.
-        settings: Fields of the options' classes, and arguments.
+        settings: Fields of the options' classes, and arguments; ``clip`` is 0 for none.
     """
 
     if settings.get("step_lengths") != "fixed":
@@ -125,9 +125,16 @@ def spectral_kronecker(
     default = NaturalCoordinates() if natural else hessopt.KroneckerCoordinates()
     averages = with_own(default.averages, settings)
     coordinates = with_own(dataclasses.replace(default, averages=averages), settings)
+    usual = hessopt.Momentum()
+    momentum = hessopt.Momentum(settings.pop("momentum", usual.decay), settings.pop("clip", usual.clip) or None)
     loss = None if task.declared is None else declared_loss(task.declared)
     optimizer = hessopt.SpectralNewton(
-        task.model, loss if known else None, coordinates=coordinates, average=average or None, **settings
+        task.model,
+        loss if known else None,
+        coordinates=coordinates,
+        momentum=momentum,
+        average=average or None,
+        **settings,
     )
     if loss is None and known:
         return ClosureStep(task, optimizer, schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,18 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessopt
-from hessopt import AdamWPart, CurvatureLengths, KroneckerAveraging, KroneckerCoordinates, PowerLaw, SpectralNewton
+from hessopt import (
+    AdamWPart,
+    CurvatureLengths,
+    KroneckerAveraging,
+    KroneckerCoordinates,
+    Momentum,
+    PowerLaw,
+    SpectralNewton,
+)
+from hessopt.averages.options import due
 from hessopt.errors import ClosureError
+from hessopt.spectral.engine import OFTEN
 from hessopt.spectral.gram_polar import COEFFICIENTS
 from tests.helpers.linear_calls import linear_calls
 
@@ -55,6 +66,51 @@ def everything(net: nn.Module, optimizer: SpectralNewton) -> list[Tensor]:
         return [leaf for part in parts for leaf in leaves(part)]
 
     return [*values(net), *leaves(optimizer.state_dict()["state"])]
+
+
+def test_updates_come_at_intervals_of_an_eighth_of_the_steps_until_every_tenth() -> None:
+    """Curvature rises a hundredfold in the first fifty steps."""
+    updates = [step for step in range(200) if due(step, 10, OFTEN)]
+    early = [step for step in updates if step < 10 * OFTEN]
+    assert early[0] == 0
+    assert all(b - a == max(1, a // OFTEN) for a, b in itertools.pairwise(early))
+    assert {step for step in updates if step >= 80} == set(range(80, 200, 10))
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy")
+    for step in range(30):
+        x, y = data(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    assert optimizer._engine.updates == sum(step < 30 for step in updates)  # type: ignore[attr-defined]
+
+
+def test_a_gradient_that_is_longer_than_usual_counts_for_little_more() -> None:
+    net = network()
+    optimizer = SpectralNewton(net, "cross_entropy", momentum=Momentum(0.8, clip=1.5))
+    usual = torch.zeros((), dtype=F64)
+    momentum = [torch.zeros_like(p) for p in net.parameters()]
+    kept = {0, 1, 4, 5, 6, 7}  # of linear layers; a norm's are not clipped
+    for step in range(12):
+        x, y = data(step)
+        optimizer.zero_grad()
+        (functional.cross_entropy(net(x), y) * (100.0 if step in (7, 8) else 1.0)).backward()
+        found = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        norm = torch.cat([g.flatten() for i, g in enumerate(found) if i in kept]).norm()
+        share = (1.5 * usual / norm).clamp_max(1) if step >= 5 else torch.ones((), dtype=F64)
+        usual = usual.lerp(norm * share, max(0.03, 1 / (step + 1)))
+        momentum = [m.lerp(g * share, 0.2) for m, g in zip(momentum, found, strict=True)]
+        optimizer.step()
+        assert (share < 0.1) == (step in (7, 8))
+    state = optimizer.state_dict()["state"]
+    for i in kept:
+        torch.testing.assert_close(state[i]["momentum_buffer"], momentum[i])
+
+
+@pytest.mark.parametrize("given", [{"decay": 1.0}, {"decay": -0.1}, {"clip": 0.0}, {"clip": float("inf")}])
+def test_momentum_refuses_what_is_out_of_range(given: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"momentum|clip"):
+        Momentum(**given)
 
 
 def power(factor: Tensor, exponent: float, damping: float) -> Tensor:
@@ -536,7 +592,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_the_host_reads_nothing_but_at_refreshes_of_powers() -> None:
-    """Of low rank, too; steps that update the factors included."""
+    """Of low rank, too; steps that update the factors included. (At intervals of a fourth of the steps so far.)"""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 300), nn.LayerNorm(300), nn.Tanh(), nn.Linear(300, 3)).to(F64)
     optimizer = SpectralNewton(net, "cross_entropy", weight_decay=0.1)
@@ -548,4 +604,4 @@ def test_the_host_reads_nothing_but_at_refreshes_of_powers() -> None:
         with Reads() as counted:
             optimizer.step()
         reads += [step] if counted.count else []
-    assert reads == [0, 1, 2, 4, 8, 16, 32, 40]
+    assert reads == [*range(9), 10, 12, 15, 18, 22, 27, 33, 41, 51]

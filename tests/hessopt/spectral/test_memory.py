@@ -85,7 +85,7 @@ def test_between_backward_and_step_a_batch_is_kept_where_an_update_is_due() -> N
             p.grad = torch.zeros_like(p)
         coordinates = KroneckerCoordinates(averages=averages)
         optimizer = SpectralNewton(net, "cross_entropy", coordinates=coordinates, accumulate=parts)
-        for _ in range(3):
+        for _ in range(17):  # from 16 on every other step
             step(net, optimizer, x, y, parts)
         for due in (False, True):
             before = alive()
