@@ -32,10 +32,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
 
 import hessopt
 from examples.shared.problems.pinn import network
@@ -154,32 +156,47 @@ PROBLEMS = {
 # Steps
 
 
-def jacobian(model: nn.Sequential, equation: Equation) -> Tensor:
-    """Of the equation's residuals by the parameters, ``(N, P)``."""
-    residuals = _Residual(model, equation.second)
-    parameters = dict(residuals.named_parameters())
-    parts = []
-    for condition in equation.conditions:
+def linearized(model: nn.Sequential, equation: Equation, rows: Tensor) -> Tensor:
+    """The equation's residuals, ``(N,)``; their Jacobian by the parameters is written into ``rows``, ``(N, P)``.
 
-        def of_point(p: dict[str, Tensor], point: Tensor, condition: Condition = condition) -> Tensor:
-            residual: Tensor = functional_call(residuals, p, (point, condition))
-            return residual
+    Residual n depends on row n of every product with a weight alone, so that one back-propagation has the factors of
+    all rows. The memory of ``rows`` is meant to be used again: where it is new, half of a step is the system's.
+    """
+    with torch.enable_grad(), _Products() as products:
+        residuals = equation.residuals(taylor(model, equation.points, equation.second))
+        pulls = torch.autograd.grad(residuals.sum(), [out for *_, out in products.calls], allow_unused=True)
+    start = 0
+    for p in model.parameters():
+        found = [
+            (x, g)
+            for (x, weight, bias, _), g in zip(products.calls, pulls, strict=True)
+            if g is not None and (p is weight or p is bias)
+        ]
+        own = rows[:, start : start + p.numel()].unflatten(1, p.shape)
+        lefts = torch.stack([g for _, g in found], dim=2)
+        if p.ndim == 2:
+            own.baddbmm_(lefts, torch.stack([x.detach() for x, _ in found], dim=1), beta=0)
+        else:
+            own.copy_(lefts.sum(dim=2))
+        start += p.numel()
+    return residuals.detach()
 
-        rows = vmap(grad(of_point), (None, 0))({name: p.detach() for name, p in parameters.items()}, condition.points)
-        scale = (2 * condition.weight / len(condition.points)) ** 0.5
-        parts.append(scale * torch.cat([rows[name].flatten(1) for name in parameters], dim=1))
-    return torch.cat(parts)
 
+class _Products(TorchFunctionMode):
+    """Inputs, weight, bias and result of every ``F.linear`` inside."""
 
-class _Residual(nn.Module):
-    """A condition's residual at one point."""
-
-    def __init__(self, model: nn.Sequential, second: Sequence[float]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.model, self.second = model, second
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
 
-    def forward(self, point: Tensor, condition: Condition) -> Tensor:
-        return condition.residual(taylor(self.model, point.unsqueeze(0), self.second)).squeeze(0)
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            x, weight, bias = (*args, None)[:3]
+            self.calls.append((x, weight, bias, out))
+        return out
 
 
 def pulled(rows: Tensor, r: Tensor, phi: Tensor, damping: float, momentum: float) -> Tensor:
@@ -212,14 +229,15 @@ class Spring:
         self.parameters = list(model.parameters())
         self.draw = torch.Generator().manual_seed(seed)
         self.phi = torch.zeros(sum(p.numel() for p in self.parameters), dtype=torch.float64)
+        self.rows = torch.zeros(sum(settings.points), len(self.phi), dtype=torch.float64)
         self.steps = 0
 
     @torch.no_grad()
     def step(self) -> None:
         settings = self.settings
         equation = self.problem.draw(*settings.points, self.draw)
-        r = self._residuals(equation)
-        self.phi = pulled(jacobian(self.model, equation), r, self.phi, settings.damping, settings.momentum)
+        r = linearized(self.model, equation, self.rows)
+        self.phi = pulled(self.rows, r, self.phi, settings.damping, settings.momentum)
         self.steps += 1
         direction = self.phi / math.sqrt(1 - settings.momentum ** (2 * self.steps))
         start = torch.cat([p.flatten() for p in self.parameters])
