@@ -161,8 +161,7 @@ def line_step(
 
     Lengths are halved until the objective goes down, and then for as long as it goes down further. If it does not down
     to 2⁻³⁰, the parameters stay what they were, bit for bit. ``ratio``, ``predicted_reduction`` and
-    ``actual_reduction`` are those of the length that was taken. A length of at least 0.1 lowers the damping tenfold
-    for the next step, one of at most 0.01 raises it tenfold.
+    ``actual_reduction`` are those of the length that was taken. The damping of the next step follows the length.
 
     Args:
         model: The quadratic model at the current parameters, which it refers to.

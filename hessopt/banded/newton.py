@@ -112,7 +112,8 @@ class BandedNewton(LayerwiseOptimizer):
             than 1e9 operations, is warned of once, in the log. Default: ``"auto"``.
         search: λ, and how far to go: :class:`hessopt.Damped`, which tries steps with more and more damping;
             :class:`hessopt.LineSearch`, which tries multiples of a step; or :class:`hessopt.Fixed`, which tries
-            nothing. Default: ``Damped(1e-2, max_rejections=5)``.
+            nothing. Default: None, ``Damped()``, and ``LineSearch()`` on random rows while these are at most half as
+            many as the parameters.
         momentum: μ, in [0, 1): the damping pulls towards μ times the last step instead of towards zero
             (:class:`hessopt.banded.metric_momentum.MomentumSolve`). Default: 0.
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
@@ -157,7 +158,7 @@ class BandedNewton(LayerwiseOptimizer):
         model: nn.Module | None = None,
         curvature: Literal["ggn", "hessian"] = "ggn",
         space: Space = "auto",
-        search: Search = Damped(1e-2, max_rejections=5),  # noqa: B008 - frozen
+        search: Search | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -170,7 +171,8 @@ class BandedNewton(LayerwiseOptimizer):
         check_choice("space", space, ("auto", "sample", "parameter"))
         if curvature == "hessian" and space == "sample":
             raise ValueError('curvature="hessian" has no factors by samples: pass space="parameter", or "auto".')
-        check_type("search", search, Damped, LineSearch, Fixed)
+        if search is not None:
+            check_type("search", search, Damped, LineSearch, Fixed)
         if memory_limit <= 0:
             raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
         self.bandwidth = AutoBandwidth() if bandwidth == "auto" else bandwidth

@@ -48,8 +48,8 @@ class Rows:
     Args:
         counts: N, or the list of all :math:`N_s`; kept as a tuple.
         first: n to start with. Default: None, where the operations of a step are three times those of the gradient of
-            the same rows, or 5e7 if that is more, and 100 at least. What a gradient takes is seen at the first step,
-            which has 100 rows.
+            the same rows, or 5e7 if that is more; 100 at least, and else N/2 at most, since other rows at every step
+            lead past minima where all rows end. What a gradient takes is seen at the first step, which has 100 rows.
         growth: What n is multiplied by when the objective on all rows stops falling; 1: n stays. Default: 2.
         every: Steps from one evaluation of the objective on all rows to the next; n grows unless it is at most 0.9
             times the least one before. Each costs one evaluation of the loss on all rows, without its gradient, and
@@ -127,7 +127,8 @@ class RowChoice:
         """
         if self.settled(state):
             return
-        size, beyond = self.size(state), self._options.total + 1
+        size = self.size(state)
+        beyond = max(size, self._options.total // 2) + 1
         while self._options.first is None and beyond - size > 1:
             middle = (size + beyond) // 2
             size, beyond = (middle, beyond) if affordable(middle) else (size, middle)

@@ -36,10 +36,9 @@ from hessopt.network.saved_state import Group, Groups
 from hessopt.search.damping import NielsenDamping
 from hessopt.search.rules import Damped, LineSearch, Search
 
-SEARCH_START = 1e-8
-"""Damping that a line search starts with, in traces of the Gauss-Newton matrix."""
 SEARCH_FLOOR = 50
-"""Its least, in traces times the rounding unit. Below, solves fail every now and then."""
+"""Least damping of a line search, in traces of the Gauss-Newton matrix times the rounding unit. Below, solves fail
+every now and then."""
 
 State: TypeAlias = Any  # torch.optim.Optimizer's, a defaultdict by parameter; the first one's has what is everyone's
 
@@ -52,7 +51,7 @@ class ExactStep:
         bandwidth: k, ``"full"`` or what chooses it.
         space: Where to solve, ``"sample"``, ``"parameter"`` or ``"auto"``.
         curvature: ``"ggn"`` or ``"hessian"``.
-        search: λ, and how far to go.
+        search: λ, and how far to go; None: by the rows.
         memory_limit: Bytes.
         rows: How the rows of a step are drawn, for closures that take them.
     """
@@ -63,7 +62,7 @@ class ExactStep:
         bandwidth: Bandwidth | AutoBandwidth,
         space: Space,
         curvature: str,
-        search: Search,
+        search: Search | None,
         memory_limit: int,
         rows: Rows | None = None,
     ) -> None:
@@ -102,14 +101,15 @@ class ExactStep:
             recorder.forget()
         loss = evaluation.loss.detach()
         del evaluation  # free what is left of the tape before the solves
-        damping = self._damping(model, own)
+        search = self._search_of(model)
+        damping = self._damping(model, search, own)
         system = self._space.system(model, distances, self.bandwidth)
         cliques = self._cliques(distances, model, system, damping.value, own)
         if not self._cost.given:
             rows, size = model.factors[0].size, sum(p.numel() for p in parameters)
             self._cost.check(system.operations(cliques), gradient, rows, size)
         solve = MomentumSolve(model, partial(QuadraticModel.step, cliques=cliques, system=system), groups, state)
-        maximize, search = groups[0]["maximize"], self.search
+        maximize = groups[0]["maximize"]
         if isinstance(search, LineSearch):
             done = line_step(model, solve, runner.trial_loss, loss, damping, adapt=search.adapt, maximize=maximize)
         elif isinstance(search, Damped):
@@ -173,19 +173,27 @@ class ExactStep:
         self._verified = True
         return forward_distances(evaluation, layers, uses), rows
 
-    def _damping(self, model: QuadraticModel, state: dict[str, Any]) -> NielsenDamping:
+    def _search_of(self, model: QuadraticModel) -> Search:
+        """The search, or that of the rows: undamped steps that fit few of them exactly want lengths rather than λ.
+
+        Where the rows are about as many as the parameters, undamped steps are ill-conditioned.
+        """
+        if self.search is not None:
+            return self.search
+        parameters = sum(p.numel() for own in model.parameters for p in own)
+        few = self._rows is not None and 2 * model.factors[0].size <= parameters
+        return LineSearch() if few else Damped()
+
+    def _damping(self, model: QuadraticModel, search: Search, state: dict[str, Any]) -> NielsenDamping:
         least = least_damping(model.factors, residuals=model.residuals is not None)
-        start = self.search.start()
+        start = search.start()
         minimum = min(max(start.minimum, least), start.maximum)
         damping = replace(start, value=max(start.value, minimum), minimum=minimum)
-        if isinstance(self.search, LineSearch) and self.search.damping is None:
-            trace = model.trace()
-            damping.minimum = min(
-                max(SEARCH_FLOOR * torch.finfo(model.gradients[0][0].dtype).eps * trace, minimum), damping.maximum
-            )
-            first = SEARCH_START * trace if self.search.adapt else 0.0
-            damping.value = min(max(first, damping.minimum), damping.maximum)
-            if not self.search.adapt:
+        if isinstance(search, LineSearch) and (search.adapt or search.damping is None):
+            floor = SEARCH_FLOOR * torch.finfo(model.gradients[0][0].dtype).eps * model.trace()
+            damping.minimum = min(max(floor, minimum), damping.maximum)
+            damping.value = max(damping.value, damping.minimum)
+            if not search.adapt:
                 return damping
         if "damping" in state:
             damping.load_state_dict(state)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+FACTORS_OF_LENGTHS = ((0.5, 1 / 10), (0.1, 1 / 3), (0.03, 1.0), (0.0, 4.0))
+"""Least multiple of a step that was taken, and the factor of λ that follows from it."""
+
 
 @dataclass
 class NielsenDamping:
@@ -70,18 +73,23 @@ class NielsenDamping:
         self.growth = min(2 * self.growth, 2.0**64)
 
     def follow_length(self, length: float) -> None:
-        """After a line search: ``λ/10`` if at least a tenth of the step was taken, ``10 λ`` if at most a hundredth.
+        """After a line search along the step, which had λ: the more of it was taken, the less damping next time.
+
+        ==================  ========
+        ``t ≥ 0.5``         ``λ/10``
+        ``0.1 ≤ t < 0.5``   ``λ/3``
+        ``0.03 ≤ t < 0.1``  λ
+        ``t < 0.03``        ``4 λ``
+        ==================  ========
 
         A small length says that the step was far too long for the quadratic model, which damping mends in all
-        directions at once and a length only along one. In between λ is left alone.
+        directions at once and a length only along one.
 
         Args:
-            length: Multiple of the step that was taken; 0 if none was.
+            length: t, the multiple of the step that was taken; 0 if none was.
         """
-        if length >= 0.1:
-            self.value = self._bounded(self.value / 10)
-        elif length <= 0.01:
-            self.value = self._bounded(self.value * 10)
+        factor = next(factor for least, factor in FACTORS_OF_LENGTHS if length >= least)
+        self.value = self._bounded(self.value * factor)
 
     def state_dict(self) -> dict[str, float]:
         """λ and ν as plain numbers. The bounds are the user's choice, not state."""

@@ -47,13 +47,13 @@ class Damped:
 class LineSearch:
     """Of the step's multiples 1, ½, ¼, …, the first that lowers the objective, or a smaller one if it is better still.
 
-    Then λ/10 follows from a multiple of at least 0.1, and 10 λ from one of at most 0.01. For full batches, least
-    squares above all.
+    Then less damping follows from a long step and more from a short one
+    (:meth:`hessopt.search.damping.NielsenDamping.follow_length`). For residuals, on all rows or on random ones: λ falls
+    to next to nothing, and the length keeps steps that fit few rows exactly from going too far.
 
     Args:
-        damping: λ to start from, in the units of the curvature. None: 1e-8 tr(GGN), and 50 ε tr(GGN) at least.
-            Default: None.
-        minimum: Lower bound of λ. Default: 1e-14.
+        damping: λ to start from, in the units of the curvature. None: 1e-2. Default: None.
+        minimum: Lower bound of λ, which is 50 ε tr(GGN) at least if λ follows the multiple. Default: 1e-14.
         maximum: Upper bound of λ. Default: 1e10.
         adapt: Whether λ follows the multiple. If False it stays as it is, and is 50 ε tr(GGN), anew at each step, with
             ``damping=None``. Default: True.
@@ -72,7 +72,8 @@ class LineSearch:
 
     def start(self) -> NielsenDamping:
         """λ of the first step, with its bounds; the lower one where it depends on the curvature."""
-        value = self.minimum if self.damping is None else self.damping
+        constant = self.minimum if self.damping is None else self.damping
+        value = min(max(1e-2, self.minimum), self.maximum) if self.damping is None and self.adapt else constant
         return NielsenDamping(value, minimum=self.minimum, maximum=self.maximum)
 
 

@@ -196,7 +196,7 @@ def test_the_first_size_is_what_a_few_gradients_pay_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(steps, "FEW_GRADIENTS", 6)
     monkeypatch.setattr(steps, "ROW_FLOOR", 0)
     choice = RowChoice(Rows(1000))
-    for most, size in [(137, 137), (999, 999), (1000, 1000), (5, FEWEST)]:
+    for most, size in [(137, 137), (499, 499), (1000, 500), (5, FEWEST)]:
         state: dict[str, Any] = {}
         choice.settle(state, lambda rows, most=most: rows <= most)
         assert state == {"subset": size}
@@ -224,6 +224,20 @@ def test_the_first_size_is_what_a_few_gradients_pay_for(monkeypatch: pytest.Monk
 
     sizes = [size_of(derivatives) for derivatives in (0, 2, 3)]
     assert sizes[0] == FEWEST < sizes[1] < sizes[2] < 4000  # the dearer the gradient, the more rows
+
+
+@pytest.mark.parametrize(("first", "search"), [(16, LineSearch()), (17, Damped())])
+def test_the_search_is_that_of_the_rows(first: int, search: Any) -> None:
+    """33 parameters: a line search while twice the rows are at most as many. Bit for bit."""
+    (net, closure), (twin, again) = problem(), problem()
+    options = Rows(64, first=first, growth=1)
+    optimizer, told = BandedNewton(net, rows=options), BandedNewton(twin, rows=options, search=search)
+    assert len(vector(net)) == 33
+    for _ in range(6):
+        optimizer.step(closure)
+        told.step(again)
+    assert torch.equal(vector(net), vector(twin))
+    assert optimizer.last_step == told.last_step
 
 
 @pytest.mark.parametrize("rows", [64, list(STRATA)])

@@ -28,15 +28,16 @@ def test_rejections_grow_faster_than_geometrically() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "value"), [(1.0, 0.5), (0.1, 0.5), (0.099, 5.0), (0.011, 5.0), (0.01, 50.0), (0.0, 50.0)]
+    ("length", "factor"),
+    [(1.0, 0.1), (0.5, 0.1), (0.499, 1 / 3), (0.1, 1 / 3), (0.099, 1.0), (0.03, 1.0), (0.029, 4.0), (0.0, 4.0)],
 )
-def test_damping_follows_the_length_of_a_line_search(length: float, value: float) -> None:
+def test_damping_follows_the_length_of_a_line_search(length: float, factor: float) -> None:
     damping = NielsenDamping(5.0, minimum=0.4, maximum=100.0)
     damping.follow_length(length)
-    assert damping.value == pytest.approx(value, rel=1e-14)
-    for _ in range(4):
+    assert damping.value == pytest.approx(5.0 * factor, rel=1e-14)
+    for _ in range(6):
         damping.follow_length(length)
-    assert damping.value == {0.5: 0.4, 5.0: 5.0, 50.0: 100.0}[value]
+    assert damping.value == (0.4 if factor < 1 else 5.0 if factor == 1 else 100.0)
 
 
 def test_bounds_hold() -> None:
