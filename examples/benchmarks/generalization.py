@@ -55,9 +55,7 @@ def trajectory(problem: str, entry: Entry, steps: int, seed: int, data: Path | N
             found = task.measure()
         return Point(share, found["objective"], found["test_loss"], found.get("test_accuracy", math.nan))
 
-    with torch.no_grad():
-        before = task.measure()
-    points = [Point(0.0, before["objective"], before["test_loss"], before.get("test_accuracy", math.nan))]
+    points = [measured(0.0)]
     every = max(1, steps // POINTS)
     for done in range(1, steps + 1):
         stepper.share = (done - 1) / steps
