@@ -1,12 +1,12 @@
 """What the objectives of a study at equal steps are at equal seconds: each contender's steps timed, side by side.
 
-    python -m examples.benchmarks.equal_seconds --data DIR [--table TABLE] [--problems mnist-tanh …] [--rounds 8]
+    python -m examples.benchmarks.equal_seconds --data DIR [--table TABLE] [--problems mnist-tanh …]
 
 Seconds inside of a study's runs are those of a machine that may have been busy. Here every contender of the table, with
-the settings that it has there, takes the same batches in rounds of ten steps, alternately; seconds are of the process,
-which has one thread. A run of n steps takes ``n · rate`` and what its first forty took beyond that. Rows: milliseconds
-a step, the same in forward-backwards, the median of the final objectives, and seconds in which ours reaches that
-objective, in units of the peer's seconds for all its steps: median, and range over the seeds.
+the settings that it has there, takes all steps of the study's runs, on the same batches in rounds of ten steps,
+alternately; seconds are of the process, which has one thread. Rows: milliseconds a step, the same in forward-backwards,
+the median of the final objectives, and seconds in which ours reaches that objective, in units of the peer's seconds for
+all its steps: median, and range over the seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from examples.benchmarks.kronecker import Step, contender, forward_backward
@@ -31,39 +32,44 @@ from examples.studies.ablation.runner import fresh_task
 from examples.studies.ablation.table import Table
 
 TABLE = Path(__file__).resolve().parents[1] / "studies" / "ablation" / "results" / "flagship.jsonl"
-FIRST, ROUND = 40, 10
-"""Steps before rates are taken, and of a round."""
+ROUND = 10
+"""Steps in turn."""
 SEED = 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds a step, and of the first steps beyond that."""
+    """Seconds after each round of a run, and before it."""
 
-    rate: float
-    start: float
+    seconds: list[float]
 
     def __call__(self, steps: float) -> float:
-        return steps * self.rate + self.start * min(1.0, steps / FIRST)
+        if math.isinf(steps):  # never
+            return steps
+        return float(np.interp(steps, np.arange(len(self.seconds)) * ROUND, self.seconds))
+
+    @property
+    def rate(self) -> float:
+        """Seconds a step, in the mean of the run."""
+        return self.seconds[-1] / (ROUND * (len(self.seconds) - 1))
 
 
-def costs(problem: str, contenders: Sequence[Entry], data: Path | None, rounds: int) -> tuple[list[Cost], float]:
+def costs(problem: str, contenders: Sequence[Entry], data: Path | None, steps: int) -> tuple[list[Cost], float]:
     """Of each contender, and seconds of a forward-backward."""
     makers = [*(contender(entry.contender, **entry.settings) for entry in contenders), forward_backward]
-    steps: list[Step] = []
+    takers: list[Step] = []
     batches: list[Iterator[Any]] = []
     for make in makers:
         task = fresh_task(PROBLEMS[problem], SEED, torch.device("cpu"), data)
         torch.manual_seed(SEED)
         batches.append(task.batches)
-        steps.append(make(task))
-    taken = [[_timed(step, own, FIRST)] for step, own in zip(steps, batches, strict=True)]
-    for _ in range(rounds):
-        for seconds, step, own in zip(taken, steps, batches, strict=True):
-            seconds.append(_timed(step, own, ROUND))
-    rates = [statistics.mean(seconds[1:]) / ROUND for seconds in taken]
-    found = [Cost(rate, max(0.0, seconds[0] - FIRST * rate)) for rate, seconds in zip(rates, taken, strict=True)]
-    return found[:-1], rates[-1]
+        takers.append(make(task))
+    taken = [[0.0] for _ in makers]
+    for _ in range(math.ceil(steps / ROUND)):
+        for seconds, take, own in zip(taken, takers, batches, strict=True):
+            seconds.append(seconds[-1] + _timed(take, own, ROUND))
+    found = list(map(Cost, taken))
+    return found[:-1], found[-1].rate
 
 
 def _timed(step: Step, batches: Iterator[Any], count: int) -> float:
@@ -102,7 +108,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--problems", nargs="+", default=[])
-    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = [
@@ -112,7 +117,8 @@ def main() -> None:
         here = sorted((e for e in known if e.problem == problem), key=lambda e: not e.ours)
         if not here or not here[0].ours:
             raise SystemExit(f"{problem}: no row of ours in {options.table}.")
-        print("\n".join(report(problem, here, *costs(problem, here, options.data, options.rounds))), flush=True)
+        steps = round(max(map(last_step, here)))
+        print("\n".join(report(problem, here, *costs(problem, here, options.data, steps))), flush=True)
 
 
 if __name__ == "__main__":
