@@ -25,6 +25,8 @@ _CHANNEL_NORMS = (
     nn.InstanceNorm3d,
 )
 _TRAILING_NORMS = (nn.LayerNorm, nn.RMSNorm)
+LEAST = 8
+"""Samples that are left of a batch that is thinned."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,29 @@ class Block:
         if sharing == "reduce" and self.kind == "linear":
             inputs, j = inputs.mean(2, keepdim=True), j.sum(3, keepdim=True)
         return Rows(inputs, j)
+
+    def thinned(
+        self, module: nn.Module, x: Tensor, cotangents: Tensor, least: float, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Input and cotangents of every k-th sample, as large as if they were all.
+
+        Args:
+            module: Which module was called.
+            x: Its input, detached.
+            cotangents: ``(K, *output.shape)``.
+            least: Rows for each dimension of the larger factor that are left.
+            first: Modulo k, which sample comes first.
+        """
+        groups, outputs, inputs = self.shape
+        if self.kind not in ("linear", "convolution") or x.ndim == _least_dimensions(module):
+            return x, cotangents
+        rows = cotangents[0].numel() // (groups * outputs)
+        stride = min(int(rows / (least * max(outputs, inputs))), len(x) // LEAST)
+        if stride < 2:
+            return x, cotangents
+        kept = slice(first % stride, None, stride)
+        part = x[kept]
+        return part, cotangents[:, kept] * (len(x) / len(part)) ** 0.5
 
 
 def plan_blocks(

@@ -268,12 +268,14 @@ class Gathering(Generic[T]):
                 found.update(dict.fromkeys(block.parameters, NOT_CALLED))
         return {p: found[p] for p in self.parameters if p in found}
 
-    def rows(self, batch: Batch, gram: bool) -> list[Rows | None]:
+    def rows(self, batch: Batch, gram: bool, first: int = 0) -> list[Rows | None]:
         """Of each block of the structure; None for one that was not called, or that the output does not depend on.
 
         Args:
             batch: The batch.
-            gram: Whether Gram matrices of the inputs are enough, where they are less work.
+            gram: Whether Gram matrices are enough, of the inputs where they are less work, and of part of the samples
+                if the options say so.
+            first: Which sample may come first then, whatever the number.
         """
         assert self.structure is not None
         called = self.structure.called
@@ -281,8 +283,11 @@ class Gathering(Generic[T]):
         times = Counter(call.block for call in batch.calls)
         for call, j in zip(batch.calls, batch.cotangents, strict=True):
             if call.block in called and j is not None:
-                block, alone = self.blocks[call.block], times[call.block] == 1
-                row = block.rows(call.module, call.input, j, self.options.sharing, self.dtype, gram and alone)
+                block, count = self.blocks[call.block], times[call.block]
+                x = call.input
+                if gram and self.options.rows is not None:
+                    x, j = block.thinned(call.module, x, j, self.options.rows / count, first)
+                row = block.rows(call.module, x, j, self.options.sharing, self.dtype, gram and count == 1)
                 found.setdefault(call.block, []).append(row)
         return [_merge(found[i]) if i in found else None for i in called]
 

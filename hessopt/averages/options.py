@@ -78,6 +78,9 @@ class KroneckerAveraging:
         sharing: ``"expand"`` or ``"reduce"``, for linear layers with several positions a sample. Default: ``"expand"``.
         max_size: Factors with more rows are diagonal. Default: 8192.
         seed: Of the random columns. Default: 0.
+        rows: Factors are those of every k-th sample, k as large as leaves so many rows (samples times positions) for
+            each dimension of the larger factor, and eight samples. Each update begins at another sample. Not where
+            there are cross factors. Default: None, all samples.
         accumulate: n, backward passes whose curvature a step takes, of micro-batches whose gradients are accumulated:
             factors are those of one batch of them all. See :class:`hessopt.SpectralNewton`, where it is an argument of
             its own, for how to scale their losses. Default: 1, the first pass.
@@ -94,6 +97,7 @@ class KroneckerAveraging:
     sharing: Sharing = "expand"
     max_size: int = 8192
     seed: int = 0
+    rows: int | None = None
     accumulate: int = 1
 
     def __post_init__(self) -> None:
@@ -101,8 +105,9 @@ class KroneckerAveraging:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}.")
         for name in ("factor_every", "inverse_every", "max_size", "accumulate"):
             check_count(name, getattr(self, name))
-        if self.iterations is not None:
-            check_count("iterations", self.iterations)
+        for name in ("iterations", "rows"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.columns is not None and self.columns != "exact":
             check_count("columns", self.columns)
         check_choice("sharing", self.sharing, ("expand", "reduce"))

@@ -174,7 +174,7 @@ class RunningAverages:
     def _pending(self, batch: Batch) -> Pending:
         assert self.factors is not None
         # With nothing between blocks to gather, Gram matrices are enough.
-        rows = self.gathering.rows(batch, gram=not self.factors.pairs and self.probe is None)
+        rows = self.gathering.rows(batch, not self.factors.pairs and self.probe is None, self.factors.updates)
         counts = [0 if row is None else row.cotangents.shape[2] * row.cotangents.shape[3] for row in rows]
         moments = self.factors.moments(rows, batch.samples)
         probe = None if self.probe is None else self.probe.factors.moments(rows, batch.samples)

@@ -83,7 +83,8 @@ class KroneckerCoordinates:
     Args:
         exponent: p, in (0, 0.5]: powers ``-p`` of both factors. Default: 0.25.
         damping: δ > 0: factors get ``√δ`` times their mean eigenvalue. Default: 1e-2.
-        averages: Of the factors, and when these and their powers change. Default: ``KroneckerAveraging(decay=0.95)``.
+        averages: Of the factors, and when these and their powers change. Default:
+            ``KroneckerAveraging(decay=0.95, rows=4)``.
         curvature: Of what the factors of the outputs, and the curvature between layers, are made. ``"fisher"``:
             Monte-Carlo columns of the loss's output curvature, back-propagated at updates. ``"empirical"``: the
             gradients of the samples, which need no further backward pass; nothing of the loss need be known where it is
@@ -99,7 +100,7 @@ class KroneckerCoordinates:
 
     exponent: float = 0.25
     damping: float = 1e-2
-    averages: KroneckerAveraging = KroneckerAveraging(decay=0.95)  # noqa: RUF009 - frozen
+    averages: KroneckerAveraging = KroneckerAveraging(decay=0.95, rows=4)  # noqa: RUF009 - frozen
     curvature: Literal["fisher", "empirical"] = "fisher"
 
     def __post_init__(self) -> None:

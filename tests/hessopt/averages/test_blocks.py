@@ -228,6 +228,53 @@ def test_sequences(sharing: str) -> None:
     assert torch.allclose(g[0], cotangents.mT @ cotangents, rtol=RTOL)
 
 
+THINNED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(3, 2), (48, 3)),
+    "sequence": (lambda: nn.Linear(3, 2), (24, 2, 3)),
+    "convolution": (lambda: nn.Conv1d(2, 4, 2, groups=2), (24, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", THINNED)
+def test_factors_of_part_of_the_samples_are_those_of_all_in_the_mean(name: str) -> None:
+    """Over which sample comes first, to rounding; the number that is left is what was asked for."""
+    torch.manual_seed(0)
+    make, shape = THINNED[name]
+    layer = make().double()
+    x, j = torch.randn(shape, dtype=torch.float64), torch.randn(2, *layer(torch.zeros(shape).double()).shape).double()
+    block = plan_blocks(nn.Sequential(layer), layer.parameters(), 100)[0][0]
+
+    def moments(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        rows = block.rows(layer, x, j, "expand", torch.float64)
+        count = rows.inputs[0, ..., 0].numel()
+        a = torch.einsum("gnta,gntb->gab", rows.inputs, rows.inputs) / count
+        return a, torch.einsum("gknto,gkntp->gop", rows.cotangents, rows.cotangents)
+
+    dimensions = max(block.shape[1:])
+    rows = len(x) * (x[0].numel() // 3 if name != "convolution" else 3)
+    stride = min(rows // (2 * dimensions), len(x) // 8)
+    assert stride > 1
+    parts = [block.thinned(layer, x, j, 2, first) for first in range(stride)]
+    assert all(len(part) == len(x) // stride for part, _ in parts)
+    found = [moments(*part) for part in parts]
+    for i, whole in enumerate(moments(x, j)):
+        mean = torch.stack([pair[i] for pair in found]).mean(0)
+        assert torch.allclose(mean, whole, rtol=RTOL, atol=1e-14)
+    assert block.thinned(layer, x, j, rows / dimensions, 1)[0] is x  # none to spare
+    assert block.thinned(layer, x[:8], j[:, :8], 0.1, 1)[0].shape == x[:8].shape  # at least eight samples
+
+
+def test_thinning_is_for_factors_without_pairs() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    x = torch.randn(32, 3, dtype=torch.float64)
+    whole, thinned = gathered(net, x)[0], gathered(net, x, rows=2)[0]
+    assert torch.allclose(factors(gathered(net, x[::4])[0])[0], factors(thinned)[0], rtol=RTOL)
+    assert not torch.allclose(factors(whole)[0], factors(thinned)[0], rtol=1e-3)
+    paired = gathered(net, x, rows=2, bandwidth="full")[0]
+    assert torch.allclose(factors(whole)[0], factors(paired)[0], rtol=RTOL)
+
+
 def test_embedding_is_exact_up_to_the_product() -> None:
     """With one token a sample, diag(frequency) ⊗ features; tokens at padding_idx have no gradient."""
     torch.manual_seed(0)
