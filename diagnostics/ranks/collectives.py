@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from diagnostics.ranks.group import processes
 from diagnostics.ranks.spread import is_distributed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Ranks:
         """Replace tensors by their sums over processes: one exchange for each dtype and device."""
         if self.size == 1:
             return
-        for own in _alike(tensors):
+        for own in _alike(tensors, lambda t: t):
             packed = torch.cat([t.detach().flatten() for t in own])
             dist.all_reduce(packed, group=self.group)
             _unpack(packed, own)
@@ -60,7 +62,10 @@ class Ranks:
         self.sum_(tensors)
 
     def copy_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        """Replace each tensor by its owner's: one exchange for each owner, dtype and device.
+        """Replace each tensor by its owner's: one exchange for each dtype and device, if owners have about as much.
+
+        That sends ``n max_r N_r`` numbers, N_r being those of owner r; where ``Σ N_r`` is less than half of that, each
+        owner sends its own instead.
 
         Args:
             tensors: Of the same shapes everywhere.
@@ -68,12 +73,28 @@ class Ranks:
         """
         if self.size == 1:
             return
-        for owner in sorted(set(owners)):
-            for own in _alike([t for t, o in zip(tensors, owners, strict=True) if o == owner]):
-                packed = torch.cat([t.detach().flatten() for t in own])
-                dist.broadcast(packed, group=self.group, group_src=owner)
-                if owner != self.rank:
-                    _unpack(packed, own)
+        for alike in _alike(list(zip(tensors, owners, strict=True)), lambda pair: pair[0]):
+            parts: list[list[Tensor]] = [[] for _ in range(self.size)]
+            for t, owner in alike:
+                parts[owner].append(t)
+            sizes = [sum(t.numel() for t in own) for own in parts]
+            most = max(sizes)
+            if self.size * most > 2 * sum(sizes):
+                for owner, own in enumerate(parts):
+                    if sizes[owner]:
+                        packed = torch.cat([t.detach().flatten() for t in own])
+                        dist.broadcast(packed, group=self.group, group_src=owner)
+                        if owner != self.rank:
+                            _unpack(packed, own)
+                continue
+            padded = alike[0][0].new_zeros(most)
+            if sizes[self.rank]:
+                torch.cat([t.detach().flatten() for t in parts[self.rank]], out=padded[: sizes[self.rank]])
+            gathered = [torch.empty_like(padded) for _ in parts]
+            dist.all_gather(gathered, padded, group=self.group)
+            for owner, own in enumerate(parts):
+                if owner != self.rank and sizes[owner]:
+                    _unpack(gathered[owner][: sizes[owner]], own)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes one after another, ``(Σ n, …)`` from ``(n, …)``; their numbers may differ."""
@@ -98,6 +119,14 @@ class Ranks:
         for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             found[i] = min(range(self.size), key=loads.__getitem__)
             loads[found[i]] += costs[i]
+        return found
+
+    def objects(self, own: T) -> list[T]:
+        """What each process has, of anything that can be pickled; waits for the device. For rare exchanges."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.group)
         return found
 
     def all(self, flag: Tensor) -> Tensor:
@@ -137,11 +166,12 @@ def _own_group(model: nn.Module) -> Any:
     return mesh.get_group() if mesh.ndim == 1 else None
 
 
-def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors that can be packed together."""
-    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for t in tensors:
-        found.setdefault((t.dtype, t.device), []).append(t)
+def _alike(items: Sequence[T], tensor: Callable[[T], Tensor]) -> list[list[T]]:
+    """Items whose tensors can be packed together."""
+    found: dict[tuple[torch.dtype, torch.device], list[T]] = {}
+    for item in items:
+        t = tensor(item)
+        found.setdefault((t.dtype, t.device), []).append(item)
     return list(found.values())
 
 

@@ -67,12 +67,17 @@ def same_everywhere(label: str, tensors: Iterable[Tensor]) -> bool:
     """
     own = [t.detach() for t in tensors if not is_distributed(t)]
     signature = _digest([label.encode(), repr([(tuple(t.shape), str(t.dtype)) for t in own]).encode()])
-    digest = _digest([t.flatten().cpu().view(torch.uint8).numpy().data for t in own if t.numel()])
+    digest = fingerprint(own)
     store = dist.distributed_c10d._get_default_store()
     with _lock:
         first: bytes = store.compare_set(f"hessopt/{signature}/{_compared[signature]}", "", digest)
         _compared[signature] += first == digest.encode()  # who differs, differs when it asks again
     return first == digest.encode()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Of the values of tensors, bit for bit. Costs a copy to the host, and about a second a gigabyte."""
+    return _digest([t.detach().flatten().cpu().view(torch.uint8).numpy().data for t in tensors if t.numel()])
 
 
 def _digest(parts: Sequence[bytes | memoryview]) -> str:

@@ -122,12 +122,19 @@ class KroneckerAverages:
             for (o, a, diagonal), m in sizes.items()
         ]
         self.pairs = self._plan(taper)
+        self._swapped = [self._embeddings(number) for number in range(len(self.stacks))]
         self.updates = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def _zeros(self, count: int, size: int, diagonal: bool) -> Tensor:
         shape = (count, size) if diagonal else (count, size, size)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _embeddings(self, number: int) -> Tensor | None:
+        """Of the entries of a stack whether they are of embeddings, whose factors have swapped roles, if one is."""
+        own = [block for block, (stack, _) in zip(self.blocks, self.place, strict=True) if stack == number]
+        kinds = [block.kind == "embedding" for block in own for _ in range(block.shape[0])]
+        return torch.tensor(kinds, device=self.device) if any(kinds) else None
 
     def _plan(self, taper: Tensor) -> list[Pairs]:
         members: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -255,24 +262,55 @@ class KroneckerAverages:
             shares: Of each batch the factor of its curvature.
         """
         blank = torch.zeros((), dtype=self.dtype, device=self.device)
+        scaled = [self.scaled(part, blank + share) for part, share in zip(parts, shares, strict=True)]
+        sums = [sum(own[1:], own[0]) for own in zip(*scaled, strict=True)]
         total = sum(part.samples for part in parts)
-        sizes = torch.tensor([part.samples / total for part in parts], dtype=self.dtype, device=self.device)
-        factors = torch.stack([blank + share for share in shares])
-        found = Moments([], [], sorted({v for part in parts for v in part.excluded}), total)
-        for number, stack in enumerate(self.stacks):
-            m, own = stack.shape[0], [b for b, (n, _) in zip(self.blocks, self.place, strict=True) if n == number]
-            reached = torch.stack([(blank + part.called[number]).expand(m) for part in parts]) * sizes[:, None]
-            means = reached / reached.sum(0).clamp_min(torch.finfo(self.dtype).tiny)
-            sums = factors[:, None].expand(-1, m)
-            kinds = [block.kind == "embedding" for block in own for _ in range(block.shape[0])]
-            swapped = torch.tensor(kinds, device=self.device)
-            found.called.append(reached.sum(0))
-            for i, weights in ((0, sums.where(swapped, means)), (1, means.where(swapped, sums))):
-                found.tensors.append(_weighted([part.tensors[2 * number + i] for part in parts], weights))
-        for i in range(2 * len(self.stacks), len(parts[0].tensors)):
-            weights = factors if i % 2 else sizes
-            found.tensors.append(_weighted([part.tensors[i] for part in parts], weights[:, None]))
-        return found
+        excluded = sorted({v for part in parts for v in part.excluded})
+        return self.divided(sums, blank + total, blank + 1.0, excluded, total)
+
+    def scaled(self, moments: Moments, share: Tensor) -> list[Tensor]:
+        """Those of a batch times what they count, and the latter for A of single blocks: what is added up over batches.
+
+        A counts with the samples that reach the block, G with the share.
+
+        Args:
+            moments: Of the batch.
+            share: Factor of its curvature, without dimensions, on the device.
+        """
+        size = torch.full_like(share, moments.samples)
+        reached = [
+            (size * called).expand(stack.shape[0]) for stack, called in zip(self.stacks, moments.called, strict=True)
+        ]
+        weights = self._by_tensor(reached, share, size)
+        found = [t * w.view(-1, *[1] * (t.ndim - 1)) for t, w in zip(moments.tensors, weights, strict=True)]
+        return [*found, *reached]
+
+    def divided(
+        self, sums: Sequence[Tensor], size: Tensor, share: Tensor, excluded: list[int], samples: int
+    ) -> Moments:
+        """What :meth:`scaled` gave, added up over batches, as moments of all of them.
+
+        Args:
+            sums: The sums.
+            size: Number of the samples.
+            share: What G is to be divided by.
+            excluded: As of moments.
+            samples: As of moments.
+        """
+        tiny, reached = torch.finfo(self.dtype).tiny, sums[len(sums) - len(self.stacks) :]
+        sizes = [own.clamp_min(tiny) for own in reached]
+        tensors = sums[: len(sums) - len(self.stacks)]
+        weights = self._by_tensor(sizes, share, size)
+        found = [t / w.view(-1, *[1] * (t.ndim - 1)) for t, w in zip(tensors, weights, strict=True)]
+        return Moments(found, [own / size for own in reached], excluded, samples)
+
+    def _by_tensor(self, reached: Sequence[Tensor], share: Tensor, size: Tensor) -> list[Tensor]:
+        """One weight for A and one for G, in the order of :attr:`tensors`: ``(m,)`` or without dimensions."""
+        found: list[Tensor] = []
+        for own, swapped in zip(reached, self._swapped, strict=True):
+            both = share.expand(len(own))
+            found += [own, both] if swapped is None else [both.where(swapped, own), own.where(swapped, both)]
+        return found + [size, share] * len(self.pairs)
 
     def average(self, moments: Moments, decay: float, sound: Tensor) -> Tensor:
         """Average in those of one batch, with weight ``max(1 - decay, 1/t)`` at update t, unless it is not sound.
@@ -312,12 +350,6 @@ class KroneckerAverages:
                 y[c][v] += g[i] @ x[d][w] @ a[i].mT
                 y[d][w] += g[i].mT @ x[c][v] @ a[i]
         return y
-
-
-def _weighted(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``Σ_k w_k T_k``, with a weight for each entry of the first dimension, or one for all, ``(k, m)``."""
-    own = weights.view(*weights.shape, *[1] * (parts[0].ndim - 1))
-    return sum((w * part for w, part in zip(own[1:], parts[1:], strict=True)), own[0] * parts[0])
 
 
 def times_left(factor: Tensor, x: Tensor, diagonal: bool) -> Tensor:

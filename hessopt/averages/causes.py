@@ -30,6 +30,7 @@ class Seen:
         misfit: It returned something else than the loss.
         noted: There was an output, or a loss, that a backward might have arrived at.
         bare: A backward arrived there, and no layer had been seen on the tape.
+        empty: A backward arrived there, and the batch had no samples.
     """
 
     network: bool = False
@@ -40,6 +41,7 @@ class Seen:
     misfit: bool = False
     noted: bool = False
     bare: bool = False
+    empty: bool = False
 
     def uncalled(self, loss: nn.Module) -> str:
         """That a declared module was not called."""
@@ -69,6 +71,8 @@ def cause(seen: Seen, recorder: Recorder, loss: Loss | None, empirical: bool) ->
     """
     start = "no curvature was gathered: "
     called = seen.network or recorder.called
+    if seen.empty:
+        return ClosureError(f"{start}the batches of all processes are empty.")
     if not empirical and loss is None:
         return ClosureError(f"{start}the loss is not known. To have it, {DECLARE}, or {CLOSURE}.")
     if not called and (seen.without_gradients or recorder.called_without_gradients):

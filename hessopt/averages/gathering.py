@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diagnostics.ranks.collectives import Ranks
 from hessopt.averages.blocks import Rows, plan_blocks
 from hessopt.averages.causes import SEE_LOSS, cause
 from hessopt.averages.observer import Columns, PassObserver
@@ -109,6 +110,7 @@ class Gathering(Generic[T]):
         tied: See :func:`hessopt.averages.blocks.plan_blocks`.
         inputs_only: With ``"empirical"``: no more than the layers' inputs is wanted, so factors on losses do not
             matter.
+        group: Process group of those who train the network; None: the default one, if there is one.
 
     Attributes:
         blocks: Of the layers, whether called or not.
@@ -130,6 +132,7 @@ class Gathering(Generic[T]):
         *,
         tied: bool = False,
         inputs_only: bool = False,
+        group: Any = None,
     ) -> None:
         self.model, self.loss, self.options, self._inputs_only = model, loss, options, inputs_only
         self.empirical = curvature == "empirical"
@@ -140,8 +143,8 @@ class Gathering(Generic[T]):
         if any(p.device != self.device for p in self.parameters):
             raise ModelError("the trained parameters are on several devices; move the network to one.")
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
-        generator = torch.Generator(self.device).manual_seed(options.seed)
-        self.seeds = Seeds(loss, options.columns or COLUMNS, curvature == "fisher", generator)
+        columns = options.columns or COLUMNS
+        self.seeds = Seeds(loss, columns, curvature == "fisher", self.device, options.seed, group)
         self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size, tied=tied)
         self.others = dict(self._planned)
         self.structure: Structure | None = None
@@ -158,6 +161,16 @@ class Gathering(Generic[T]):
         first.
         """
         self._taker = weakref.WeakMethod(taker)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the network."""
+        return self.seeds.ranks
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the structure may yet change."""
+        return self.observer.recorder.linking
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -252,7 +265,7 @@ class Gathering(Generic[T]):
     def settle(self, structure: Structure | None = None) -> None:
         """Keep to one structure from here on: the one given, or else that of the last batch."""
         if structure is not None:
-            self._follow(structure)
+            self.follow(structure)
         self.observer.recorder.linking = False
 
     def unsettle(self) -> None:
@@ -336,6 +349,9 @@ class Gathering(Generic[T]):
             calls = sorted(found.calls, key=lambda call: call.note.order)
             inputs = [c.input for c in calls if c.input.ndim]
             if not all(len(x) for x in inputs):
+                if self.ranks.size > 1:
+                    self.observer.seen.empty = True
+                    continue
                 raise ClosureError(EMPTY)
             samples = found.samples or (len(inputs[0]) if inputs else 1)
             structure = self._structure(calls, found.before)
@@ -367,10 +383,11 @@ class Gathering(Generic[T]):
         if not recorder.linking:
             return None
         called = {call.block for call in calls} | recorder.links.keys()
-        self._follow(Structure(sorted(called), self.observer.distances(calls, before)))
+        self.follow(Structure(sorted(called), self.observer.distances(calls, before)))
         return self.structure
 
-    def _follow(self, structure: Structure) -> None:
+    def follow(self, structure: Structure) -> None:
+        """Have this structure, until there is another."""
         self.structure, self.others = structure, self.others_of(structure.called)
 
     def state_dict(self) -> dict[str, Any]:

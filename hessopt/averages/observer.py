@@ -191,6 +191,8 @@ class PassObserver:
 
     def take_loss(self, loss: Tensor, output: Tensor) -> None:
         """Hand over columns now, for a loss on its tape, as of a further pass."""
+        if self._passes_over(output):
+            return
         if isinstance(self.seeds.loss, nn.Module):
             raise ClosureError(self.seen.uncalled(self.seeds.loss))
         task = self.choice.take_outside()
@@ -252,6 +254,8 @@ class PassObserver:
             return
         if not self.choice.takes(noted.order, leaves):
             return
+        if self._passes_over(noted.watched[0]):
+            return
         task = current_backward()
         self._errors = {t: e for t, e in self._errors.items() if t in self.choice.chosen and t != task}
         self._draw(task)
@@ -273,6 +277,13 @@ class PassObserver:
         except HessoptError as error:
             self._errors[task] = error  # for step(), where the user expects errors of an optimizer
 
+    def _passes_over(self, output: Tensor) -> bool:
+        """Whether an output has no samples, of a process where others have some."""
+        if output.numel() or self.seeds.ranks.size == 1:
+            return False
+        self.seen.empty = True
+        return True
+
     def _draw(self, task: int) -> None:
         """Random numbers go on from where they stood before what a chosen pass takes the place of."""
         chosen, generator = self.choice.chosen, self.seeds.generator
@@ -280,6 +291,8 @@ class PassObserver:
         if start is None and len(chosen) == 1:
             start = next(iter(self._random.values()), None)
         if start is None:
+            if not self._random:
+                self.seeds.begin()
             start = generator.get_state()
         else:
             generator.set_state(start)

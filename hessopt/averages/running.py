@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diagnostics.ranks.collectives import Ranks
 from hessopt.averages.accounting import sample_curvature
 from hessopt.averages.averages import KroneckerAverages, Moments
 from hessopt.averages.blocks import Rows
 from hessopt.averages.gathering import Batch, Gathering, Structure
+from hessopt.averages.reduced import Share, Whole, one_structure, reduced
 from hessopt.averages.saved import check_entries, check_tensors
+from hessopt.errors import HessoptError, ModelError
+from hessopt.network.processes import DIFFERENT_GRADIENTS
 from hessopt.network.saved_state import check_shape
 
 _log = logging.getLogger(__name__)
@@ -70,19 +74,25 @@ class Probe:
         factors: The averages.
         last: The rows of the last batch that went into them; empty before.
         samples: B of that batch.
+        part: What its curvature counts beside that of other processes; None: there are none.
     """
 
     factors: KroneckerAverages
     last: list[Rows | None]
     samples: int = 0
+    part: Tensor | None = None
 
     @torch.no_grad()
-    def curvature(self, step: Tensor) -> Tensor:
+    def curvature(self, step: Tensor, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008 - frozen
         """``sᵀ (GGN) s`` by the columns of the last batch, for a step in the blocks: ``Σ (Σ_v ĵ_vᵀ S_v x_v)²``."""
         matrices, blocks = self.factors.matrices(step), self.factors.blocks
         place = self.factors.place
         parts = [matrices[n][start : start + b.shape[0]] for b, (n, start) in zip(blocks, place, strict=True)]
-        return sample_curvature(blocks, self.last, parts, self.samples)
+        found = sample_curvature(blocks, self.last, parts, self.samples) if self.samples else step.new_zeros(())
+        if self.part is not None:
+            found = found * self.part
+            ranks.sum_([found])
+        return found
 
 
 class RunningAverages:
@@ -105,6 +115,9 @@ class RunningAverages:
     micro-batches i, with ``|c_i| / Σ |c|`` if it is of a mean loss. c_i is the factor that a declared loss module was
     back-propagated with; where it is not seen, it is the same for all.
 
+    **Several processes** that train one network: what each gathered is put together in :meth:`commit`
+    (:func:`hessopt.averages.reduced.reduced`), never in a hook.
+
     Args:
         gathering: What gathers.
         decay: Weight of the past.
@@ -113,10 +126,11 @@ class RunningAverages:
 
     Attributes:
         last: Batches that the last :meth:`commit` averaged in, with the factors of their curvatures, if they are kept.
+        updated: Whether it averaged any in, in whatever process.
+        alike: Whether gradients were the same in all processes since :meth:`check_alike`, on the device.
         factors: The averages of the blocks that were called at the first batch; None before.
         diagonals: Of the other parameters.
         probe: Other pairs' factors that are averaged as well, or None.
-        rows: Numbers of rows of each block in the last batch, samples times positions.
         excluded: Blocks, by their place in ``factors``, whose rows in the last batch were not those of the samples.
         scale: Trace of the loss's output curvature, mean over the samples of the first batch: what makes a damping
             independent of the loss's units. With ``"empirical"`` it is 1.
@@ -128,10 +142,12 @@ class RunningAverages:
     ) -> None:
         self.gathering, self.decay, self.taper, self.keep = gathering, decay, taper, keep
         self.last: list[tuple[Batch, float | Tensor]] = []
+        self.updated = False
+        self.alike: Tensor | None = None
         self.factors: KroneckerAverages | None = None
         self.diagonals: dict[Tensor, Tensor] = {}
         self.probe: Probe | None = None
-        self.rows: list[int] = []
+        self._rows: list[int] | Tensor = []
         self.excluded: list[int] = []
         self.scale = 1.0
         self.unsound_start = False
@@ -239,14 +255,21 @@ class RunningAverages:
             ModelError: the output or the loss cannot be treated, or a gradient is sparse.
             NotConvexError: the loss is not convex in the output.
         """
-        pending, dtype = self.gathering.release(gradients), self.gathering.dtype
-        self.last = []
+        ranks, together = self.gathering.ranks, self.gathering.active
+        pending, dtype = self._released(gradients, ranks), self.gathering.dtype
+        self.last, self.updated, whole = [], False, None
+        slopes = [t.sum(dtype=dtype) for t in gradients if t is not None]
+        if ranks.size > 1 and together and self.factors is not None:
+            whole = self._whole(pending, torch.stack(slopes).sum() if slopes else self.factors.blank()[0].sum(), ranks)
+            pending = None if whole is None else self._replaced(pending, whole)
         if pending is None:
             return
         assert self.factors is not None
-        parts = [t.sum(dtype=dtype) for t in [*pending.squares.values(), *gradients] if t is not None]
+        parts = [*(t.sum(dtype=dtype) for t in pending.squares.values()), *slopes]
         parts += [] if pending.scale is None else [pending.scale.to(dtype)]
         sound = torch.stack([*pending.moments.totals, *parts]).sum().isfinite()
+        if whole is not None:
+            sound = sound & whole.finite
         if not self.updates:
             # The only synchronisation with the device.
             self.unsound_start = not sound
@@ -257,6 +280,7 @@ class RunningAverages:
             if pending.scale is not None:
                 self.scale = float(pending.scale) or 1.0  # a loss without curvature here has no scale
             self.gathering.settle()
+        self.updated = True
         weight = self.factors.average(pending.moments, self.decay, sound)
         for p, square in pending.squares.items():
             mine = self.diagonals[p]
@@ -264,11 +288,78 @@ class RunningAverages:
         if self.probe is not None and pending.probe is not None:
             self.probe.factors.average(pending.probe, 1.0, sound)
             self.probe.last, self.probe.samples = pending.rows, pending.samples
-        self.rows, self.excluded = pending.counts, pending.moments.excluded
+            self.probe.part = None if whole is None else whole.part
+        self._rows = pending.counts if whole is None else whole.rows
+        self.excluded = pending.moments.excluded
         if self.keep and pending.batches:
             shares = self._shares([batch.weight for batch in pending.batches])[1]
+            if whole is not None:
+                shares = [share * whole.part for share in shares]
             self.last = list(zip(pending.batches, shares, strict=True))
+        self.gathering.seeds.updates = self.updates
         self.gathering.stop()
+
+    def _released(self, gradients: Sequence[Tensor | None], ranks: Ranks) -> Pending | None:
+        """What was gathered; of several processes at first of one structure, or an error in all of them."""
+        gathering = self.gathering
+        if ranks.size == 1 or not (gathering.active and gathering.unsettled):
+            return gathering.release(gradients)
+        pending, error = None, None
+        try:
+            pending = gathering.release(gradients)
+        except HessoptError as found:
+            error = found
+        own = None if pending is None else gathering.structure
+        structure = one_structure(own, error, ranks, [block.name for block in gathering.blocks])
+        if structure is not None and pending is None:
+            gathering.follow(structure)
+            self._build()
+        return pending
+
+    def _whole(self, pending: Pending | None, gradient: Tensor, ranks: Ranks) -> Whole | None:
+        """The update of all processes; None if they have none."""
+        assert self.factors is not None
+        own = Share(None, None, {}, None, 0.0, 0, [0] * len(self.factors.blocks))
+        if pending is not None:
+            # of the gradient of all processes, of which each has the share of its own samples
+            times = ranks.size if self.gathering.empirical else 1
+            squares = {p: square * times for p, square in pending.squares.items()}
+            own = Share(
+                pending.moments,
+                pending.probe,
+                squares,
+                pending.scale,
+                pending.weight,
+                pending.moments.samples,
+                pending.counts,
+            )
+        probe = None if self.probe is None else self.probe.factors
+        adds = self.gathering.adds
+        whole = reduced(own, ranks, self.factors, probe, self.diagonals, gradient, adds=adds)
+        if whole is not None:
+            self.alike = whole.alike if self.alike is None else self.alike & whole.alike
+        return whole
+
+    def _replaced(self, pending: Pending | None, whole: Whole) -> Pending:
+        """What a process has, with the update of all in place of its own."""
+        scale = None if self.gathering.empirical else whole.scale
+        if pending is None:
+            rows: list[Rows | None] = [None] * len(self.gathering.blocks)
+            return Pending(whole.moments, whole.probe, rows, [], whole.squares, 0, scale, 0.0, [])
+        return replace(pending, moments=whole.moments, probe=whole.probe, squares=whole.squares, scale=scale)
+
+    def check_alike(self) -> None:
+        """Raise a ModelError if gradients differed between processes. Waits for the device if there are several."""
+        alike, self.alike = self.alike, None
+        if alike is not None and not alike:
+            raise ModelError(DIFFERENT_GRADIENTS)
+
+    @property
+    def rows(self) -> list[int]:
+        """Numbers of rows of each block in the last batch, samples times positions."""
+        if isinstance(self._rows, Tensor):
+            self._rows = [int(count) for count in self._rows.tolist()]
+        return self._rows
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as tensors and plain numbers.
@@ -352,7 +443,8 @@ class RunningAverages:
         self.check_state(state, probe=probe)
         self.scale, self.probe, self.unsound_start = float(state["scale"]), None, False
         if not state["updates"]:
-            self.factors, self.diagonals, self.rows, self.excluded = None, {}, [], []
+            self.factors, self.diagonals, self._rows, self.excluded = None, {}, [], []
+            self.gathering.seeds.updates = 0
             self.gathering.unsettle()
             return
         self.gathering.settle(_structure_of(state))
@@ -361,7 +453,8 @@ class RunningAverages:
         _fill(self.factors, state, [*state["factors"], *state.get("cross", [])])
         for mine, saved in zip(self.diagonals.values(), state["diagonals"], strict=True):
             mine.copy_(saved)
-        self.rows, self.excluded = list(state["rows"]), list(state["excluded"])
+        self._rows, self.excluded = list(state["rows"]), list(state["excluded"])
+        self.gathering.seeds.updates = self.updates
         if state["probing"]:
             assert probe is not None
             theirs, device = state["probe"], self.gathering.device

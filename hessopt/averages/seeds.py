@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from diagnostics.ranks.collectives import Ranks, ranks_of
 from hessopt.averages.options import NamedLoss
 from hessopt.closure.loss_curvature import (
     LOSSES,
@@ -34,24 +36,50 @@ class Seeds:
         loss: By name, the module that computes it, or None.
         columns: K, or ``"exact"``.
         sampled: Monte-Carlo columns where there is a closed form.
-        generator: Source of the draws.
+        device: Of the draws.
+        seed: Of the draws.
+        group: Process group of those who draw for one network.
 
     Attributes:
+        generator: Source of the draws.
         sign: -1 if losses that are not given by name or closed form are maximized.
+        updates: How often curvature was drawn for a step that was taken.
     """
 
     def __init__(
-        self, loss: NamedLoss | nn.Module | None, columns: Columns, sampled: bool, generator: torch.Generator
+        self,
+        loss: NamedLoss | nn.Module | None,
+        columns: Columns,
+        sampled: bool,
+        device: torch.device,
+        seed: int,
+        group: Any = None,
     ) -> None:
         self.loss = loss
-        self.columns, self.sampled, self.generator = columns, sampled, generator
-        self.sign = 1
+        self.columns, self.sampled, self._seed, self._group = columns, sampled, seed, group
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.sign, self.updates = 1, 0
         self._separable = False
 
     @property
     def name(self) -> LossName | None:
         """Of the loss, if it was declared by name."""
         return self.loss.name if isinstance(self.loss, NamedLoss) else None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that draw for one network."""
+        return ranks_of(group=self._group)
+
+    def begin(self) -> None:
+        """Before the first draw of an update: each of several processes has draws of its own, by its number.
+
+        Those of one process go on from where they were.
+        """
+        ranks = self.ranks
+        if ranks.size > 1:
+            own = f"{self._seed} {self.updates} {ranks.rank}".encode()
+            self.generator.manual_seed(int.from_bytes(hashlib.blake2b(own, digest_size=8).digest(), "big") >> 1)
 
     def knows_classes(self, output: Tensor) -> bool:
         """Whether it is clear which dimension of a network's ``logits`` the declared classes are.

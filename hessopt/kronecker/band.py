@@ -56,6 +56,7 @@ class KroneckerBand:
         damping: λ to start from, and its unit.
         loss: What is declared of it: by name, the module that computes it, or None.
         options: Of the columns, the averages and the inverse.
+        group: Process group of those who train the network; None: the default one, if there is one.
 
     Attributes:
         gathering: What gathers.
@@ -79,10 +80,11 @@ class KroneckerBand:
         damping: KroneckerDamping,
         loss: NamedLoss | nn.Module | None,
         options: KroneckerAveraging,
+        group: Any = None,
     ) -> None:
         check_curvature(curvature, loss, options)
         self.options, self.taper = options, BandTaper(bandwidth)
-        self.gathering: Gathering[Pending] = Gathering(model, parameters, curvature, loss, options)
+        self.gathering: Gathering[Pending] = Gathering(model, parameters, curvature, loss, options, group=group)
         self.averages = RunningAverages(self.gathering, options.decay, self.taper)
         self.inverse = DampedInverse(self.averages, damping, options.iterations or ITERATIONS)
         self.steps = 0
@@ -166,6 +168,7 @@ class KroneckerBand:
         if self.steps == 0:
             warn_of_diagonals(self.gathering.model, self.parameters, self.gathering.others)
         if not self.inverse.factored.ready or due(self.steps, self.options.inverse_every):
+            self.averages.check_alike()
             self.inverse.refresh()
         direction = self.inverse.solve(gradients)
         self.left_out += ~direction.sound

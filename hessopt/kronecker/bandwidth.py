@@ -86,14 +86,14 @@ class KroneckerBandwidth:
 
     @torch.no_grad()
     def _decide(self, band: KroneckerBand, probe: Probe, gradients: Sequence[Tensor | None]) -> None:
-        options, damping = band.options, band.inverse.absolute_damping
+        options, damping, ranks = band.options, band.inverse.absolute_damping, band.gathering.ranks
         made: dict[int, tuple[KroneckerAverages, KroneckerInverse]] = {}
         for k in reversed(self.candidates):
             factors = band.averages.blank_factors(band.taper.of([k]))
             factors.adopt(probe.factors)
             made[k] = factors, band.inverse.of(factors)
         widest = made[self.candidates[-1]][1]
-        widest.refresh(damping)
+        widest.refresh(damping, ranks)
         gradient = band.inverse.flat(gradients)
         found = []
         for k in self.candidates:
@@ -104,7 +104,7 @@ class KroneckerBandwidth:
                 if inverse is not widest:
                     inverse.share(widest)
                 step = inverse.solve(gradient)[0]
-            bend = probe.curvature(step) + widest.penalty(step, damping)
+            bend = probe.curvature(step, ranks) + widest.penalty(step, damping)
             reduction = (gradient @ step).square() / (2 * bend).clamp_min(torch.finfo(bend.dtype).tiny)
             cost = kronecker_operations(
                 factors, band.averages.rows, options.factor_every, options.inverse_every, band.inverse.iterations

@@ -89,7 +89,7 @@ class DampedInverse:
 
     def refresh(self) -> None:
         """Invert the averages as they are now."""
-        self.factored.refresh(self.absolute_damping)
+        self.factored.refresh(self.absolute_damping, self.averages.gathering.ranks)
 
     def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The part of a gradient that blocks have, as a vector, valid until the next call; None counts as zero."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from diagnostics.ranks.collectives import Ranks
 from hessopt.averages.averages import KroneckerAverages, Matrices, Pairs, Stack, times_left
+from hessopt.averages.division import CHOLESKY, Work, own_entries, owners_of
 from hessopt.kronecker.damping import Damping
 
 
@@ -57,17 +60,40 @@ class KroneckerInverse:
         """All that is kept, in a fixed order."""
         return [t for part in [*self.inverses, *self.cross] for t in (part.inputs, part.outputs)]
 
-    def refresh(self, damping: Damping) -> None:
-        """Invert the factors as they are now. A factor that is not finite keeps its inverse."""
+    def refresh(self, damping: Damping, ranks: Ranks = Ranks()) -> None:  # noqa: B008 - frozen
+        """Invert the factors as they are now. A factor that is not finite keeps its inverse.
+
+        Args:
+            damping: What is added to them.
+            ranks: The processes that need them: each inverts a part, where that is worth it.
+        """
         roots = bool(self.factors.pairs)
         self.ready = True
+        pieces: list[tuple[Tensor, Tensor, bool, Tensor]] = []
         for stack, inverse in zip(self.factors.stacks, self.inverses, strict=True):
             extra_inputs, extra_outputs = damping.of_factors(stack)
             for factor, extra, diagonal, kept in (
                 (stack.inputs, extra_inputs, stack.diagonal[1], inverse.inputs),
                 (stack.outputs, extra_outputs, stack.diagonal[0], inverse.outputs),
             ):
+                pieces.append((factor, extra, diagonal, kept))
+        owners = iter(owners_of([_work(t, diagonal) for t, _, diagonal, _ in pieces for _ in range(len(t))], ranks))
+        sent: list[Tensor] = []
+        senders: list[int] = []
+        for factor, extra, diagonal, kept in pieces:
+            own = list(islice(owners, len(factor)))
+            mine = own_entries(own, ranks.rank)
+            if len(mine) == len(own):
                 _invert(factor, extra, diagonal, roots, kept)
+            elif mine:
+                part = kept[mine]
+                _invert(factor[mine], extra[mine], diagonal, roots, part)
+                kept[mine] = part
+            for t, owner in zip(kept, own, strict=True):
+                if owner is not None:
+                    sent.append(t)
+                    senders.append(owner)
+        ranks.copy_(sent, senders)
         self._refresh_cross()
 
     def share(self, other: KroneckerInverse) -> None:
@@ -191,6 +217,12 @@ class _Scatter:
         down = (g.mT @ x[c][self.left]) @ a
         y[c].flatten(1).addmm_(self.into_left, up.flatten(1))
         y[d].flatten(1).addmm_(self.into_right, down.flatten(1))
+
+
+def _work(factor: Tensor, diagonal: bool) -> Work:
+    """What the inverse of one factor of a stack costs."""
+    n = factor.shape[1]
+    return Work(0.0, n) if diagonal else Work(CHOLESKY * n**3, n * n)
 
 
 def _invert(factor: Tensor, extra: Tensor, diagonal: bool, root: bool, kept: Tensor) -> None:

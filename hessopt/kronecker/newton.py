@@ -19,7 +19,6 @@ from hessopt.kronecker.step import KroneckerStep
 from hessopt.network.arguments import Params
 from hessopt.network.cliques import Bandwidth, check_bandwidth
 from hessopt.network.layerwise import LayerwiseOptimizer
-from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import asks_for_state, name_of
 from hessopt.search.rules import KroneckerDamping
 
@@ -41,6 +40,9 @@ class KroneckerNewton(LayerwiseOptimizer):
     **Closure.** Factors are gathered in the backward pass. With a declared loss, or ``curvature="empirical"``,
     ``loss.backward(); optimizer.step()`` is enough; a closure of any of the kinds of :mod:`hessopt.closure.protocol`
     does as well, and then any loss that is a sum or mean over samples is taken.
+
+    **Several processes** train one network in DistributedDataParallel, which is passed as it is or as its ``.module``:
+    steps are those of one process on the samples of all, if each has as many (docs/distributed.md).
 
     Args:
         params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model=``.
@@ -148,6 +150,7 @@ class KroneckerNewton(LayerwiseOptimizer):
             self.damping,
             self.trust,
             self.averages,
+            self._group,
         )
 
     @property
@@ -187,8 +190,8 @@ class KroneckerNewton(LayerwiseOptimizer):
         Raises:
             ClosureError: a closure is needed, or does not give a finite, differentiable loss; or the network was not
                 called since the last step.
-            ModelError: the output or the loss cannot be treated, or a gradient is sparse; or several processes train
-                together (:func:`hessopt.separate_networks`).
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse; or several processes do
+                not begin alike, or drift apart (:func:`hessopt.separate_networks`).
             NotConvexError: the loss is not convex in the output (concave, if maximizing).
 
         In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
@@ -196,10 +199,9 @@ class KroneckerNewton(LayerwiseOptimizer):
         """
         if asks_for_state(self, closure):
             return None
-        refuse_processes("KroneckerNewton")
         refuse_scaler(self)
         with AllOrNothing():
-            return self._kronecker.step(self.param_groups, closure)
+            return self._kronecker.step(self.param_groups, closure, self._check_start)
 
     @property
     def gradient_norm(self) -> float | None:

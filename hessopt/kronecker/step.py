@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from hessopt.kronecker.band import KroneckerBand
 from hessopt.kronecker.bandwidth import KroneckerBandwidth
 from hessopt.kronecker.damped_inverse import Direction
 from hessopt.network.cliques import Bandwidth
+from hessopt.network.processes import agreed
 from hessopt.network.saved_state import Group, Groups
 from hessopt.search.rules import KroneckerDamping
 
@@ -62,6 +63,7 @@ class KroneckerStep:
         damping: λ.
         trust: Δ; None for no bound; ``"graft"``: each parameter's step gets the norm of its gradient.
         averages: Options of the averages.
+        group: Process group of those who train the network; None: the default one, if there is one.
 
     Attributes:
         band: The engine.
@@ -78,7 +80,9 @@ class KroneckerStep:
         damping: KroneckerDamping,
         trust: float | Literal["graft"] | None,
         averages: KroneckerAveraging,
+        group: Any = None,
     ) -> None:
+        self.group = group
         self.model, self.bandwidth, self.curvature, self.loss = model, bandwidth, curvature, loss
         self.damping, self.trust, self.averages = damping, trust, averages
         self.choice = bandwidth if isinstance(bandwidth, KroneckerBandwidth) else None
@@ -89,7 +93,7 @@ class KroneckerStep:
     def _engine(self, groups: Groups) -> KroneckerBand:
         bandwidth = 0 if isinstance(self.bandwidth, KroneckerBandwidth) else self.bandwidth
         band = KroneckerBand(
-            self.model, _all(groups), bandwidth, self.curvature, self.damping, self.loss, self.averages
+            self.model, _all(groups), bandwidth, self.curvature, self.damping, self.loss, self.averages, self.group
         )
         band.seeds.sign = -1 if groups[0]["maximize"] else 1
         return band
@@ -100,8 +104,18 @@ class KroneckerStep:
         self.band = self._engine(groups)
 
     @torch.no_grad()
-    def step(self, groups: Groups, closure: Closure | None) -> Tensor | None:
+    def step(
+        self,
+        groups: Groups,
+        closure: Closure | None,
+        check: Callable[[Sequence[Tensor | None], int], None] = lambda gradients, steps: None,
+    ) -> Tensor | None:
         """Take one step; returns the loss before it, if there is a closure.
+
+        Args:
+            groups: Param groups.
+            closure: Evaluates the loss, or None.
+            check: Called with the gradients and the number of steps that were taken, before anything is changed.
 
         Raises:
             ClosureError: a closure is needed, or does not give a finite, differentiable loss; or the network was not
@@ -127,10 +141,13 @@ class KroneckerStep:
         gradients: list[Tensor | None] = [p.grad for p in self.band.parameters]
         sign = self.band.seeds.sign = -1 if groups[0]["maximize"] else 1
         if closure is not None:
-            found = evaluate(self.band.gathering, self.model, closure, _all(groups), self.band.parameters)
+            found = evaluate(
+                self.band.gathering, self.band.gathering.ranks, self.model, closure, _all(groups), self.band.parameters
+            )
             runner, loss, gradients, norm = found.runner, found.loss, found.gradients, found.norm
         else:
             check_strided(gradients)
+        check(gradients, self.band.steps)
         if sign < 0:
             gradients = [None if g is None else -g for g in gradients]
         self._move(groups, gradients, runner, loss)
@@ -221,10 +238,16 @@ class KroneckerStep:
         groups: Groups,
     ) -> None:
         """Levenberg-Marquardt: λ follows the ratio of actual to predicted change of the loss (Martens and Grosse)."""
+        ranks = self.band.gathering.ranks
         slope = sum(float((g * c).sum()) for g, c in zip(gradients, change, strict=True) if g is not None)
         predicted = slope + float(self.band.quadratic(change)) / 2
         with self.band.paused():
-            actual = runner.trial_loss() - loss.item()
+            more = agreed(ranks, lambda: runner.trial_loss() - loss.item())
+        if ranks.size > 1:
+            mean = change[0].new_full((), more)
+            ranks.mean_([mean])
+            more = float(mean)
+        actual = more
         ratio = actual * (-1 if groups[0]["maximize"] else 1) / predicted if predicted < 0 else 0.0
         if ratio > 0.75:
             self.band.damping *= self.damping.factor

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from diagnostics.ranks.collectives import Ranks, ranks_of
 from hessopt.network.arguments import Params, network_of
 from hessopt.network.layers import layers_of
+from hessopt.network.processes import check_start, unwrapped
 from hessopt.network.saved_state import Group, SavedState
 
 
 class LayerwiseOptimizer(SavedState):
     """Base class: the network, its parameters in groups, and copies.
 
+    Several processes may train one network (:mod:`diagnostics.ranks`): then all take the same steps.
+
     Args:
-        params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model``.
+        params: The network, also in DistributedDataParallel, or its parameters in any form that :mod:`torch.optim`
+            takes, with ``model``.
         model: The network, if ``params`` is not the network itself.
         defaults: Options of param groups: ``lr``, ``weight_decay``, ``momentum`` and ``maximize``, which is the same in
             all groups.
@@ -31,13 +37,15 @@ class LayerwiseOptimizer(SavedState):
     _TENSORS: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def __init__(self, params: Params, model: nn.Module | None, defaults: dict[str, Any]) -> None:
-        owner, network = type(self).__name__, network_of(params, model)
+        owner, given = type(self).__name__, network_of(params, model)
+        network, self._group = unwrapped(given)
         if network is None:
             raise TypeError(
                 f"{owner} needs the network itself: pass it in place of the parameters, `{owner}(model)`, "
                 f"or besides them, `{owner}(model.parameters(), model=model)`."
             )
         self.model = network
+        self._compared = False
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
         layers_of(owner, self.model, self._parameters())
 
@@ -50,6 +58,22 @@ class LayerwiseOptimizer(SavedState):
                     f"parameter {position} of group {len(self.param_groups) - 1}, of shape {tuple(p.shape)}, is "
                     "not a parameter of the network; pass the network that owns it as model=."
                 )
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes that train the network."""
+        return ranks_of(group=self._group)
+
+    def _check_start(self, gradients: Sequence[Tensor | None], steps: int) -> None:
+        """At the first step, and the first one of a state that was loaded: whether all processes begin alike."""
+        if not self._compared:
+            check_start(type(self).__name__, self._ranks, self._parameters(), gradients, steps)
+            self._compared = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compared = False
+        self.__dict__.setdefault("_group", None)  # a copy, whose process group is the default one
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -2,18 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from diagnostics.ranks.group import processes, same_everywhere
+from diagnostics.ranks.collectives import Ranks
+from diagnostics.ranks.group import fingerprint, processes, same_everywhere
 from diagnostics.ranks.spread import is_distributed, spread
-from hessopt.errors import ClosureError, ModelError
+from hessopt.errors import ClosureError, HessoptError, ModelError
+
+T = TypeVar("T")
 
 _WAY_OUT = (
     "Train in one process; or take SpectralNewton with coordinates=PowerLaw(…) and a fixed alpha, which needs no more "
     "than the gradients that DistributedDataParallel has averaged."
 )
+
+
+_SEPARATE = (
+    "if every process trains a network of its own, say so: `with hessopt.separate_networks(): …` around the training."
+)
+DIFFERENT_GRADIENTS = (
+    "gradients are not the same in all processes, so the copies of the network drift apart. Call the network that is "
+    "wrapped in DistributedDataParallel, which averages them, in the last backward pass before each step (outside of "
+    f"`no_sync()`), and change them by what is the same everywhere; or, {_SEPARATE}"
+)
+
+
+def unwrapped(model: nn.Module | None) -> tuple[nn.Module | None, Any]:
+    """The network inside of a DistributedDataParallel, with its process group; another one as it is, with None."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module, model.process_group
+    return model, None
+
+
+def check_start(
+    owner: str, ranks: Ranks, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], steps: int
+) -> None:
+    """Raise a :class:`hessopt.errors.ModelError` in all processes if they do not begin alike; nothing for one process.
+
+    Of parts of distributed tensors nothing is known.
+
+    Args:
+        owner: The optimizer's name.
+        ranks: The processes, all of which have to come here.
+        parameters: The optimizer's.
+        gradients: Theirs.
+        steps: That were taken before.
+    """
+    if ranks.size == 1:
+        return
+    known = [g for g in gradients if g is not None]
+    shapes = [tuple(p.shape) for p in parameters]
+    own = (steps, shapes, *(fingerprint(t for t in own if not is_distributed(t)) for own in (parameters, known)))
+    try:
+        found = ranks.objects(own)
+    except RuntimeError as error:
+        raise ModelError(
+            f"not all of {ranks.size} processes came to the first step of {owner}, which they have to take together; "
+            f"{_SEPARATE}"
+        ) from error
+    for rank, other in enumerate(found):
+        if other[:3] != found[0][:3]:
+            what = "the parameters" if other[0] == found[0][0] else f"{other[0]} and {found[0][0]} steps, and so states"
+            raise ModelError(
+                f"{what} of processes {rank} and 0 differ at the first step of {owner}, so the copies of the network "
+                "are none. Wrap the network in DistributedDataParallel, which makes them alike, before the first "
+                f"step, and load the same checkpoint everywhere; or, {_SEPARATE}"
+            )
+    if any(other[3] != found[0][3] for other in found):
+        raise ModelError(f"at the first step of {owner} {DIFFERENT_GRADIENTS}")
+
+
+def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What the work of this process gives; if it raises an error of ours in one process, all raise one.
+
+    Waits for the device if there are several.
+    """
+    if ranks.size == 1:
+        return work()
+    found, error = [], None
+    try:
+        found.append(work())
+    except HessoptError as own:
+        error = own
+    messages = ranks.objects(None if error is None else str(error))
+    if all(message is None for message in messages):
+        return found[0]
+    if error is not None:
+        raise error
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    raise ClosureError(f"in process {rank}: {message}")
+
+
+def averaged(ranks: Ranks, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The mean over processes of gradients that nobody has averaged; None where it is None everywhere.
+
+    Waits for the device if there are several processes.
+    """
+    if ranks.size == 1:
+        return list(gradients)
+    found = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(parameters, gradients, strict=True)]
+    known = torch.tensor([float(g is not None) for g in gradients], device=found[0].device)
+    ranks.sum_([*found, known])
+    torch._foreach_div_(found, ranks.size)
+    return [g if own else None for g, own in zip(found, known.tolist(), strict=True)]
 
 
 def refuse_spread(owner: str, model: nn.Module | None, parameters: Iterable[Tensor] = ()) -> None:

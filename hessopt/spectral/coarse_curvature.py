@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diagnostics.ranks.collectives import Ranks
 from hessopt.averages.blocks import Block
 from hessopt.averages.gathering import Batch
 from hessopt.averages.recorder import Call
@@ -168,9 +169,28 @@ class CoarseCurvature:
         self.agreement.lerp_(torch.where(moving, found, self.agreement), 1 - AGREEMENT)
 
     @torch.no_grad()
-    def update(self, changes: Tensor, slopes: Tensor, step: int, sound: Tensor) -> None:
-        """Average in ``z``, ``(rows, L)``, and g of the batch of a step (from 1 on), unless it is not sound; then ℓ."""
+    def update(
+        self,
+        changes: Tensor,
+        slopes: Tensor,
+        step: int,
+        sound: Tensor,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    ) -> None:
+        """Average in ``Σ z zᵀ`` and g of the batch of a step, unless it is not sound; then find ℓ.
+
+        Args:
+            changes: z of this process's samples, ``(rows, L)``.
+            slopes: g.
+            step: From 1 on.
+            sound: Whether the batch counts, on the device.
+            ranks: The processes that have samples.
+        """
         fresh = changes.mT @ changes
+        rows: Tensor | int = len(changes)
+        if ranks.size > 1:
+            rows = fresh.new_full((), len(changes))
+            ranks.sum_([fresh, rows])
         sound = sound & fresh.sum().isfinite() & slopes.sum().isfinite()
         usual, found = OUTLIER * self.curvature.trace(), fresh.trace()
         beyond = (self.updates >= SETTLED) & (usual > 0) & (found > usual)
@@ -179,7 +199,7 @@ class CoarseCurvature:
         weight = self.updates.clamp_min(1).reciprocal().clamp_min(1 - self.decay)
         self.curvature.lerp_(torch.where(sound, fresh, self.curvature), weight)
         self.slopes.lerp_(torch.where(sound, slopes, self.slopes), weight)
-        asked = self.minimised(len(changes))
+        asked = self.minimised(rows)
         moving = sound & (asked > 0)
         gone = (step - self.steps) / (step + PATIENCE) * moving
         self.reference.lerp_(torch.where(moving, asked, 1.0).log(), gone)
@@ -189,7 +209,7 @@ class CoarseCurvature:
         part = self.response + (1 - self.response) * same.clamp(0, 1)
         self.lengths.copy_(torch.where(sound, asked**part * held ** (1 - part), self.lengths))
 
-    def minimised(self, rows: int) -> Tensor:
+    def minimised(self, rows: Tensor | int) -> Tensor:
         """Minimiser s of the model of the present averages, of batches of so many rows."""
         c, g = self.curvature, self.slopes
         tiny = torch.finfo(c.dtype).tiny

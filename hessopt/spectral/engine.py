@@ -19,7 +19,7 @@ from hessopt.spectral.coarse_curvature import changes_along
 from hessopt.spectral.gram_polar import inverse_roots
 from hessopt.spectral.layers import SpectralLayers, divided
 from hessopt.spectral.options import AdamWPart, CurvatureLengths, KroneckerCoordinates, Momentum
-from hessopt.spectral.stack_direction import Roots, directions_of
+from hessopt.spectral.stack_direction import Roots
 
 FIXED = 0.01
 """Step length where the loss is not known, for a learning rate of 1."""
@@ -70,6 +70,7 @@ class SpectralEngine:
         adamw: Of the other parameters.
         inputs_only: No output columns are gathered: the factors of inputs alone, and fixed lengths.
         accumulate: Backward passes whose curvature a step takes.
+        group: Process group of those who train the network; None: the default one, if there is one.
 
     Attributes:
         gathering: What gathers.
@@ -96,6 +97,7 @@ class SpectralEngine:
         *,
         inputs_only: bool,
         accumulate: int = 1,
+        group: Any = None,
     ) -> None:
         self.options, self.momentum = options, momentum
         self.inputs_only, self.adamw = inputs_only, adamw
@@ -111,7 +113,9 @@ class SpectralEngine:
         self.averages: RunningAverages | None = None
         if matrices:
             averages = replace(options.averages, accumulate=accumulate)
-            self.gathering = Gathering(model, matrices, curvature, loss, averages, tied=True, inputs_only=inputs_only)
+            self.gathering = Gathering(
+                model, matrices, curvature, loss, averages, tied=True, inputs_only=inputs_only, group=group
+            )
             self.averages = RunningAverages(self.gathering, options.averages.decay, keep=self.lengths is not None)
         self.parameters = trained
         self.device = trained[0].device
@@ -186,10 +190,13 @@ class SpectralEngine:
 
     def _matrices(self, layers: SpectralLayers, gradients: dict[Tensor, Tensor], sound: Tensor, found: Move) -> None:
         """The part of the matrices."""
+        assert self.averages is not None
+        assert self.gathering is not None
+        ranks = self.gathering.ranks
         first = self.steps == 0
         if first or due(self.steps, self.options.averages.inverse_every, OFTEN // 2):
-            for direction in layers.directions:
-                direction.refresh(first=first)
+            self.averages.check_alike()
+            layers.refresh(self.gathering.ranks, first=first)
         factors = layers.factors
         # What is not finite must not get into products, also where these count for nothing.
         gradient = layers.gradient.nan_to_num_(0.0, 0.0, 0.0)
@@ -198,10 +205,9 @@ class SpectralEngine:
         if layers.coarse is not None:
             layers.coarse.compare(layers.momentum, gradient, sound)
         momentum = layers.momentum.lerp(gradient, (1 - self.momentum.decay) * sound)
-        directions, scales = directions_of(
-            layers.directions, factors.matrices(gradient.lerp_(momentum, self.momentum.decay)), self.roots
-        )
-        if layers.coarse is not None and self.averages is not None and self.averages.last:
+        moved = factors.matrices(gradient.lerp_(momentum, self.momentum.decay))
+        directions, scales = layers.directions_of(moved, self.roots, ranks)
+        if layers.coarse is not None and self.averages.updated:
             steps = [d * scale[:, None, None] for d, scale in zip(directions, scales, strict=True)]
             self._measure(layers, layers.blocks(steps), layers.blocks(factors.matrices(momentum)), sound)
         for d, scale, length in zip(directions, scales, layers.lengths, strict=True):
@@ -222,11 +228,12 @@ class SpectralEngine:
         assert self.lengths is not None
         blocks, called = self.gathering.blocks, self.gathering.structure.called
         parts = [changes_along(blocks, called, batch, steps) for batch, _ in batches]
-        changes = parts[0]
-        if len(parts) > 1:
-            changes = torch.cat([part * share**0.5 for part, (_, share) in zip(parts, batches, strict=True)])
+        ranks = self.gathering.ranks
+        if len(parts) > 1 or ranks.size > 1:
+            parts = [part * share**0.5 for part, (_, share) in zip(parts, batches, strict=True)]
+        changes = parts[0] if len(parts) == 1 else torch.cat([*parts, steps[0].new_zeros(0, len(steps))])
         slopes = torch.stack([(m * d).sum() for m, d in zip(momenta, steps, strict=True)])
-        layers.coarse.update(changes, slopes, self.steps + 1, sound > 0)
+        layers.coarse.update(changes, slopes, self.steps + 1, sound > 0, ranks)
         layers.set_lengths(self.lengths.share)
 
     def take(self, move: Move) -> Callable[[], None]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from diagnostics.estimators.symmetric_eigen import eigh
+from hessopt.averages.division import EIGEN, Work
 
 FULL = 256
 """Up to this size all eigenvectors are computed."""
@@ -39,10 +43,32 @@ class FactorPowers:
     def __init__(self, like: Tensor, exponent: float, damping: float) -> None:
         self.exponent, self.damping = exponent, damping
         self.diagonal, self.full = like.ndim == 2, like.ndim == 3 and like.shape[1] <= FULL
-        count, n = like.shape[:2]
+        self.shape = count, n = (len(like), like.shape[1])
         low = [(count, n, RANK), (count, 1)]
         shapes = [like.shape] if self.diagonal or self.full else low
         self.tensors = [like.new_zeros(shape) for shape in shapes]
+
+    @property
+    def work(self) -> list[Work]:
+        """What a refresh costs, of each factor."""
+        count, n = self.shape
+        if self.diagonal:
+            return [Work(0.0, n)] * count
+        if self.full:
+            return [Work(EIGEN * n**3, n * n)] * count
+        return [Work(2.0 * n * n * RANK + 4.0 * n * RANK**2 + EIGEN * RANK**3, n * RANK + 1)] * count
+
+    def part(self, entries: Sequence[int]) -> FactorPowers:
+        """Those of some of the factors, in memory of their own."""
+        found = copy(self)
+        found.shape, found.tensors = (len(entries), self.shape[1]), [t[list(entries)] for t in self.tensors]
+        return found
+
+    @torch.no_grad()
+    def take(self, part: FactorPowers, entries: Sequence[int]) -> None:
+        """Take the powers of some of the factors."""
+        for mine, theirs in zip(self.tensors, part.tensors, strict=True):
+            mine[list(entries)] = theirs
 
     @torch.no_grad()
     def refresh(self, factors: Tensor, *, first: bool) -> None:

@@ -19,7 +19,6 @@ from hessopt.closure.protocol import Closure
 from hessopt.errors import ClosureError
 from hessopt.network.arguments import Params
 from hessopt.network.layerwise import LayerwiseOptimizer
-from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import Group, StateDict, asks_for_state, members, name_of
 from hessopt.spectral.engine import FIXED, Move, SpectralEngine
 from hessopt.spectral.iterate_average import IterateAverage
@@ -95,6 +94,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self.adamw,
             inputs_only=self._inputs_only(closure),
             accumulate=self.accumulate,
+            group=self._group,
         )
         self._average = None if self.power is None else IterateAverage(self._engine.parameters, self.power)
 
@@ -151,15 +151,14 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         Raises:
             ClosureError: the network holds the average (``optimizer.train()`` is missing); or the closure does not give
                 a finite, differentiable loss; or the network was not called since the last step.
-            ModelError: the output or the loss cannot be treated, or a gradient is sparse; or several processes train
-                together (:func:`hessopt.separate_networks`).
+            ModelError: the output or the loss cannot be treated, or a gradient is sparse; or several processes do
+                not begin alike, or drift apart (:func:`hessopt.separate_networks`).
             NotConvexError: the loss is not convex in the output (concave, if maximizing).
 
         In every one of these cases, and where the step is interrupted, the parameters are as they were.
         """
         if asks_for_state(self, closure):
             return None
-        refuse_processes("SpectralNewton without coordinates=PowerLaw(…)")
         refuse_scaler(self)
         if self._average is not None and self._average.shown:
             raise ClosureError("the network holds the average of the iterates: call optimizer.train() before training.")
@@ -182,10 +181,11 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         if engine.gathering is not None:
             engine.gathering.seeds.sign = sign
         if closure is not None:
-            found = evaluate(engine.gathering, self.model, closure, self._parameters(), engine.parameters)
+            found = evaluate(engine.gathering, self._ranks, self.model, closure, self._parameters(), engine.parameters)
             loss, gradients, norm = found.loss, found.gradients, found.norm
         else:
             check_strided(gradients)
+        self._check_start(gradients, engine.steps)
         known = {
             p: sign * g if sign < 0 else g for p, g in zip(engine.parameters, gradients, strict=True) if g is not None
         }

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diagnostics.ranks.collectives import Ranks
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.blocks import Block, plan_blocks
 from hessopt.spectral.coarse_curvature import CoarseCurvature
 from hessopt.spectral.options import CurvatureLengths, KroneckerCoordinates
-from hessopt.spectral.stack_direction import StackDirection
+from hessopt.spectral.shared.directions import SharedDirections, refresh_shared
+from hessopt.spectral.stack_direction import Roots, StackDirection, directions_of
 
 MEMORY, START = 0.97, 5
 """Weight of the past in the usual norm of gradients, and steps before which none is too long."""
@@ -34,6 +36,7 @@ class SpectralLayers:
         rows: Of each stack the places of its entries' blocks, ``(m,)``.
         lengths: Of each stack the lengths of its entries, ``(m,)``; of fixed ones just one number.
         usual: Their median.
+        shared: Of several processes what each computes, since the last refresh.
     """
 
     factors: KroneckerAverages
@@ -47,6 +50,7 @@ class SpectralLayers:
     rows: list[Tensor]
     lengths: list[Tensor]
     usual: Tensor
+    shared: SharedDirections | None = None
 
     @classmethod
     def blank(
@@ -90,6 +94,23 @@ class SpectralLayers:
             lengths=[gradient.new_full((1,), fixed)] * len(rows),
             usual=gradient.new_full((), fixed),
         )
+
+    def refresh(self, ranks: Ranks, *, first: bool) -> None:
+        """Take the factors as they are now, into their powers."""
+        self.shared = None
+        if ranks.size == 1:
+            for direction in self.directions:
+                direction.refresh(first=first)
+        else:
+            refresh_shared(self.directions, ranks, first=first)
+
+    def directions_of(self, momenta: Sequence[Tensor], roots: Roots, ranks: Ranks) -> tuple[list[Tensor], list[Tensor]]:
+        """:func:`hessopt.spectral.stack_direction.directions_of` all matrices."""
+        if ranks.size == 1:
+            return directions_of(self.directions, momenta, roots)
+        if self.shared is None or self.shared.ranks != ranks:
+            self.shared = SharedDirections(self.directions, ranks)
+        return self.shared.of(momenta, roots)
 
     def clip(self, bound: float, steps: int, sound: Tensor) -> None:
         """Scale G down to so many times its usual norm, in place, after so many steps; take its norm into the usual.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from hessopt.averages.averages import Stack
-from hessopt.spectral.factor_powers import FactorPowers
+from hessopt.averages.division import Work
+from hessopt.spectral.factor_powers import RANK, FactorPowers
 from hessopt.spectral.gram_polar import inverse_roots
 from hessopt.spectral.options import KroneckerCoordinates
 
@@ -50,11 +52,32 @@ class StackDirection:
         """Of the factors that count."""
         return [self.right] if self.left is None else [self.right, self.left]
 
+    @property
+    def factors(self) -> list[Tensor]:
+        """Of :attr:`powers`."""
+        return [self.stack.inputs] if self.left is None else [self.stack.inputs, self.stack.outputs]
+
     def refresh(self, *, first: bool) -> None:
         """Take the factors as they are now."""
-        self.right.refresh(self.stack.inputs, first=first)
-        if self.left is not None:
-            self.left.refresh(self.stack.outputs, first=first)
+        for power, factor in zip(self.powers, self.factors, strict=True):
+            power.refresh(factor, first=first)
+
+    @property
+    def work(self) -> list[Work]:
+        """What the direction of each matrix costs, its polar factor by :func:`inverse_roots` included."""
+        count, o, a = self.stack.shape
+        small, large = min(o, a), max(o, a)
+        widths = [1.0 if p.diagonal else float(p.shape[1]) if p.full else 2.0 * RANK for p in self.powers]
+        inside, outside = (widths[-1], widths[0]) if self.wide else (widths[0], widths[-1])
+        products = small * large * (2.0 * small + outside) + small**2 * (14.0 * small + 4.0 * inside)
+        return [Work(products, o * a)] * count
+
+    def part(self, entries: Sequence[int]) -> StackDirection:
+        """That of some of the matrices, with powers as they are now."""
+        found = copy(self)
+        found.right = self.right.part(entries)
+        found.left = None if self.left is None else self.left.part(entries)
+        return found
 
     def gram(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """The Gram matrix of Z from its smaller side, and what the larger side is needed for, of M, ``(m, o, a)``."""
@@ -85,8 +108,18 @@ def directions_of(
     stacks: Sequence[StackDirection], momenta: Sequence[Tensor], roots: Roots = inverse_roots
 ) -> tuple[list[Tensor], list[Tensor]]:
     """D of each stack, ``(m, o, a)``, and the factors that make it ``D̂``, ``(m,)``; zero for a zero matrix."""
+    found = unscaled(stacks, momenta, roots)
+    return found, scales_of(found)
+
+
+def unscaled(stacks: Sequence[StackDirection], momenta: Sequence[Tensor], roots: Roots) -> list[Tensor]:
+    """D of each stack."""
     made = [stack.gram(m) for stack, m in zip(stacks, momenta, strict=True)]
     taken = roots([gram for gram, _ in made])
-    found = [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, taken, made, strict=True)]
+    return [s.direction(root, scaled) for s, root, (_, scaled) in zip(stacks, taken, made, strict=True)]
+
+
+def scales_of(found: Sequence[Tensor]) -> list[Tensor]:
+    """The factors that make ``D̂`` of D, of each stack."""
     norms = [torch.linalg.vector_norm(d, dim=(1, 2)).clamp_min(torch.finfo(d.dtype).tiny) for d in found]
-    return found, [SIZE * (d.shape[1] * d.shape[2]) ** 0.5 / norm for d, norm in zip(found, norms, strict=True)]
+    return [SIZE * (d.shape[1] * d.shape[2]) ** 0.5 / norm for d, norm in zip(found, norms, strict=True)]

@@ -1,0 +1,1 @@
+"""Spectral steps of several processes, each of which computes a part."""
