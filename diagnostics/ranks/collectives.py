@@ -42,15 +42,21 @@ class Ranks:
             dist.all_reduce(packed, group=self.group)
             _unpack(packed, own)
 
-    def mean_(self, tensors: Sequence[Tensor], weight: float | Tensor = 1.0) -> None:
+    def mean_(self, tensors: Sequence[Tensor], weight: float | Tensor | None = None) -> None:
         """Replace tensors by their means over processes, each with its weight: ``Σ w T / Σ w``.
 
         Args:
             tensors: Of floating point. One that is not finite makes the mean so, also with weight 0: set it to zero
                 first where it is of no samples.
-            weight: Of this process, such as its number of samples; not negative, and not zero everywhere.
+            weight: Of this process, such as its number of samples; not negative, and not zero everywhere. None, here
+                and then in every process: they count the same, which saves an exchange.
         """
         if self.size == 1 or not tensors:
+            return
+        if weight is None:
+            self.sum_(tensors)
+            for t in tensors:
+                t.detach().div_(self.size)
             return
         total = torch.as_tensor(weight, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
         total = total.detach().to(tensors[0].device, copy=True)

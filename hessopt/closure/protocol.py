@@ -44,16 +44,23 @@ class Evaluation:
 
     Attributes:
         loss: The loss, without dimensions, on the autograd tape, which is still there; detached, if the closure called
-            ``backward`` and no tape was asked for.
+            ``backward`` and no tape was asked for. That of this process's batch.
         result: What the closure returned, with :attr:`loss` in place of what is no loss.
         backward_called: The closure called ``backward``; the gradient is then in the parameters' ``.grad``.
         outputs: What the module returned, once for each of its calls.
+        mean: Mean of the loss over processes, where several train one network.
     """
 
     loss: Tensor
     result: ClosureResult
     backward_called: bool
     outputs: list[Any] = field(default_factory=list)
+    mean: Tensor | None = None
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The loss without a tape, the mean over processes where several train one network."""
+        return self.loss.detach() if self.mean is None else self.mean
 
     @property
     def is_least_squares(self) -> bool:

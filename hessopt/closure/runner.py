@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diagnostics.autograd.kernels import CompositeKernels, twice_differentiable
+from diagnostics.ranks.collectives import Ranks
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import BackwardCalls, without_recomputation
 from hessopt.closure.protocol import Closure, Evaluation
@@ -45,6 +47,8 @@ class ClosureRunner:
         twice_differentiable: The loss will be differentiated twice: every run, trials too, uses kernels that can be
             (:func:`diagnostics.autograd.kernels.twice_differentiable`), and checkpointing is refused.
         no_backward: What is wrong with a closure that calls ``backward()``, if it must not.
+        ranks: The processes that train the network, all of which run the same runs. Losses are then means over them,
+            and a run that fails in one of them has a loss that is not a number in the others.
     """
 
     def __init__(
@@ -56,9 +60,11 @@ class ClosureRunner:
         tape: bool = True,
         twice_differentiable: bool = False,
         no_backward: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.closure = closure
         self._no_backward = no_backward
+        self._ranks = Ranks() if ranks is None else ranks
         self._tape = tape
         self._twice = twice_differentiable
         self.parameters = list(parameters)
@@ -78,6 +84,19 @@ class ClosureRunner:
                 is not finite, or called ``backward`` and left no gradient behind, or uses checkpointing where the loss
                 is differentiated twice.
         """
+        if self._ranks.size == 1:
+            return self._evaluate()
+        with self._told():
+            found = self._evaluate()
+        mean = self._mean(found.loss.item())
+        if not math.isfinite(mean):
+            raise ClosureError(
+                "the closure's loss is not finite in another process, or its run failed there: its error says why. The "
+                "parameters were left as they are."
+            )
+        return replace(found, mean=torch.full_like(found.loss.detach(), mean))
+
+    def _evaluate(self) -> Evaluation:
         self._before = self._surroundings()
         calls = BackwardCalls(keep_tapes=self._tape)
         recorder = _OutputRecorder(self.module)
@@ -125,6 +144,28 @@ class ClosureRunner:
                 does not now.
             RuntimeError: :meth:`evaluate` has not been called.
         """
+        if self._ranks.size == 1:
+            return self._trial_loss()
+        with self._told():
+            own = self._trial_loss()
+        return self._mean(own)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """If a run fails here, the others, who wait for its loss, get one that is not a number."""
+        try:
+            yield
+        except Exception:
+            with suppress(RuntimeError):  # of another process that has ended
+                self._mean(math.nan)
+            raise
+
+    def _mean(self, number: float) -> float:
+        exchanged = torch.tensor([number], dtype=torch.float64, device=self.parameters[0].device)
+        self._ranks.mean_([exchanged])
+        return float(exchanged.item())
+
+    def _trial_loss(self) -> float:
         if self._before is None:
             raise RuntimeError("call evaluate() before trial_loss(): it is what a trial evaluation repeats.")
         after = self._surroundings()

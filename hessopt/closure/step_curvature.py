@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diagnostics.autograd.second_order import check_differentiable
 from diagnostics.operators.curvature_tape import Columns, JointTape, SplitTape, Tape
+from diagnostics.ranks.collectives import Ranks
 from hessopt.closure.backward_calls import refuse_reentrant
 from hessopt.closure.protocol import Evaluation, LeastSquares
 from hessopt.errors import ClosureError
@@ -38,6 +39,8 @@ class StepCurvature:
         parameters: θ; each requires grad. Those that the loss does not depend on have zero rows.
         output: z, on the tape of ℓ, where ``T`` and the Gauss-Newton matrix are wanted.
         verify: Check that gradients are computed on the tape (else their curvature would be zero in silence).
+        ranks: The processes that train the network, all of which ask for the same. Gradient and products are then
+            means over them.
 
     Attributes:
         dtype: Of the vectors: that of the parameters, at least float32.
@@ -46,12 +49,19 @@ class StepCurvature:
     """
 
     def __init__(
-        self, loss: Tensor, parameters: Sequence[Tensor], output: Tensor | None = None, *, verify: bool = False
+        self,
+        loss: Tensor,
+        parameters: Sequence[Tensor],
+        output: Tensor | None = None,
+        *,
+        verify: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._loss = loss
         self._parameters = list(parameters)
         self._output = output
         self._verify = verify
+        self._ranks = Ranks() if ranks is None else ranks
         self._sizes = [p.numel() for p in self._parameters]
         self._names = [f"{i}, of shape {tuple(p.shape)}" for i, p in enumerate(self._parameters)]
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
@@ -63,22 +73,26 @@ class StepCurvature:
         """∂ℓ/∂θ, ``(P,)``, from the tape that products of that kind use."""
         tape = self._joint if kind == "hessian" else self._split
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(tape.gradients, self._parameters, strict=True)]
-        return self._flat(parts, ()).detach()
+        (mean,) = self._means(self._flat(parts, ()).detach())
+        return mean
 
     def hessian(self, v: Tensor) -> Tensor:
         """``H v``."""
         self._count(v, "hessian")
-        return self._flat(self._joint.hessian(self._columns(v)), v.shape[:-1])
+        (mean,) = self._means(self._flat(self._joint.hessian(self._columns(v)), v.shape[:-1]))
+        return mean
 
     def ggn(self, v: Tensor) -> Tensor:
         """``Jᵀ ∇²ℓ J v``."""
         self._count(v, "ggn")
-        return self._flat(self._split.gauss_newton(self._columns(v)), v.shape[:-1])
+        (mean,) = self._means(self._flat(self._split.gauss_newton(self._columns(v)), v.shape[:-1]))
+        return mean
 
     def tensor(self, v: Tensor) -> Tensor:
         """``T v``."""
         self._count(v, "tensor")
-        return self._flat(self._split.tensor(self._columns(v)), v.shape[:-1])
+        (mean,) = self._means(self._flat(self._split.tensor(self._columns(v)), v.shape[:-1]))
+        return mean
 
     def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """``T v`` and ``Jᵀ ∇²ℓ J v``, the first and ``J v`` in one pass."""
@@ -86,7 +100,8 @@ class StepCurvature:
         columns = self._columns(v)
         tensor, moved = self._split.tensor_and_jvp(columns)
         gauss_newton = self._split.gauss_newton(columns, moved)
-        return self._flat(tensor, v.shape[:-1]), self._flat(gauss_newton, v.shape[:-1])
+        tensor_part, gn_part = self._means(*(self._flat(part, v.shape[:-1]) for part in (tensor, gauss_newton)))
+        return tensor_part, gn_part
 
     @cached_property
     def _joint(self) -> JointTape:
@@ -107,6 +122,10 @@ class StepCurvature:
         tape = SplitTape(self._loss, self._parameters, self._names, [self._output], verify=self._verify)
         self._check_reached(tape, self._output)
         return tape
+
+    def _means(self, *own: Tensor) -> tuple[Tensor, ...]:
+        self._ranks.mean_(own)
+        return own
 
     def _check_reached(self, tape: Tape, end: Tensor) -> None:
         if self._verify and any(part is None for part in tape.gradients):

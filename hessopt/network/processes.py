@@ -111,6 +111,33 @@ def averaged(ranks: Ranks, gradients: Sequence[Tensor | None], parameters: Seque
     return [g if own else None for g, own in zip(found, known.tolist(), strict=True)]
 
 
+def average_gradients(owner: str, ranks: Ranks, parameters: Sequence[Tensor]) -> None:
+    """Replace every ``.grad`` by its mean over processes; None stays so where it is None in all of them.
+
+    The mean of what DistributedDataParallel has averaged is the same again, so that gradients of a ``ddp.module`` and
+    of the wrapper need not be told apart.
+
+    Args:
+        owner: The optimizer's name.
+        ranks: The processes.
+        parameters: In the same order everywhere.
+
+    Raises:
+        ModelError: a gradient is sparse.
+    """
+    if ranks.size == 1:
+        return
+    gradients = [p.grad for p in parameters]
+    for p, g in zip(parameters, gradients, strict=True):
+        if g is not None and g.layout != torch.strided:
+            raise ModelError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and {owner} averages dense ones "
+                "over processes: use Embedding(…, sparse=False)."
+            )
+    for p, g in zip(parameters, averaged(ranks, gradients, parameters), strict=True):
+        p.grad = g
+
+
 def refuse_spread(owner: str, model: nn.Module | None, parameters: Iterable[Tensor] = ()) -> None:
     """Raise a :class:`hessopt.errors.ModelError` if the network or a parameter is spread over processes or devices.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from diagnostics.ranks.collectives import ranks_of
 from hessopt.checks import check_choice, check_count, check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.objective import Objective
@@ -18,7 +19,7 @@ from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature, output_of
 from hessopt.errors import ClosureError, ModelError
 from hessopt.network.arguments import Params, network_of
-from hessopt.network.processes import refuse_processes, refuse_spread
+from hessopt.network.processes import check_start, refuse_spread, unwrapped
 from hessopt.network.saved_state import SavedState, asks_for_state
 from hessopt.newton_cg.curvature_choice import CurvatureChoice
 from hessopt.newton_cg.kept import Kept
@@ -138,6 +139,7 @@ class NewtonCG(SavedState):
         "_region",
         "_damping",
     )
+    _group: Any = None
     _TENSORS = ("model_ggn", "model_hessian", "direction", "diagonal")
 
     def __init__(
@@ -156,7 +158,7 @@ class NewtonCG(SavedState):
         forcing: float = 0.5,
         warm_start: bool = False,
     ) -> None:
-        self.model = network_of(params, model)
+        self.model, self._group = unwrapped(network_of(params, model))
         _check_eager(self.model)
         check_choice("curvature", curvature, ("auto", "hessian", "ggn"))
         method = TrustRadius() if method is None else method
@@ -182,7 +184,7 @@ class NewtonCG(SavedState):
         self.last_step: NewtonStep | None = None
         self._region = (method if isinstance(method, TrustRadius) else TrustRadius()).start()
         self._damping = (method if isinstance(method, LevenbergMarquardt) else LevenbergMarquardt()).start()
-        self._verified = self._told = False
+        self._verified = self._told = self._compared = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
         refuse_spread("NewtonCG", self.model, [p for group in self.param_groups for p in group["params"]])
@@ -200,14 +202,13 @@ class NewtonCG(SavedState):
             ClosureError: the closure is missing, does not give a finite, differentiable loss, or does not give what
                 ``curvature="ggn"`` needs; or gradient or curvature are not finite.
             DiagnosticsError: an operation has no second derivative.
-            ModelError: several processes train together (:func:`hessopt.separate_networks`).
+            ModelError: several processes train together, and their parameters differ at the first step.
 
         In every one of these cases, and where the step is interrupted or runs out of memory, the parameters are as they
         were; a copy of them is kept during the step.
         """
         if asks_for_state(self, closure):
             return torch.tensor(math.nan)
-        refuse_processes("NewtonCG")
         if closure is None:
             raise ClosureError(
                 "NewtonCG.step() needs a closure: the loss's curvature and the trial of the step cannot be had from "
@@ -216,27 +217,34 @@ class NewtonCG(SavedState):
                 "scaler."
             )
         objective = Objective(self.param_groups)
-        names = ("last_step", "_verified", "_told")
+        names = ("last_step", "_verified", "_told", "_compared")
         with AllOrNothing(objective.parameters, state=self.state, owner=self, names=names):
             return self._step(closure, objective)
 
     def _step(self, closure: Closure, objective: Objective) -> Tensor:
         """The step, which changes parameters and state at its end."""
-        runner = ClosureRunner(closure, objective.parameters, self.model, twice_differentiable=True)
+        ranks = ranks_of(group=self._group)
+        if not self._compared:
+            check_start("NewtonCG", ranks, objective.parameters, [], len(self.state))
+            self._compared = ranks.size > 1
+        runner = ClosureRunner(closure, objective.parameters, self.model, twice_differentiable=True, ranks=ranks)
         evaluation = runner.evaluate()
         output = self._output(evaluation, objective.parameters)
-        tape = StepCurvature(evaluation.loss, objective.parameters, output, verify=not self._verified)
+        tape = StepCurvature(evaluation.loss, objective.parameters, output, verify=not self._verified, ranks=ranks)
         kept = Kept(self.state, self.param_groups[0]["params"][0], objective)
         choice = CurvatureChoice(**kept.numbers.get("choice", {}))
         auto = self.curvature == "auto" and output is not None
         kind = choice.kind if auto else "hessian" if output is None else "ggn"
         left = [p.grad for p in objective.parameters] if evaluation.backward_called else None
-        g = objective.gradient(tape.gradient(kind) if left is None else objective.flat(left))
+        slope = tape.gradient(kind) if left is None else objective.flat(left)
+        if left is not None:
+            ranks.mean_([slope])  # that of what DistributedDataParallel has averaged is the same again
+        g = objective.gradient(slope)
         norm = float(torch.linalg.vector_norm(g))
         if auto:
             kind = choice.begin(norm, kept.model_errors(g))
         product = objective.curvature(tape.ggn if kind == "ggn" else tape.hessian)
-        model = Setting(objective, g, product, evaluation.loss.detach(), runner, self.max_trials)
+        model = Setting(objective, g, product, evaluation.mean_loss, runner, self.max_trials)
 
         region, damping = kept.restored(self._region), kept.restored(self._damping)
         shift = damping.value if isinstance(self.method, LevenbergMarquardt) else 0.0
@@ -282,7 +290,7 @@ class NewtonCG(SavedState):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._verified = self._told = False
+        self._verified = self._told = self._compared = False
 
     def _output(self, evaluation: Evaluation, parameters: list[Tensor]) -> Tensor | None:
         """What the loss is a function of; None for the full Hessian.

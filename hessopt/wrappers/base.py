@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diagnostics.ranks.collectives import Ranks, ranks_of
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.backward_calls import gradients_of
 from hessopt.closure.finite import gradient_norm
@@ -17,7 +18,7 @@ from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.runner import ClosureRunner
 from hessopt.errors import ModelError
 from hessopt.network.arguments import refuse_meta
-from hessopt.network.processes import refuse_own_gradients, refuse_spread
+from hessopt.network.processes import average_gradients, check_start, refuse_spread, unwrapped
 from hessopt.network.saved_state import check_entry, check_groups, members, name_of, with_hooks
 
 
@@ -50,6 +51,8 @@ class OptimizerWrapper(Optimizer):
     _DENSE: ClassVar[bool] = True  # sparse gradients are refused
     base: Optimizer
     model: nn.Module | None
+    _group: Any = None
+    _alike = False
 
     def _begin(self, base: Optimizer, model: nn.Module | None) -> None:
         if not isinstance(base, Optimizer):
@@ -64,6 +67,7 @@ class OptimizerWrapper(Optimizer):
             raise ValueError(f"{type(self).__name__} has no complex parameters; use torch.view_as_real.")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        model, self._group = unwrapped(model)
         refuse_spread(type(self).__name__, model, [p for group in base.param_groups for p in group["params"]])
         self._constructing = True
         self.base = base
@@ -196,6 +200,14 @@ class OptimizerWrapper(Optimizer):
         """All of the groups, in their order."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _ranks(self) -> Ranks:
+        """The processes that train the network, compared once."""
+        ranks = ranks_of(group=self._group)
+        if not self._alike:
+            check_start(type(self).__name__, ranks, self._trained(), [], len(self.state))
+            self._alike = ranks.size > 1
+        return ranks
+
     def _trained(self) -> list[Tensor]:
         """Those that require grad."""
         return [p for p in self._parameters() if p.requires_grad]
@@ -232,18 +244,21 @@ class OptimizerWrapper(Optimizer):
         trained = self._trained()
 
         def wrapped() -> Tensor:
-            runner = ClosureRunner(closure, trained, self.model, tape=curvature, twice_differentiable=curvature)
+            ranks = self._ranks()
+            runner = ClosureRunner(
+                closure, trained, self.model, tape=curvature, twice_differentiable=curvature, ranks=ranks
+            )
             evaluation = runner.evaluate()
             if not evaluation.backward_called:
-                refuse_own_gradients(type(self).__name__)
                 gradients = gradients_of(evaluation.loss, trained, retain_graph=curvature)
                 for p, gradient in zip(trained, gradients, strict=True):
                     p.grad = gradient
             if self._DENSE:
                 check_dense_gradients(trained)
+            average_gradients(type(self).__name__, ranks, trained)
             norm = gradient_norm([p.grad for p in trained], trained, self.model)
             before_base(evaluation, norm)
-            return evaluation.loss.detach()
+            return evaluation.mean_loss
 
         return wrapped
 

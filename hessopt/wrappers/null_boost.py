@@ -16,7 +16,6 @@ from hessopt.closure.loss_hessian import LossHessian, random_basis
 from hessopt.closure.protocol import Closure, Evaluation
 from hessopt.closure.step_curvature import StepCurvature
 from hessopt.errors import ClosureError
-from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import asks_for_state, check_shape
 from hessopt.wrappers.base import OptimizerWrapper
 
@@ -149,8 +148,8 @@ class NullBoost(OptimizerWrapper):
         Raises:
             ClosureError: a refresh is due without a closure; or the closure does not give a finite, differentiable
                 loss with a finite gradient.
-            ModelError: a gradient is sparse; or several processes train together
-                (:func:`hessopt.separate_networks`).
+            ModelError: a gradient is sparse; or several processes train together, and their parameters differ at the
+                first step.
 
         In these cases parameters and the wrapped optimizer's state are as they were. Without a closure ``.grad`` is not
         looked at, as in :mod:`torch.optim`.
@@ -210,11 +209,11 @@ class NullBoost(OptimizerWrapper):
         return self.last_refresh
 
     def _refresh(self, evaluation: Evaluation) -> None:
-        refuse_processes("NullBoost", "its subspace")
         listed = self._parameters()
         self._members = [i for i, p in enumerate(listed) if p.requires_grad]
         maximize = bool(self.param_groups[0].get("maximize"))
-        curvature = StepCurvature(evaluation.loss, [listed[i] for i in self._members], verify=True)
+        members = [listed[i] for i in self._members]
+        curvature = StepCurvature(evaluation.loss, members, verify=True, ranks=self._ranks())
         op = LossHessian(curvature, maximize=maximize)
         norm = torch.linalg.vector_norm(op.gradient)
         if not norm > 0:  # nothing to boost, and no direction to start from

@@ -24,7 +24,6 @@ from hessopt.closure.protocol import Closure
 from hessopt.closure.runner import ClosureRunner
 from hessopt.closure.step_curvature import StepCurvature
 from hessopt.errors import ClosureError
-from hessopt.network.processes import refuse_processes
 from hessopt.network.saved_state import asks_for_state
 from hessopt.wrappers.base import OptimizerWrapper, RunsClosures
 from hessopt.wrappers.escape import CurvatureCheck, Ray, first_length, ray_direction, search_rays
@@ -159,7 +158,7 @@ class SaddleEscape(OptimizerWrapper):
 
         Raises:
             ClosureError: the closure is missing or does not give a finite, differentiable loss with a finite gradient.
-            ModelError: several processes train together (:func:`hessopt.separate_networks`).
+            ModelError: several processes train together, and their parameters differ at the first step.
             MemoryBudgetError: not even the least basis fits into ``memory_limit``.
 
         In these cases, and where the step is interrupted, parameters and state are as they were; but what the wrapped
@@ -169,7 +168,6 @@ class SaddleEscape(OptimizerWrapper):
         if asks_for_state(self, closure):
             self.base.step()
             return torch.tensor(math.nan)
-        refuse_processes("SaddleEscape", "curvature and trial losses")
         if closure is None:
             raise ClosureError(
                 "SaddleEscape.step() needs a closure: curvature and trial losses cannot be had from `.grad` alone. "
@@ -212,7 +210,7 @@ class SaddleEscape(OptimizerWrapper):
             self.stationarity.observe(float(loss), base.gradient_norm)
             return loss
         seen: list[tuple[float, float]] = []
-        watched: Any = self._for_base(closure, lambda run, norm: seen.append((run.loss.item(), norm)))
+        watched: Any = self._for_base(closure, lambda run, norm: seen.append((run.mean_loss.item(), norm)))
         with self._guard(changed=False):
             result: Tensor = base.step(watched)
         self.stationarity.observe(*seen[0])
@@ -283,7 +281,8 @@ class SaddleEscape(OptimizerWrapper):
     def _check(self, closure: Closure) -> CurvatureCheck:
         parameters = self._moved()
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-        runner = ClosureRunner(closure, parameters, self.model, twice_differentiable=True)
+        ranks = self._ranks()
+        runner = ClosureRunner(closure, parameters, self.model, twice_differentiable=True, ranks=ranks)
 
         def give_back() -> None:
             runner.rewind()  # the wrapped optimizer's own run of the closure sees what this one saw
@@ -294,12 +293,12 @@ class SaddleEscape(OptimizerWrapper):
             evaluation = runner.evaluate()
             maximize = bool(self.param_groups[0].get("maximize"))
             sign = -1.0 if maximize else 1.0
-            op = LossHessian(StepCurvature(evaluation.loss, parameters, verify=True), maximize=maximize)
+            op = LossHessian(StepCurvature(evaluation.loss, parameters, verify=True, ranks=ranks), maximize=maximize)
             g = op.gradient
             if not g.isfinite().all():
                 refuse_not_finite(_parts(g, parameters), parameters, self.model)
             pairs = self._eigenpairs(op)
-            loss = evaluation.loss.item()
+            loss = evaluation.mean_loss.item()
             del evaluation, op  # the tape, before trials need memory
 
             def gain(t: float, direction: Sequence[Tensor]) -> float:

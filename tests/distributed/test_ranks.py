@@ -68,9 +68,7 @@ LOCAL: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 """Optimizers whose steps are of the batch of one process."""
 
-REFUSED = tuple(name for name in LOCAL if name != "KroneckerNewton")
-WRAPPED = ("NewtonCG(model)",)
-"""Those that are given the network."""
+REFUSED = ("BandedNewton", "SpectralNewton(online)")
 
 SPECTRAL: dict[str, dict[str, Any]] = {
     "alpha 0": {"coordinates": hessopt.PowerLaw(0.0)},
@@ -99,10 +97,6 @@ def _separate(make: Callable[[nn.Module], Optimizer]) -> Scenario:
             return trained(net, make(net), data(rank, processes), "closure")
 
     return scenario
-
-
-def _wrapped(make: Callable[[nn.Module], Optimizer]) -> Scenario:
-    return lambda rank, processes: repr(make(DistributedDataParallel(network())))
 
 
 def _spectral_ddp(arguments: dict[str, Any], way: str) -> Scenario:
@@ -261,8 +255,6 @@ def scenarios() -> dict[str, Scenario]:
         if name in REFUSED:
             found[f"{name} inside"] = _inside_of_ddp(make)
         found[f"{name} separate"] = _separate(make)
-    for name in WRAPPED:
-        found[f"{name} wrapped"] = _wrapped(LOCAL[name])
     for name, arguments in SPECTRAL.items():
         for way in ("plain", "closure", "no backward"):
             found[f"{name} ddp {way}"] = _spectral_ddp(arguments, way)
@@ -303,11 +295,6 @@ def test_separate_networks_train_as_in_one_process(found: list[dict[str, Any]], 
         net = network()
         expected = trained(net, LOCAL[name](net), data(rank, 2), "closure")
         torch.testing.assert_close(own[f"{name} separate"], expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", WRAPPED)
-def test_wrapped_networks_are_refused_by_name(found: list[dict[str, Any]], name: str) -> None:
-    _refused(found, f"{name} wrapped", "ModelError", "DistributedDataParallel", ".module", "one process")
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
