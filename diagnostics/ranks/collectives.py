@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -165,7 +165,12 @@ def ranks_of(model: nn.Module | None = None, group: Any = None) -> Ranks:
 def _own_group(model: nn.Module) -> Any:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.process_group
-    part = next((p for p in model.parameters() if is_distributed(p)), None)
+    return mesh_group(model.parameters())
+
+
+def mesh_group(tensors: Iterable[Tensor]) -> Any:
+    """The process group of the mesh that tensors are distributed over, if it has one dimension; else None."""
+    part = next((p for p in tensors if is_distributed(p)), None)
     if part is None:
         return None
     mesh = part.device_mesh  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ class Block:
         if self.transposed:
             views = [matrix[0, :, : len(self.weight)].mT]
         else:
-            views = [matrix[..., : self.weight[0].numel()].view(self.weight.shape)]
+            views = [matrix[..., : self.weight.shape[1:].numel()].view(self.weight.shape)]
         return views if self.bias is None else [*views, matrix[..., -1].view(self.bias.shape)]
 
     def rows(
@@ -232,11 +232,11 @@ def _block(
     elif kind == "convolution":
         groups = module.groups
         assert isinstance(groups, int)
-        shape = (groups, len(weight) // groups, weight[0].numel() + (bias is not None))
+        shape = (groups, len(weight) // groups, weight.shape[1:].numel() + (bias is not None))
     elif transposed:
         shape = (1, weight.shape[1], len(weight) + (bias is not None))
     else:
-        shape = (1, len(weight), weight[0].numel() + (bias is not None))
+        shape = (1, len(weight), weight.shape[1:].numel() + (bias is not None))
     diagonal = (kind == "embedding" or shape[1] > limit, shape[2] > limit)
     return Block(name, kind, modules, weight, bias, shape, diagonal, transposed)
 

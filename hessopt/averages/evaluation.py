@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.ranks.collectives import Ranks
+from diagnostics.ranks.spread import is_distributed
 from hessopt.averages.gathering import Gathering
 from hessopt.averages.recorder import check_strided
+from hessopt.averages.sharded import whole
 from hessopt.closure.backward_calls import gradients_of
 from hessopt.closure.finite import gradient_norm
 from hessopt.closure.protocol import Closure, Evaluation
@@ -83,7 +85,14 @@ def evaluate(
         return evaluation, gradients
 
     evaluation, gradients = agreed(ranks, first)
-    if not evaluation.backward_called:
+    if any(is_distributed(p) for p in known):
+        if not evaluation.backward_called:
+            raise ClosureError(
+                "the closure does not call backward(), and derivatives with respect to parameters that FSDP2 shards "
+                "are only had that way. Call `loss.backward()` in the closure."
+            )
+        gradients = [None if g is None else whole(g) for g in gradients]
+    elif not evaluation.backward_called:
         gradients = averaged(ranks, gradients, known)
     try:
         norm = gradient_norm(gradients, known, model)

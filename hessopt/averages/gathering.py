@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diagnostics.ranks.collectives import Ranks
+from diagnostics.ranks.spread import is_distributed
 from hessopt.averages.blocks import Rows, plan_blocks
 from hessopt.averages.causes import SEE_LOSS, cause
 from hessopt.averages.observer import Columns, PassObserver
@@ -146,6 +147,13 @@ class Gathering(Generic[T]):
         columns = options.columns or COLUMNS
         self.seeds = Seeds(loss, columns, curvature == "fisher", self.device, options.seed, group)
         self.blocks, self._planned = plan_blocks(model, self.parameters, options.max_size, tied=tied)
+        if self._planned and any(is_distributed(p) for p in self._planned):
+            p, why = next(iter(self._planned.items()))
+            raise ModelError(
+                f"parameter {self.names.get(p, '?')!r} has no Kronecker factors ({why}), and the diagonal that it has "
+                "instead is not known of networks that FSDP2 shards. Leave it out, freeze it, or train under "
+                "DistributedDataParallel."
+            )
         self.others = dict(self._planned)
         self.structure: Structure | None = None
         self.observer = PassObserver(

@@ -19,8 +19,9 @@ from diagnostics.autograd.trees import tensors
 from hessopt.averages.blocks import Block
 from hessopt.averages.causes import Seen
 from hessopt.averages.passes import Choice, current_backward
-from hessopt.averages.recorder import Call, Recorder, on_arrival
+from hessopt.averages.recorder import Call, Recorder, back_propagate, on_arrival
 from hessopt.averages.seeds import EMPTY, Seeds
+from hessopt.averages.sharded import ShardedModules
 from hessopt.closure.result import output_tensor, part_of
 from hessopt.errors import ClosureError, HessoptError, ModelError
 from hessopt.network.layer_graph import layer_distances
@@ -120,6 +121,9 @@ class PassObserver:
         self.recorder = Recorder(blocks, self._catch if empirical else None)
         self.choice = Choice(parameters, most)
         self._parameters, self._blocks = parameters, blocks
+        self._sharded = ShardedModules(model)
+        if self._sharded.modules:
+            self.recorder.unsharded = self.choice.own
         self._take = weakref.WeakMethod(take)
         self._device = parameters[0].device.type
         self._hooks = WeakHooks(self, "_see_output")
@@ -191,7 +195,7 @@ class PassObserver:
 
     def take_loss(self, loss: Tensor, output: Tensor) -> None:
         """Hand over columns now, for a loss on its tape, as of a further pass."""
-        if self._passes_over(output):
+        if self._passes_over(output, output, inside=False):
             return
         if isinstance(self.seeds.loss, nn.Module):
             raise ClosureError(self.seen.uncalled(self.seeds.loss))
@@ -200,7 +204,8 @@ class PassObserver:
         columns = self.seeds.of_loss(loss, output) if self.seeds.name is None else self.seeds.of_output(output)
         function = output.grad_fn
         calls = [] if function is None else self.recorder.on_tape(function)[0]
-        self._hand_over(task, calls, function, output, output, columns)
+        with self._sharded.apart(inside=False):
+            self._hand_over(task, calls, function, output, output, columns)
 
     def _see_output(self, _: None, __: nn.Module, ___: Any, ____: Any, output: Any) -> None:
         """After the network's forward pass."""
@@ -254,13 +259,14 @@ class PassObserver:
             return
         if not self.choice.takes(noted.order, leaves):
             return
-        if self._passes_over(noted.watched[0]):
+        watched = noted.watched[0]
+        if self._passes_over(watched, watched if isinstance(self.seeds.loss, nn.Module) else place):
             return
         task = current_backward()
         self._errors = {t: e for t, e in self._errors.items() if t in self.choice.chosen and t != task}
         self._draw(task)
         try:
-            with self.paused(), _no_autocast(self._device):
+            with self.paused(), self._sharded.apart(), _no_autocast(self._device):
                 output, version = noted.watched
                 if output._version != version:
                     raise ModelError(
@@ -277,11 +283,15 @@ class PassObserver:
         except HessoptError as error:
             self._errors[task] = error  # for step(), where the user expects errors of an optimizer
 
-    def _passes_over(self, output: Tensor) -> bool:
+    def _passes_over(self, output: Tensor, place: Tensor | GradientEdge, *, inside: bool = True) -> bool:
         """Whether an output has no samples, of a process where others have some."""
         if output.numel() or self.seeds.ranks.size == 1:
             return False
         self.seen.empty = True
+        function = place.node if isinstance(place, GradientEdge) else place.grad_fn
+        if self._sharded.modules and function is not None:  # others wait for its parameters
+            with self.paused(), self._sharded.apart(inside=inside):
+                back_propagate(place, output.new_zeros(1, *output.shape), self.recorder.on_tape(function)[0], [])
         return True
 
     def _draw(self, task: int) -> None:
@@ -365,7 +375,10 @@ class PassObserver:
         if task not in self.choice.chosen:
             if task in self.choice.further:
                 return
-            own = [p for p in self._blocks[call.block].parameters if p.requires_grad]
+            block = self._blocks[call.block]
+            own: Sequence[Tensor] = [p for p in block.parameters if p.requires_grad]
+            if self._sharded.modules:
+                own = [p for p in call.module._parameters.values() if p is not None and p.requires_grad]
             if not self.choice.takes(call.note.order, [torch.autograd.graph.get_gradient_edge(p).node for p in own]):
                 return
         found.calls.append(call)

@@ -28,12 +28,13 @@ class Choice:
 
     Attributes:
         chosen: Numbers of the backward passes that were chosen, in their order, with the order of the forward pass.
+        own: Ids of the parameters, and of what stands for them on the tape.
         further: Numbers of backward passes that were seen to add to the gradients of these.
     """
 
     def __init__(self, parameters: Sequence[Tensor], most: int = 1) -> None:
         self._parameters, self._most = parameters, most
-        self._own = {id(p) for p in parameters}
+        self.own = {id(p) for p in parameters}
         self.reset()
 
     def reset(self) -> None:
@@ -88,7 +89,7 @@ class Choice:
     def _accumulating(self, leaves: Iterable[Function]) -> bool | None:
         """Whether the running backward accumulates into a trained parameter; False: it returns its gradient."""
         for leaf in leaves:
-            if id(getattr(leaf, "variable", None)) not in self._own:
+            if id(getattr(leaf, "variable", None)) not in self.own:
                 continue
             try:
                 if torch._C._will_engine_execute_node(leaf):

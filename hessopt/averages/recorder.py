@@ -80,6 +80,7 @@ class Recorder:
             must be a method, whose object is not kept alive.
 
     Attributes:
+        unsharded: Of a network that FSDP2 shards the ids of what the tape has in place of its parameters.
         linking: Find the blocks that a call's input comes from.
         links: Of the blocks that were called since :meth:`start`, on whatever tape, if ``linking``.
         called: Whether a layer was called with gradients enabled since :meth:`start`.
@@ -88,6 +89,7 @@ class Recorder:
 
     def __init__(self, blocks: Sequence[Block], catch: Callable[[Call], None] | None) -> None:
         self.active = False
+        self.unsharded: set[int] | None = None
         self.called = self.called_without_gradients = False
         self.linking = True
         self.links: dict[int, frozenset[int]] = {}
@@ -121,6 +123,8 @@ class Recorder:
             self.called_without_gradients |= not torch.is_grad_enabled()
             return
         self.called = True
+        if self.unsharded is not None:
+            self.unsharded.update(id(p) for p in module._parameters.values() if p is not None)
         x = args[0] if args else kwargs["input"]
         edge = get_gradient_edge(output)
         before: frozenset[int] = frozenset()

@@ -19,6 +19,7 @@ from hessopt.averages.blocks import Rows
 from hessopt.averages.gathering import Batch, Gathering, Structure
 from hessopt.averages.reduced import Share, Whole, one_structure, reduced
 from hessopt.averages.saved import check_entries, check_tensors
+from hessopt.averages.sharded import zeros_of
 from hessopt.errors import HessoptError, ModelError
 from hessopt.network.processes import DIFFERENT_GRADIENTS
 from hessopt.network.saved_state import check_shape
@@ -241,7 +242,7 @@ class RunningAverages:
     def _build(self) -> None:
         self.factors = None  # the old ones are free before there are new ones
         self.factors = self.blank_factors()
-        self.diagonals = {p: torch.zeros_like(p, dtype=self.gathering.dtype) for p in self.gathering.others}
+        self.diagonals = {p: zeros_of(p, self.gathering.dtype) for p in self.gathering.others}
 
     @torch.no_grad()
     def commit(self, gradients: Sequence[Tensor | None] = ()) -> None:
@@ -370,7 +371,7 @@ class RunningAverages:
         if factors is None or structure is None:
             factors, structure = self.blank_factors(), Structure.unconnected(len(self.gathering.blocks))
             others = self.gathering.others_of(structure.called)
-            diagonals = [torch.zeros_like(p, dtype=factors.dtype) for p in others]
+            diagonals = [zeros_of(p, factors.dtype) for p in others]
         own, cross = factors.split(factors.tensors)
         state: dict[str, Any] = {
             "updates": factors.updates, "skipped": factors.skipped.clone(), "scale": self.scale,

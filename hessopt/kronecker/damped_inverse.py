@@ -12,6 +12,7 @@ from torch import Tensor
 from hessopt.averages.averages import KroneckerAverages
 from hessopt.averages.running import RunningAverages
 from hessopt.averages.saved import check_entries, check_tensors
+from hessopt.averages.sharded import zeros_of
 from hessopt.kronecker.damping import Damping
 from hessopt.kronecker.inverse import KroneckerInverse
 from hessopt.search.rules import KroneckerDamping
@@ -119,7 +120,7 @@ class DampedInverse:
             if view is not None:
                 steps.append(view)
                 continue
-            d = torch.zeros_like(p, dtype=flat.dtype)
+            d = zeros_of(p, flat.dtype)
             if g is not None:
                 slope, diagonal = g.to(flat.dtype), self.averages.diagonals[p]
                 d = slope / (diagonal + damping.of_diagonal(diagonal))
@@ -134,7 +135,7 @@ class DampedInverse:
     def nothing(self) -> Direction:
         """The direction of no step, where there are no averages yet."""
         gathering = self.averages.gathering
-        steps = [torch.zeros_like(p, dtype=gathering.dtype) for p in gathering.parameters]
+        steps = [zeros_of(p, gathering.dtype) for p in gathering.parameters]
         zero = torch.zeros((), dtype=gathering.dtype, device=gathering.device)
         return Direction(steps, steps, zero, zero > 0, zero > 0)
 

@@ -7,9 +7,11 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
+from diagnostics.ranks.spread import is_distributed
 from hessopt.averages.causes import refuse_scaler
 from hessopt.averages.gathering import Curvature
 from hessopt.averages.options import KroneckerAveraging, Loss, check_curvature, declared_loss
+from hessopt.averages.sharded import zeros_of
 from hessopt.checks import check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
@@ -41,8 +43,9 @@ class KroneckerNewton(LayerwiseOptimizer):
     ``loss.backward(); optimizer.step()`` is enough; a closure of any of the kinds of :mod:`hessopt.closure.protocol`
     does as well, and then any loss that is a sum or mean over samples is taken.
 
-    **Several processes** train one network in DistributedDataParallel, which is passed as it is or as its ``.module``:
-    steps are those of one process on the samples of all, if each has as many (docs/distributed.md).
+    **Several processes** train one network in DistributedDataParallel, which is passed as it is or as its ``.module``,
+    or one that :func:`torch.distributed.fsdp.fully_shard` (FSDP2) has sharded: steps are those of one process on the
+    samples of all, if each has as many (docs/distributed.md).
 
     Args:
         params: The network, or its parameters in any form that :mod:`torch.optim` takes, with ``model=``.
@@ -103,6 +106,7 @@ class KroneckerNewton(LayerwiseOptimizer):
         True
     """
 
+    _SHARDED = True
     _OWN = ("bandwidth", "loss", "curvature", "damping", "trust", "averages")
 
     def __init__(
@@ -199,6 +203,7 @@ class KroneckerNewton(LayerwiseOptimizer):
         """
         if asks_for_state(self, closure):
             return None
+        self._refuse_join()
         refuse_scaler(self)
         with AllOrNothing():
             return self._kronecker.step(self.param_groups, closure, self._check_start)
@@ -219,7 +224,8 @@ class KroneckerNewton(LayerwiseOptimizer):
 
     def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         shared = {"kronecker": None} if number == 0 else {}
-        return {**shared, **({"momentum_buffer": zeros()} if group["momentum"] else {})}
+        momentum = {"momentum_buffer": zeros_of(p) if is_distributed(p) else zeros()} if group["momentum"] else {}
+        return {**shared, **momentum}
 
     def _completed(self, state: dict[str, Any]) -> dict[str, Any]:
         saved = self._kronecker.state_dict(self.param_groups)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diagnostics.ranks.spread import is_distributed, local
 from hessopt.averages.evaluation import evaluate
 from hessopt.averages.gathering import Curvature
 from hessopt.averages.options import KroneckerAveraging, NamedLoss
 from hessopt.averages.recorder import check_strided
+from hessopt.averages.sharded import part_of, whole
 from hessopt.closure.loss_curvature import LOSSES
 from hessopt.closure.protocol import Closure
 from hessopt.closure.runner import ClosureRunner
@@ -32,7 +34,7 @@ class _Changes:
 
     Attributes:
         momentum: Of all parameters that have one.
-        parameters: Those that move.
+        parameters: Those that move, as far as this process has them.
         change: What is added to them, in their dtype.
     """
 
@@ -147,6 +149,7 @@ class KroneckerStep:
             runner, loss, gradients, norm = found.runner, found.loss, found.gradients, found.norm
         else:
             check_strided(gradients)
+            gradients = [None if g is None else whole(g) for g in gradients]
         check(gradients, self.band.steps)
         if sign < 0:
             gradients = [None if g is None else -g for g in gradients]
@@ -167,7 +170,7 @@ class KroneckerStep:
         steps = self._scaled(direction, gradients)
         every = self.damping.adapt_every
         adapt = every is not None and runner is not None and self.band.steps % every == 0
-        before = [p.clone() for p in parameters] if adapt else []
+        before = [whole(p).clone() for p in parameters] if adapt else []
         moving = {p: s for p, s, g in zip(parameters, steps, gradients, strict=True) if g is not None}
         new = _Changes(dict(self.momentum))
         for group in groups:
@@ -176,7 +179,9 @@ class KroneckerStep:
         if adapt:
             assert runner is not None
             assert loss is not None
-            self._adapt(runner, loss, [p - b for p, b in zip(parameters, before, strict=True)], gradients, groups)
+            self._adapt(
+                runner, loss, [whole(p) - b for p, b in zip(parameters, before, strict=True)], gradients, groups
+            )
 
     def _scaled(self, direction: Direction, gradients: list[Tensor | None]) -> list[Tensor]:
         steps = direction.steps
@@ -207,6 +212,9 @@ class KroneckerStep:
             new.momentum.update(zip(own, kept, strict=True))
             part = kept
         change = _foreach_scaled(part, sound, -lr, 0.0)
+        if any(is_distributed(p) for p in own):
+            change = [part_of(c, p) for p, c in zip(own, change, strict=True)]
+            own = [local(p) for p in own]
         if decay:  # in the precision of the steps
             exact = [p.to(c.dtype) for p, c in zip(own, change, strict=True)]
             torch._foreach_add_(change, _foreach_scaled(exact, sound, -lr * decay, 0.0))
@@ -267,7 +275,9 @@ class KroneckerStep:
         """
         self.band.load_state_dict(state["band"], () if self.choice is None else self.choice.candidates)
         parameters = _all(groups)
-        self.momentum = {parameters[i]: m.to(parameters[i].device, copy=True) for i, m in state["momentum"].items()}
+        self.momentum = {
+            parameters[i]: whole(m).to(parameters[i].device, copy=True) for i, m in state["momentum"].items()
+        }
 
 
 def _all(groups: Groups) -> list[Tensor]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diagnostics.ranks.spread import spread
 from hessopt.errors import ModelError
-from hessopt.network.processes import refuse_spread
+from hessopt.network.processes import check_distributed, refuse_spread
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Layer:
     parameters: tuple[Tensor, ...]
 
 
-def layers_of(owner: str, module: nn.Module, parameters: Iterable[Tensor]) -> tuple[Layer, ...]:
+def layers_of(
+    owner: str, module: nn.Module, parameters: Iterable[Tensor], *, sharded: bool = False
+) -> tuple[Layer, ...]:
     """The layers that own the trained parameters, in the order of ``named_modules``.
 
     A parameter that several modules share belongs to the first of them.
@@ -34,13 +37,19 @@ def layers_of(owner: str, module: nn.Module, parameters: Iterable[Tensor]) -> tu
         owner: The optimizer's name.
         module: The network.
         parameters: The optimizer's parameters; those that require grad are the trained ones.
+        sharded: FSDP2 may shard the network.
 
     Raises:
         ModelError: the network is compiled, scripted or wrapped for parallel training; no parameter requires grad; a
             trained parameter is not, or no longer, the network's; or they are on several devices.
     """
     _check_eager(module)
-    refuse_spread(owner, module)
+    parameters = list(parameters)
+    found = spread(module) if sharded else None
+    if found is not None and found.kind == "fully_shard (FSDP2)":
+        check_distributed(owner, parameters, module)
+    else:
+        refuse_spread(owner, module)
     trained = dict.fromkeys(p for p in parameters if p.requires_grad)
     if not trained:
         raise ModelError("none of the optimizer's parameters requires grad, so there is nothing to train.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from diagnostics.ranks.collectives import Ranks, ranks_of
+from diagnostics.ranks.collectives import Ranks, mesh_group, ranks_of
+from hessopt.errors import ModelError
 from hessopt.network.arguments import Params, network_of
 from hessopt.network.layers import layers_of
 from hessopt.network.processes import check_start, unwrapped
@@ -34,11 +36,15 @@ class LayerwiseOptimizer(SavedState):
 
     model: nn.Module
 
+    _SHARDED: ClassVar[bool] = False
+    """Whether FSDP2 may shard the network."""
+
     _TENSORS: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def __init__(self, params: Params, model: nn.Module | None, defaults: dict[str, Any]) -> None:
         owner, given = type(self).__name__, network_of(params, model)
         network, self._group = unwrapped(given)
+        self._wrapper = None if network is given else weakref.ref(given)
         if network is None:
             raise TypeError(
                 f"{owner} needs the network itself: pass it in place of the parameters, `{owner}(model)`, "
@@ -47,7 +53,9 @@ class LayerwiseOptimizer(SavedState):
         self.model = network
         self._compared = False
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
-        layers_of(owner, self.model, self._parameters())
+        layers_of(owner, self.model, self._parameters(), sharded=self._SHARDED)
+        if self._group is None:
+            self._group = mesh_group(self._parameters())
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -64,6 +72,16 @@ class LayerwiseOptimizer(SavedState):
         """The processes that train the network."""
         return ranks_of(group=self._group)
 
+    def _refuse_join(self) -> None:
+        """Raise a ModelError inside of a :class:`torch.distributed.algorithms.Join` of the network."""
+        wrapper = None if self._wrapper is None else self._wrapper()
+        if wrapper is not None and getattr(wrapper._join_config, "enable", False):
+            raise ModelError(
+                f"inside of Join processes take different numbers of steps, and those of {type(self).__name__} are "
+                "taken together. Leave it out, and give every process as many batches (drop_last=True), or batches "
+                "without samples at the end."
+            )
+
     def _check_start(self, gradients: Sequence[Tensor | None], steps: int) -> None:
         """At the first step, and the first one of a state that was loaded: whether all processes begin alike."""
         if not self._compared:
@@ -73,7 +91,8 @@ class LayerwiseOptimizer(SavedState):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._compared = False
-        self.__dict__.setdefault("_group", None)  # a copy, whose process group is the default one
+        for name in ("_group", "_wrapper"):
+            self.__dict__.setdefault(name, None)  # a copy, whose process group is the default one
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -208,10 +208,11 @@ def check_alike(owner: str, what: str, tensors: Iterable[Tensor]) -> None:
         )
 
 
-def check_distributed(parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+def check_distributed(owner: str, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
     """Raise a :class:`hessopt.errors.ModelError` for distributed tensors other than those of FSDP2.
 
     Args:
+        owner: The optimizer's name.
         parameters: The optimizer's, of which all or none are distributed by FSDP2.
         model: The network, if it is known.
     """
@@ -223,6 +224,6 @@ def check_distributed(parameters: Sequence[Tensor], model: nn.Module | None) -> 
     if split or len(parts) < len(parameters) or (found is not None and found.kind == "tensor parallelism"):
         raise ModelError(
             "some parameters are DTensors and others are not, or parts are not along the first dimension, as with "
-            "tensor parallelism, which SpectralNewton does not know. Use fully_shard (FSDP2) or "
+            f"tensor parallelism, which {owner} does not know. Use fully_shard (FSDP2) or "
             "DistributedDataParallel."
         )

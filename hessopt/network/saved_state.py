@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diagnostics.ranks.collectives import mesh_group, ranks_of
+from diagnostics.ranks.spread import is_distributed, local
 from hessopt.errors import ModelError
 from hessopt.network.arguments import check_group, refuse_meta
 
@@ -152,7 +154,11 @@ def asks_for_state(optimizer: Optimizer, closure: object) -> bool:
     if closure is not None or optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
         return False
     trained = [p for _, p in members(optimizer) if p.requires_grad]
-    return all(p.grad is not None and not p.grad.any() for p in trained)
+    nothing = all(p.grad is not None and not local(p.grad).any() for p in trained)
+    if any(is_distributed(p) for p in trained):  # of which another process may have a part that is not zero
+        flag = torch.tensor(nothing, device=trained[0].device)
+        return bool(ranks_of(group=mesh_group(trained)).all(flag))
+    return nothing
 
 
 def members(optimizer: Optimizer) -> list[tuple[Group, Tensor]]:

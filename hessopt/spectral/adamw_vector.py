@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hessopt.averages.sharded import fill
+
 
 class Moments(NamedTuple):
     """Running moments of a gradient.
@@ -86,4 +88,4 @@ class AdamWVector:
         for vector, name in ((moments.first, "exp_avg"), (moments.second, "exp_avg_sq")):
             for p, view in zip(self.parameters, self.views(vector), strict=True):
                 if name in own.get(p, {}):
-                    view.copy_(own[p][name])
+                    fill(view, own[p][name])

@@ -14,6 +14,7 @@ from hessopt.averages.gathering import Curvature, Gathering, Structure
 from hessopt.averages.options import NamedLoss, due
 from hessopt.averages.running import Pending, RunningAverages
 from hessopt.averages.saved import check_entries, check_tensors
+from hessopt.averages.sharded import fill
 from hessopt.spectral.adamw_vector import AdamWVector, Moments
 from hessopt.spectral.coarse_curvature import changes_along
 from hessopt.spectral.gram_polar import inverse_roots
@@ -360,7 +361,7 @@ class SpectralEngine:
             layers.set_lengths(self.lengths.share)
         for p, view in layers.momenta.items():
             if "momentum_buffer" in own.get(p, {}):
-                view.copy_(own[p]["momentum_buffer"])
+                fill(view, own[p]["momentum_buffer"])
 
     def _check_shapes(self, factors: KroneckerAverages | None, state: dict[str, Any]) -> None:
         """Raise a ValueError unless powers and curvature are those of the state's averages, if it has any."""

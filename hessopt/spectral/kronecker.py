@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from diagnostics.ranks.spread import is_distributed, local
 from hessopt.averages.causes import refuse_scaler
 from hessopt.averages.evaluation import evaluate
 from hessopt.averages.options import Loss, check_empirical, declared_loss
 from hessopt.averages.recorder import check_strided
+from hessopt.averages.sharded import fill, part_of, whole, zeros_of
 from hessopt.checks import check_choice, check_count, check_type
 from hessopt.closure.all_or_nothing import AllOrNothing
 from hessopt.closure.protocol import Closure
@@ -32,6 +34,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
     """The kind of :class:`hessopt.SpectralNewton` that is made without ``coordinates=``; documented there."""
 
     _OWN = ("loss", "coordinates", "lengths", "momentum", "power", "adamw", "accumulate", "gradient_norm")
+    _SHARDED = True
     _TENSORS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "average")
     _ENGINE: ClassVar[type[SpectralEngine]] = SpectralEngine
 
@@ -159,6 +162,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         """
         if asks_for_state(self, closure):
             return None
+        self._refuse_join()
         refuse_scaler(self)
         if self._average is not None and self._average.shown:
             raise ClosureError("the network holds the average of the iterates: call optimizer.train() before training.")
@@ -185,6 +189,7 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             loss, gradients, norm = found.loss, found.gradients, found.norm
         else:
             check_strided(gradients)
+            gradients = [None if g is None else whole(g) for g in gradients]
         self._check_start(gradients, engine.steps)
         known = {
             p: sign * g if sign < 0 else g for p, g in zip(engine.parameters, gradients, strict=True) if g is not None
@@ -204,32 +209,40 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
         """
         if not move.parameters:
             return
-        changes, rate = move.changes, -float(self.param_groups[0]["lr"])
+        parameters, changes, rate = move.parameters, move.changes, -float(self.param_groups[0]["lr"])
+        if any(is_distributed(p) for p in parameters):
+            changes = [part_of(d, p) for p, d in zip(parameters, changes, strict=True)]
+            parameters = [local(p) for p in parameters]
         if move.rates or len(self.param_groups) > 1:
-            changes, rate = self._by_group(move)
-        if any(d.dtype != p.dtype for p, d in zip(move.parameters, changes, strict=True)):
-            changes = [d.to(p.dtype) for p, d in zip(move.parameters, changes, strict=True)]
-        version = move.parameters[0]._version
+            changes, rate = self._by_group(move, parameters, changes)
+        if any(d.dtype != p.dtype for p, d in zip(parameters, changes, strict=True)):
+            changes = [d.to(p.dtype) for p, d in zip(parameters, changes, strict=True)]
+        version = parameters[0]._version
         undo = self._engine.take(move)
         try:
-            torch._foreach_add_(move.parameters, changes, alpha=rate)
+            torch._foreach_add_(parameters, changes, alpha=rate)
         except BaseException:
-            if move.parameters[0]._version == version:
+            if parameters[0]._version == version:
                 undo()
             raise
         self._engine.go_on()
         if self._average is not None:
             self._average.update()
 
-    def _by_group(self, move: Move) -> tuple[list[Tensor], float]:
-        """Changes with weight decay and learning rates, and what is to be multiplied with yet."""
+    def _by_group(self, move: Move, parameters: Sequence[Tensor], changes: list[Tensor]) -> tuple[list[Tensor], float]:
+        """Changes with weight decay and learning rates, and what is to be multiplied with yet.
+
+        Args:
+            move: The move.
+            parameters: What this process has of its parameters.
+            changes: And of its changes.
+        """
         options = {p: group for group in self.param_groups for p in group["params"]}
         own = [options[p] for p in move.parameters]
-        changes = move.changes
         if move.rates:
             changes = [
                 d + p.to(d.dtype) * (rate * group["weight_decay"]) if group["weight_decay"] else d
-                for p, d, rate, group in zip(move.parameters, changes, move.rates, own, strict=True)
+                for p, d, rate, group in zip(parameters, changes, move.rates, own, strict=True)
             ]
         rates = [-float(group["lr"]) for group in own]
         if all(rate == rates[0] for rate in rates):
@@ -274,14 +287,13 @@ class KroneckerSpectralNewton(SpectralNewton, LayerwiseOptimizer, coordinates=Kr
             self._average.steps, self._average.shown = int(shared["averaged"]), bool(shared["shown"])
             with torch.no_grad():
                 for p, other in zip(self._average.parameters, self._average.others, strict=True):
-                    other.copy_(entries[p].get("average", p))
+                    fill(other, entries[p].get("average", p))
 
     def _blank(self, number: int, group: Group, p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         shared: dict[str, Any] = {"spectral": None} if number == 0 else {}
         average = {} if self.power is None else {"average": zeros()}
-        if p in self._engine.others:
-            return {**shared, **average, "exp_avg": zeros(), "exp_avg_sq": zeros()}
-        return {**shared, **average, "momentum_buffer": zeros()}
+        names = ("exp_avg", "exp_avg_sq") if p in self._engine.others else ("momentum_buffer",)
+        return {**shared, **average, **{name: zeros_of(p) if is_distributed(p) else zeros() for name in names}}
 
     def _completed(self, state: StateDict) -> StateDict:
         shared, own = self._saved()

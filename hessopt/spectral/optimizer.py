@@ -55,9 +55,9 @@ class SpectralNewton(SavedState):
     first n count for the curvature, and all for the gradient. From the first pass to the step the inputs and columns of
     each layer are kept of all micro-batches, at the steps at which factors are updated (every 10th).
 
-    **Several processes** train one network in DistributedDataParallel, which is passed as it is or as its ``.module``:
-    steps are those of one process on the samples of all, if each has as many (docs/distributed.md, also for what is
-    sent). What is refused is in the same place.
+    **Several processes** train one network in DistributedDataParallel, which is passed as it is or as its ``.module``,
+    or one that :func:`torch.distributed.fsdp.fully_shard` (FSDP2) has sharded: steps are those of one process on the
+    samples of all, if each has as many. docs/distributed.md says what is sent, and what is refused.
 
     **Batch-norm.** Running statistics are those of the iterates. After ``optimizer.eval()`` recompute them with
     :func:`torch.optim.swa_utils.update_bn`, ``update_bn(loader, model)``, and then call ``model.eval()``. Training goes

@@ -160,7 +160,7 @@ class PowerLawSpectralNewton(SpectralNewton, coordinates=PowerLaw):
 
     def _check_group(self, group: Group) -> None:
         check_spectral_group(group, self.newton_schulz)
-        check_distributed([p for _, p in members(self)], self.model)
+        check_distributed("SpectralNewton", [p for _, p in members(self)], self.model)
         self._check_shards(group)
 
     def _check_shards(self, group: dict[str, Any]) -> None:

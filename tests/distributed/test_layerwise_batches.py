@@ -189,6 +189,47 @@ def _drawn(kind: str) -> Scenario:
     return scenario
 
 
+class _Scaled(nn.Module):
+    """A parameter without factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.first, self.last = nn.Parameter(torch.ones(6)), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x * self.scale)))
+
+
+def _diagonal(curvature: Any) -> Scenario:
+    def scenario(rank: int, processes: int) -> Any:
+        torch.manual_seed(0)
+        net: Any = _Scaled()
+        if processes > 1:
+            net = DistributedDataParallel(net)
+        averages = hessopt.KroneckerAveraging(factor_every=2)
+        optimizer = hessopt.KroneckerNewton(net, loss="cross_entropy", curvature=curvature, averages=averages)
+        for number in range(STEPS):
+            plain(net, optimizer, cross_entropy, *batch(number, rank, processes))
+        return whole(net)
+
+    return scenario
+
+
+def _joined(kind: str) -> Scenario:
+    def scenario(rank: int, processes: int) -> Any:
+        from torch.distributed.algorithms.join import Join
+
+        net = DistributedDataParallel(network("linear"))
+        optimizer = OPTIMIZERS[kind](net, "cross_entropy")
+        try:
+            with Join([net]):
+                plain(net, optimizer, cross_entropy, *batch(0, rank, processes))
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+
+    return scenario
+
+
 def _adapted() -> Scenario:
     """A damping that follows further evaluations of the closure."""
 
@@ -217,7 +258,10 @@ def _adapted() -> Scenario:
 
 def scenarios() -> dict[str, Scenario]:
     found: dict[str, Scenario] = {"adapted": _adapted()}
+    for curvature in ("fisher", "empirical"):
+        found[f"diagonal {curvature}"] = _diagonal(curvature)
     for kind in KINDS:
+        found[f"{kind} joined"] = _joined(kind)
         found[f"{kind} uneven"] = _weighted(kind, [9, 3])
         found[f"{kind} empty"] = _weighted(kind, [12, 0])
         found[f"{kind} first empty"] = _first_empty(kind)
@@ -321,6 +365,16 @@ def test_random_columns_are_each_process_own_and_the_steps_are_all_ones(found: l
     assert _both(found, f"{kind} drawn", lambda value: value[0]).isfinite().all()
     first, second = (own[f"{kind} drawn"][1][0] for own in found)
     assert not torch.equal(first, second)
+
+
+def test_diagonals_are_of_the_samples_of_all(found: list[dict[str, Any]]) -> None:
+    assert _both(found, "diagonal fisher").isfinite().all()
+    torch.testing.assert_close(_both(found, "diagonal empirical"), _diagonal("empirical")(0, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_join_is_refused_by_name(found: list[dict[str, Any]], kind: str) -> None:
+    _refused(found, f"{kind} joined", "ModelError", "Join")
 
 
 def test_the_damping_follows_the_loss_of_all(found: list[dict[str, Any]]) -> None:
