@@ -215,9 +215,10 @@ def batched_vjp(
     if known is not None:
         found = _in_chunks(outputs, [t for t, own in zip(inputs, known, strict=True) if own], cotangents)
         # a sum is finite unless an entry is not, or it overflows itself; only then are entries looked at
-        _check_finite(t for t in found if not t.sum().isfinite())
+        if found and not torch.stack([t.sum() for t in found]).isfinite().all():
+            _check_finite(found)
         return _in_place_of(known, found)
-    weights = torch.cos(torch.arange(1, count + 1, dtype=outputs[0].dtype)).to(outputs[0].device)
+    weights = torch.cos(torch.arange(1, count + 1, dtype=outputs[0].dtype, device=outputs[0].device))
     combined = [torch.tensordot(weights.to(c.dtype), c, dims=1) for c in cotangents]
     expected = torch.autograd.grad(outputs, inputs, combined, retain_graph=True, allow_unused=True)
     known = [e is not None for e in expected]
@@ -245,8 +246,8 @@ def _in_chunks(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: 
     return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
-def _check_finite(values: Iterable[Tensor]) -> None:
-    if not all(torch.isfinite(t).all() for t in values):
+def _check_finite(values: Sequence[Tensor]) -> None:
+    if not torch.stack([torch.isfinite(t).all() for t in values]).all():
         raise DiagnosticsError("a derivative is not finite (a norm or a root at zero?).")
 
 
@@ -280,7 +281,8 @@ def _agree(outputs: Sequence[Tensor], weights: Tensor, products: Sequence[Tensor
 
     def all_within(coarsest: float) -> bool:
         precisions = [max(torch.finfo(e.dtype).eps, coarsest) for e in expected]
-        return all(bool(error <= eps * size) for error, eps, size in zip(errors, precisions, sizes, strict=True))
+        within = [error <= eps * size for error, eps, size in zip(errors, precisions, sizes, strict=True)]
+        return bool(torch.stack(within).all())
 
     return all_within(0.0) or all_within(rounding(outputs))
 

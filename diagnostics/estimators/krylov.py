@@ -127,12 +127,12 @@ class Krylov:
             self._seed.zero_()[j] = 1
         self.size = j + 1
         image = self._products.forward(vector)
-        diagonal = torch.dot(vector, image).item()
+        measured = [torch.dot(vector, image), torch.linalg.vector_norm(image)]
+        image = self._orthogonalise(image, measured[0])
+        measured.append(torch.linalg.vector_norm(image))
+        diagonal, length, beta = torch.stack(measured).tolist()  # the device is waited for once
         self._projected[j, j] = diagonal
-        length = torch.linalg.vector_norm(image).item()
         self._scale = max(self._scale, length)
-        image = self._orthogonalise(image)
-        beta = torch.linalg.vector_norm(image).item()
         self._coupling = torch.zeros(self.size, dtype=torch.float64)
         self.exhausted = beta <= _EXHAUSTED * self._eps * self._scale
         self._barren = self._barren + 1 if self.exhausted else 0
@@ -247,11 +247,11 @@ class Krylov:
         if self._selective:
             self._locked = self._basis[: self.size].clone()
 
-    def _orthogonalise(self, image: Tensor) -> Tensor:
+    def _orthogonalise(self, image: Tensor, diagonal: Tensor) -> Tensor:
         j = self.size
         if not self._selective:
             return _project_out(self._basis[:j], image)
-        image = image - self._basis[j - 1] * self._projected[j - 1, j - 1].item()
+        image = image - self._basis[j - 1] * diagonal
         if j > 1:
             image = image - self._basis[j - 2] * self._projected[j - 1, j - 2].item()
         image = image - self._basis[j - 1] * torch.dot(self._basis[j - 1], image)

@@ -65,7 +65,8 @@ def _tried(method: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tu
         parts = tuple(method(matrix))
     except _NO_CONVERGENCE:
         return None
-    return parts if all(part.isfinite().all() for part in parts) else None
+    finite = [part.isfinite().all() for part in parts]
+    return parts if finite[0] & finite[-1] else None  # the device is waited for once
 
 
 def _by_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,7 +215,7 @@ def _deflated(
 def _samples(
     pairs: Pairs, sampling: Sampling, columns: Mapping[str, list[tuple[Tensor, Tensor]]]
 ) -> dict[str, Samples]:
-    complete = torch.tensor([_complete(pairs, sampling, w) for w in pairs.names])
+    complete = torch.tensor([_complete(pairs, sampling, w) for w in pairs.names], device=pairs.like.device)
     return {part: square_norm_samples(found, complete) for part, found in columns.items()}
 
 

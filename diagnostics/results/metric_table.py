@@ -101,8 +101,9 @@ class MetricTable:
 
         The mean of ``gn_gap`` weighs all pairs alike; the two can differ a hundredfold.
         """
-        upper = self._upper()
-        return _ratio(self.tensor_norm[upper].sum().item(), self.gn_norm[upper].sum().item())
+        n = len(self.nodes)
+        v, w = torch.triu_indices(n, n, device=self.tensor_norm.device)
+        return _ratio(*torch.stack([self.tensor_norm[v, w].sum(), self.gn_norm[v, w].sum()]).tolist())
 
     def by_distance(self) -> DistanceTable:
         """The metrics averaged over the pairs v ≤ w at each graph distance, NaN left out."""

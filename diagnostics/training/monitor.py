@@ -22,7 +22,7 @@ from diagnostics.matrix_free.injections import Injections
 from diagnostics.matrix_free.node_metrics import estimate_metrics
 from diagnostics.matrix_free.pair_estimates import Sampling
 from diagnostics.operators.curvature import HessianOperator
-from diagnostics.results.metric_table import MetricTable
+from diagnostics.results.metric_table import MetricErrors, MetricTable
 from diagnostics.training.change_points import ChangeDetector
 from diagnostics.training.writers import Measurement, Writer, writer_to
 
@@ -312,25 +312,31 @@ class Monitor:
 
 
 def _summarise(table: MetricTable, metrics: Sequence[str], values: dict[str, float], errors: dict[str, float]) -> None:
+    names = ("resonance", "coupling", "stable_rank", "tensor_norm", "gn_norm")
+    found = _on_host(table, names)
+    deviations = None if table.standard_errors is None else _on_host(table.standard_errors, names)
     n = len(table.nodes)
     upper = torch.ones(n, n, dtype=torch.bool).triu()
     apart = torch.ones(n, n, dtype=torch.bool).triu(1) if n > 1 else upper
     for name, pairs in (("resonance", upper), ("coupling", apart), ("stable_rank", upper)):
         if name in metrics:
-            of_pairs = getattr(table, name).cpu()[pairs]
+            of_pairs = found[name][pairs]
             values[name] = of_pairs.nanmean().item()
-            if table.standard_errors is not None:
+            if deviations is not None:
                 # errors of pairs that share a node are correlated: their mean, not their root mean square over n
-                error = getattr(table.standard_errors, name).cpu()[pairs].nanmean()
+                error = deviations[name][pairs].nanmean()
                 errors[name] = (error / of_pairs.nanmean().abs()).item()
     if "gn_gap" in metrics:
         values["gn_gap"] = table.gap_ratio
-        if table.standard_errors is not None:
+        if deviations is not None:
             shares = [
-                getattr(table.standard_errors, name).cpu()[upper].nansum() / getattr(table, name).cpu()[upper].sum()
-                for name in ("tensor_norm", "gn_norm")
+                deviations[name][upper].nansum() / found[name][upper].sum() for name in ("tensor_norm", "gn_norm")
             ]
             errors["gn_gap"] = torch.stack(shares).norm().item()
+
+
+def _on_host(table: MetricTable | MetricErrors, names: Sequence[str]) -> dict[str, Tensor]:
+    return dict(zip(names, torch.stack([getattr(table, name) for name in names]).cpu(), strict=True))
 
 
 @contextmanager

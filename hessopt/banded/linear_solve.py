@@ -87,7 +87,7 @@ def banded_solve(
                 matrix.copy_(gram(members, damping))
         matrices.diagonal(dim1=1, dim2=2).add_(1)
         right_sides = torch.stack(
-            [q[list(members)].sum(dim=0) if residuals is None else residuals for members, _ in part]
+            [torch.stack([q[v] for v in members]).sum(dim=0) if residuals is None else residuals for members, _ in part]
         )
         # LAPACK factorizes one matrix after the other anyway; in one batch it would only take more memory.
         together = 1 if q.device.type == "cpu" else len(part)
@@ -96,7 +96,8 @@ def banded_solve(
             for pair in zip(matrices.split(together), right_sides.split(together), strict=True)
         ]
         for (members, sign), solution in zip(part, torch.cat(solutions), strict=True):
-            y[list(members)] += sign * solution
+            for v in members:
+                y[v] += sign * solution
     if residuals is not None:
         return [
             [product / d for product, d in zip(factor.vjp(y_v), d_v, strict=True)]

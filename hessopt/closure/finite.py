@@ -37,13 +37,16 @@ def gradient_norm(
 def refuse_not_finite(
     gradients: Sequence[Tensor | None], parameters: Sequence[Tensor] = (), model: nn.Module | None = None
 ) -> None:
-    """Raise a ClosureError for the first gradient that is not finite; the device is waited for at each.
+    """Raise a ClosureError for the first gradient that is not finite; the device is waited for once.
 
     Args:
         gradients: Of the parameters, in their order; None counts as zero.
         parameters: To be named in the error.
         model: Knows their names.
     """
+    finite = [g.isfinite().all() for g in gradients if g is not None]
+    if not finite or torch.stack([f.to(finite[0].device) for f in finite]).all():
+        return
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
     for i, g in enumerate(gradients):
         if g is not None and not g.isfinite().all():

@@ -112,9 +112,9 @@ def curvature_roots(
         return hessians.new_zeros(0, batch, width)
     eigenvalues, eigenvectors = eigh(hessians)
     unit = 4 * width * torch.finfo(hessians.dtype).eps
-    largest = float(eigenvalues.abs().amax())
+    largest, lowest = torch.stack([eigenvalues.abs().amax(), eigenvalues.amin()]).tolist()
     own = 4 * width * torch.finfo(precision or hessians.dtype).eps * largest + torch.finfo(hessians.dtype).tiny
-    if float(eigenvalues.amin()) < -own:
+    if lowest < -own:
         excess = eigenvalues[:, 0] + own
         if rounding is not None:
             excess = excess + ROUNDINGS * rounding()

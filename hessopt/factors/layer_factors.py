@@ -252,15 +252,14 @@ def _wrong(found: dict[int, Factor], layers: Sequence[Layer], output: Tensor, ro
     slopes = iter(torch.autograd.grad(output, flat, seed, retain_graph=True, allow_unused=True))
     eps = max(torch.finfo(t.dtype).eps for t in (output, *flat))
     tolerance = 1e3 * eps * weights.norm()
-    wrong = set()
-    for v, factor in found.items():
+    right = []
+    for factor in found.values():
         error = roots.new_zeros(())
         for product in factor.vjp(weights):
             slope = next(slopes)
             error = error + (product if slope is None else product - slope.to(product.dtype)).square().sum()
-        if not bool(error.sqrt() <= tolerance * factor.trace().sqrt()):
-            wrong.add(v)
-    return wrong
+        right.append(error.sqrt() <= tolerance * factor.trace().sqrt())
+    return {v for v, ok in zip(found, torch.stack(right).tolist(), strict=True) if not ok}
 
 
 def _check_memory(rows: int, columns: int, like: Tensor, limit: int) -> None:
