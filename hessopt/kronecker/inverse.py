@@ -77,7 +77,7 @@ class KroneckerInverse:
                 (stack.outputs, extra_outputs, stack.diagonal[0], inverse.outputs),
             ):
                 pieces.append((factor, extra, diagonal, kept))
-        owners = iter(owners_of([_work(t, diagonal) for t, _, diagonal, _ in pieces for _ in range(len(t))], ranks))
+        owners = iter(owners_of([work_of(t, diagonal) for t, _, diagonal, _ in pieces for _ in range(len(t))], ranks))
         sent: list[Tensor] = []
         senders: list[int] = []
         for factor, extra, diagonal, kept in pieces:
@@ -219,7 +219,7 @@ class _Scatter:
         y[d].flatten(1).addmm_(self.into_right, down.flatten(1))
 
 
-def _work(factor: Tensor, diagonal: bool) -> Work:
+def work_of(factor: Tensor, diagonal: bool) -> Work:
     """What the inverse of one factor of a stack costs."""
     n = factor.shape[1]
     return Work(0.0, n) if diagonal else Work(CHOLESKY * n**3, n * n)
