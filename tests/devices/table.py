@@ -49,7 +49,7 @@ COUNTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {
             "hessopt/closure/objective.py:gradient": 1,
             "hessopt/closure/result.py:check_loss": 1,
-            "hessopt/closure/runner.py:trial_loss": 1,
+            "hessopt/closure/runner.py:_trial_loss": 1,
             "hessopt/newton_cg/optimizer.py:_step": 1,
             "hessopt/newton_cg/record.py:of": 1,
             "hessopt/newton_cg/trial.py:rounding": 1,
@@ -64,7 +64,7 @@ COUNTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {
             "hessopt/closure/objective.py:gradient": 1,
             "hessopt/closure/result.py:check_loss": 1,
-            "hessopt/closure/runner.py:trial_loss": 1,
+            "hessopt/closure/runner.py:_trial_loss": 1,
             "hessopt/newton_cg/optimizer.py:_step": 1,
             "hessopt/newton_cg/record.py:of": 1,
             "hessopt/newton_cg/trial.py:rounding": 1,
@@ -89,7 +89,7 @@ COUNTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
             "hessopt/banded/quadratic_model.py:predicted_reduction": 1,
             "hessopt/closure/finite.py:refuse_not_finite": 1,
             "hessopt/closure/output_curvature.py:curvature_roots": 3,
-            "hessopt/closure/runner.py:trial_loss": 1,
+            "hessopt/closure/runner.py:_trial_loss": 1,
             "hessopt/factors/layer_factors.py:_by_sample": 6,
             "hessopt/factors/layer_factors.py:_wrong": 1,
             "hessopt/network/parameter_uses.py:__torch_function__": 1,
@@ -108,7 +108,7 @@ COUNTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
             "hessopt/banded/quadratic_model.py:predicted_reduction": 1,
             "hessopt/closure/finite.py:refuse_not_finite": 1,
             "hessopt/closure/output_curvature.py:curvature_roots": 3,
-            "hessopt/closure/runner.py:trial_loss": 1,
+            "hessopt/closure/runner.py:_trial_loss": 1,
             "hessopt/factors/layer_factors.py:_by_sample": 6,
             "hessopt/factors/layer_factors.py:_wrong": 1,
             "hessopt/network/parameter_uses.py:__torch_function__": 1,
@@ -126,7 +126,7 @@ COUNTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
             "hessopt/banded/quadratic_model.py:_total": 3,
             "hessopt/banded/quadratic_model.py:predicted_reduction": 1,
             "hessopt/closure/finite.py:refuse_not_finite": 1,
-            "hessopt/closure/runner.py:trial_loss": 1,
+            "hessopt/closure/runner.py:_trial_loss": 1,
             "hessopt/factors/layer_factors.py:_by_sample": 6,
             "hessopt/factors/layer_factors.py:_wrong": 1,
             "hessopt/network/parameter_uses.py:__torch_function__": 1,
@@ -144,7 +144,7 @@ COUNTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
             "hessopt/banded/quadratic_model.py:_total": 3,
             "hessopt/banded/quadratic_model.py:predicted_reduction": 1,
             "hessopt/closure/finite.py:refuse_not_finite": 1,
-            "hessopt/closure/runner.py:trial_loss": 1,
+            "hessopt/closure/runner.py:_trial_loss": 1,
             "hessopt/factors/layer_factors.py:_by_sample": 6,
             "hessopt/factors/layer_factors.py:_wrong": 1,
             "hessopt/network/parameter_uses.py:__torch_function__": 1,
@@ -341,7 +341,7 @@ WHY: dict[str, str] = {
         "a loss that is not convex is refused; directions without curvature are left out, which changes shapes"
     ),
     "hessopt/closure/result.py:check_loss": "a loss that is not finite is refused before anything is changed",
-    "hessopt/closure/runner.py:trial_loss": "whether a trial is taken depends on its loss",
+    "hessopt/closure/runner.py:_trial_loss": "whether a trial is taken depends on its loss",
     "hessopt/factors/layer_factors.py:_by_sample": (
         "rows that are in the samples' order need no sorting; one look a tensor of parameters"
     ),
