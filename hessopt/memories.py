@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diagnostics.autograd.kernels import EXCLUSIVE
+from diagnostics.autograd.kernels import RandomState
 from diagnostics.autograd.patches import input_rows
 from diagnostics.autograd.substitution import run_model
 from diagnostics.autograd.tape import batched_vjp
@@ -67,7 +67,7 @@ def ogd_memory(
     Source: Farajtabar, Azizan, Mott, Li, "Orthogonal gradient descent for continual learning" (2020).
     """
     named = _trained(model)
-    with EXCLUSIVE, torch.enable_grad(), torch.random.fork_rng(devices=_devices(named)):
+    with RandomState(named.values()).kept(), torch.enable_grad():
         z = run_model(model, inputs, {name: b.clone() for name, b in model.named_buffers()})
         z = z.gather(1, targets.unsqueeze(1)).squeeze(1) if targets is not None else z.reshape(-1)
         seeds = torch.eye(len(z), dtype=z.dtype, device=z.device)
@@ -132,7 +132,7 @@ def gpm_memory(
         for m in layers
     ]
     try:
-        with EXCLUSIVE, torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
+        with RandomState(named.values()).kept(), torch.no_grad():
             run_model(model, inputs, {name: b.clone() for name, b in model.named_buffers()})
     finally:
         for handle in handles:
@@ -186,7 +186,3 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     if not named:
         raise ModelError("no parameter of the model requires grad, so there is nothing to protect.")
     return named
-
-
-def _devices(named: dict[str, nn.Parameter]) -> list[torch.device]:
-    return sorted({p.device for p in named.values() if p.device.type == "cuda"}, key=str)

@@ -168,21 +168,36 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 class RandomState:
-    """The global random state of the CPU and of the CUDA devices that hold some tensors, as it was when made."""
+    """The global random state of the CPU and of the accelerators that hold some tensors, as it was when made."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+        self._devices = sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
         with EXCLUSIVE:  # not the state in the middle of another thread's run
-            self._cpu = torch.get_rng_state()
-            self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+            self._states = self._read()
+
+    def _read(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restore on exit what was there on entry. One thread at a time."""
+        with EXCLUSIVE:
+            before = self._read()
+            try:
+                yield
+            finally:
+                self._write(before)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Start from this state; restore on exit what was there on entry. One thread at a time."""
-        with EXCLUSIVE, torch.random.fork_rng(devices=self._devices, device_type="cuda"):
-            torch.set_rng_state(self._cpu)
-            for device, state in zip(self._devices, self._cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with self.kept():
+            self._write(self._states)
             yield
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diagnostics.autograd.kernels import EXCLUSIVE
+from diagnostics.autograd.kernels import RandomState
 from diagnostics.blocks.containers import HessianBlocks
 from diagnostics.blocks.recursion import hessian_blocks
 from diagnostics.graph.capture import capture
@@ -153,8 +153,7 @@ class Workbench:
     @contextmanager
     def seeded(self) -> Iterator[None]:
         """The global random state that follows from the seed; what was there before afterwards."""
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        with EXCLUSIVE, torch.random.fork_rng(devices=devices):
+        with RandomState(self.model.parameters()).kept():
             torch.manual_seed(self.settings.seed)
             yield
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diagnostics.autograd.kernels import RandomState
 from tests.devices.scenarios import traffic
 from tests.devices.table import COUNTS, WHY
 from tests.helpers.pretend_device import pretending, watch
@@ -108,6 +109,23 @@ def test_random_numbers_are_of_the_device(pretended: torch.device) -> None:
     assert torch.equal(
         torch.rand(2, device=pretended, generator=own.clone_state()), torch.rand(2, device=pretended, generator=own)
     )
+
+
+def test_random_state_of_any_accelerator_is_replayed_and_restored(pretended: torch.device) -> None:
+    """So that dropout is the same in every product, and training goes on as if nothing had been measured."""
+    like = torch.zeros(1, device=pretended)
+    torch.manual_seed(0)
+    state = RandomState([like])
+    expected = torch.rand(2), torch.rand(2, device=pretended)
+    for context in (state.replayed(), state.kept()):
+        before = torch.get_rng_state(), torch.get_device_module(pretended).get_rng_state(pretended)
+        with context:
+            drawn = torch.rand(2), torch.rand(2, device=pretended)
+        assert torch.equal(drawn[1], expected[1]) == torch.equal(drawn[0], expected[0])
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert torch.equal(torch.get_device_module(pretended).get_rng_state(pretended), before[1])
+    with state.replayed():
+        assert torch.equal(torch.rand(2, device=pretended), expected[1])
 
 
 def test_traffic_does_not_exceed_the_table(pretended: torch.device) -> None:
