@@ -14,8 +14,9 @@ TORCH = frozenset(
     {
         # attributes of tensors, functions of the tape, modules and optimizers that have no public twin
         "_backward_hooks", "_buffers", "_compiled_call_impl", "_forward_hooks", "_forward_hooks_with_kwargs",
-        "_input_metadata", "_optimizer_state_dict_post_hooks", "_parameters", "_reversed_padding_repeated_twice",
-        "_saved_alpha", "_saved_mat2", "_version",
+        "_fsdp_param_group", "_get_fsdp_state", "_input_metadata", "_join_config",
+        "_optimizer_state_dict_post_hooks", "_parameters", "_reversed_padding_repeated_twice",
+        "_saved_alpha", "_saved_mat2", "_state_ctx", "_version",
         # classes and functions of its modules
         "_BatchNorm", "_C", "_ConvNd", "_ConvTransposeNd", "_InstanceNorm", "_NormBase", "_conv_forward",
         "_amp_foreach_non_finite_check_and_unscale_", "_autograd", "_current_autograd_node", "_current_graph_task_id",

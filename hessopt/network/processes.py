@@ -107,7 +107,8 @@ def averaged(ranks: Ranks, gradients: Sequence[Tensor | None], parameters: Seque
     found = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(parameters, gradients, strict=True)]
     known = torch.tensor([float(g is not None) for g in gradients], device=found[0].device)
     ranks.sum_([*found, known])
-    torch._foreach_div_(found, ranks.size)
+    for g in found:
+        g /= ranks.size
     return [g if own else None for g, own in zip(found, known.tolist(), strict=True)]
 
 
