@@ -422,7 +422,12 @@ def pretending() -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch, torch.autograd.set_multithreading_enabled(False):
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(Tensor, "__deepcopy__", _deepcopy)
-        yield torch.device(NAME)
+        swapped = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # as to CUDA: parameters that are tied stay so
+        try:
+            yield torch.device(NAME)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(swapped)
 
 
 def _register() -> Any:
