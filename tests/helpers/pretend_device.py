@@ -18,7 +18,7 @@ import ctypes
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -378,6 +378,23 @@ class _Module(_DummyBackendModule):
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         _generator.set_state(state)
+
+    def current_stream(self, device: Any = None) -> _Stream:
+        """What checkpoints ask of any device that there is, for tensors on the CPU as well."""
+        return _STREAM
+
+    def stream(self, stream: _Stream) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _Stream:
+    """The only one: nothing is ever under way."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+_STREAM = _Stream()
 
 
 class Generator(torch.Generator):
