@@ -32,6 +32,7 @@ class MomentumSolve:
         solve: ``solve(model, damping)``, the damped step of a model, the learning rates included.
         groups: Param groups, with ``lr`` and ``momentum`` (μ).
         state: Of the optimizer; φ is in ``"momentum_buffer"`` of each parameter.
+        least: Least μ, whatever the groups say.
 
     Source:
         Goldshlager, Abrahamsen and Lin, "A Kaczmarz-inspired approach to accelerate the optimization of neural network
@@ -44,9 +45,10 @@ class MomentumSolve:
         solve: Callable[[QuadraticModel, float], Step],
         groups: Groups,
         state: Any,
+        least: float = 0.0,
     ) -> None:
         self._model, self._solve, self._state = model, solve, state
-        self._momentum = {p: float(group["momentum"]) for group in groups for p in group["params"]}
+        self._momentum = {p: max(float(group["momentum"]), least) for group in groups for p in group["params"]}
         self._start = self._buffers() if any(self._momentum.values()) else None
         self._last: Step | None = None
 

@@ -113,9 +113,10 @@ class BandedNewton(LayerwiseOptimizer):
         search: λ, and how far to go: :class:`hessopt.Damped`, which tries steps with more and more damping;
             :class:`hessopt.LineSearch`, which tries multiples of a step; or :class:`hessopt.Fixed`, which tries
             nothing. Default: None, ``Damped()``, and ``LineSearch()`` on random rows while these are at most half as
-            many as the parameters.
+            many as the parameters and draws do not follow the residuals.
         momentum: μ, in [0, 1): the damping pulls towards μ times the last step instead of towards zero
-            (:class:`hessopt.banded.metric_momentum.MomentumSolve`). Default: 0.
+            (:class:`hessopt.banded.metric_momentum.MomentumSolve`). Default: 0; at least ``1 − n/N`` where draws of
+            rows follow the residuals (:class:`hessopt.Rows`).
         weight_decay: ω, the objective has the additional term ω/2·‖θ‖². Default: 0.
         maximize: Maximize the loss, which must be concave in the output; the weight decay is still a penalty.
         memory_limit: Bytes that the matrices of a solve may take. Default: 4 GiB.
@@ -239,7 +240,11 @@ class BandedNewton(LayerwiseOptimizer):
         self._prepare()
 
     def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
-        shared = {"step": 0, "damping": math.nan, "growth": math.nan, "bandwidth": 0}
+        shared: dict[str, Any] = {"step": 0, "damping": math.nan, "growth": math.nan, "bandwidth": 0}
         if self.rows is not None:
-            shared |= {"subset": 0, "whole": math.nan}
-        return {**(shared if number == 0 else {}), **({"momentum_buffer": zeros()} if group["momentum"] else {})}
+            shared |= {"subset": 0, "start": math.nan, "whole": math.nan, "lately": math.nan}
+        adapts = self.rows is not None and self.rows.residuals and self.search is None
+        if self.rows is not None and adapts:
+            shared["squares"] = torch.zeros(self.rows.total, dtype=p.dtype, device=p.device)
+        moves = group["momentum"] or adapts
+        return {**(shared if number == 0 else {}), **({"momentum_buffer": zeros()} if moves else {})}

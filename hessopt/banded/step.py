@@ -73,7 +73,7 @@ class ExactStep:
         self._model, self._memory_limit = model, memory_limit
         self._hessian, self._verified = curvature == "hessian", False
         self._cost = CostWarning(self._hessian)
-        self._rows = None if rows is None else RowChoice(rows)
+        self._rows = None if rows is None else RowChoice(rows, rows.residuals and search is None)
 
     def step(self, groups: Groups, state: State, closure: AnyClosure) -> tuple[Tensor, DampedStep]:
         """Change the parameters; returns the loss before, detached, and what happened."""
@@ -101,14 +101,17 @@ class ExactStep:
             recorder.forget()
         loss = evaluation.loss.detach()
         del evaluation  # free what is left of the tape before the solves
-        search = self._search_of(model)
+        follows = self._rows is not None and self._rows.follows(own)
+        search = self._search_of(model, follows)
         damping = self._damping(model, search, own)
         system = self._space.system(model, distances, self.bandwidth)
         cliques = self._cliques(distances, model, system, damping.value, own)
         if not self._cost.given:
             rows, size = model.factors[0].size, sum(p.numel() for p in parameters)
             self._cost.check(system.operations(cliques), gradient, rows, size)
-        solve = MomentumSolve(model, partial(QuadraticModel.step, cliques=cliques, system=system), groups, state)
+        momentum = 0.0 if self._rows is None else self._rows.momentum(own)
+        banded = partial(QuadraticModel.step, cliques=cliques, system=system)
+        solve = MomentumSolve(model, banded, groups, state, momentum)
         maximize = groups[0]["maximize"]
         if isinstance(search, LineSearch):
             done = line_step(model, solve, runner.trial_loss, loss, damping, adapt=search.adapt, maximize=maximize)
@@ -123,12 +126,18 @@ class ExactStep:
         own.update(damping.state_dict())
         if subset is not None:
             if settling:
-                self._settle_rows(subset, own, model, cliques, gradient)
+                self._settle_rows(subset, own, model, cliques, gradient, float(loss))
             done = self._look_at_all_rows(closure, runner, groups, own, replace(done, rows=len(subset.rows)))
         return loss, done
 
     def _settle_rows(
-        self, subset: Subset, own: dict[str, Any], model: QuadraticModel, cliques: Cliques, gradient: float
+        self,
+        subset: Subset,
+        own: dict[str, Any],
+        model: QuadraticModel,
+        cliques: Cliques,
+        gradient: float,
+        loss: float,
     ) -> None:
         """Choose the number of rows to go on with, by what the first step's gradient took."""
         assert self._rows is not None
@@ -139,7 +148,7 @@ class ExactStep:
             operations = self._space.operations(rows * outputs, model, cliques)
             return operations <= max(FEW_GRADIENTS * gradient * rows / count, ROW_FLOOR)
 
-        self._rows.settle(own, affordable)
+        self._rows.settle(own, loss, affordable)
 
     def _look_at_all_rows(
         self, closure: AnyClosure, runner: ClosureRunner, groups: Groups, own: dict[str, Any], done: DampedStep
@@ -151,7 +160,9 @@ class ExactStep:
             return done
         runner.closure = whole
         loss = runner.trial_loss()
-        self._rows.grow(own, loss + _penalty(groups))
+        assert whole.squares is not None
+        if self._rows.learn(own, loss + _penalty(groups), whole.squares.to(groups[0]["params"][0].dtype)):
+            del own["damping"], own["growth"]  # the line search's, which may be next to nothing
         return replace(done, whole_loss=loss, closure_runs=done.closure_runs + 1)
 
     def _curvature(
@@ -173,15 +184,17 @@ class ExactStep:
         self._verified = True
         return forward_distances(evaluation, layers, uses), rows
 
-    def _search_of(self, model: QuadraticModel) -> Search:
+    def _search_of(self, model: QuadraticModel, follows: bool) -> Search:
         """The search, or that of the rows: undamped steps that fit few of them exactly want lengths rather than λ.
+
+        Where draws follow the residuals, steps are damped.
 
         Where the rows are about as many as the parameters, undamped steps are ill-conditioned.
         """
         if self.search is not None:
             return self.search
         parameters = sum(p.numel() for own in model.parameters for p in own)
-        few = self._rows is not None and 2 * model.factors[0].size <= parameters
+        few = self._rows is not None and not follows and 2 * model.factors[0].size <= parameters
         return LineSearch() if few else Damped()
 
     def _damping(self, model: QuadraticModel, search: Search, state: dict[str, Any]) -> NielsenDamping:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hessopt import BandedNewton, Damped, Fixed, LeastSquares, LineSearch, Rows
 from hessopt.banded import step as steps
-from hessopt.banded.rows import FEWEST, RowChoice, Subset, draw
+from hessopt.banded.rows import FEWEST, RowChoice, Subset, chances, draw, draw_by_residuals, systematic
 from hessopt.errors import ClosureError
 from tests.helpers.kronecker_reference import regression, relative, resumes
 
@@ -36,6 +36,19 @@ def vector(net: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
+def measured(net: nn.Module, subset: Subset) -> list[Tensor]:
+    """Objective, gradient and Gauss-Newton matrix."""
+    result = subset()
+    jacobian = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(r, list(net.parameters()), retain_graph=True)])
+            for r in result.residuals.flatten()
+        ]
+    )
+    residuals = result.residuals.detach().flatten()
+    return [result.loss.detach(), jacobian.T @ residuals, jacobian.T @ jacobian]
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 @pytest.mark.parametrize(("strata", "size"), [((5,), 2), ((3, 5), 3), ((1, 2, 4), 4), ((6, 2), 8)])
 def test_objective_gradient_and_curvature_of_all_subsets_average_to_those_of_the_whole(
@@ -50,22 +63,46 @@ def test_objective_gradient_and_curvature_of_all_subsets_average_to_those_of_the
         [start + i for start, own in zip(starts, parts, strict=True) for i in own]
         for parts in itertools.product(*map(itertools.combinations, map(range, strata), shares))
     ]
-
-    def measured(subset: Subset) -> list[Tensor]:
-        result = subset()
-        jacobian = torch.stack(
-            [
-                torch.cat([g.flatten() for g in torch.autograd.grad(r, list(net.parameters()), retain_graph=True)])
-                for r in result.residuals.flatten()
-            ]
-        )
-        residuals = result.residuals.detach().flatten()
-        return [result.loss.detach(), jacobian.T @ residuals, jacobian.T @ jacobian]
-
-    found = [measured(Subset(closure, torch.tensor(subset), scale, total)) for subset in subsets]
-    whole = measured(Subset(closure, torch.arange(total), None, total))
+    found = [measured(net, Subset(closure, torch.tensor(subset), scale, total)) for subset in subsets]
+    whole = measured(net, Subset(closure, torch.arange(total), None, total))
     for parts, expected in zip(zip(*found, strict=True), whole, strict=True):
         assert relative(sum(parts) / len(found), expected) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 8])
+def test_rows_drawn_by_their_residuals_have_the_expectation_of_the_whole(size: int) -> None:
+    net, closure = problem(outputs=2)
+    whole = Subset(closure, torch.arange(9), None, 9)
+    expected = measured(net, whole)
+    assert whole.squares is not None
+    chance = chances(whole.squares, size)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    ends = chance[order].cumsum(0) % 1
+    edges = torch.cat([ends, torch.tensor([0.0, 1.0])]).sort().values  # in between, the rows stay the same
+    total = [torch.zeros_like(part) for part in expected]
+    drawn = torch.zeros(9, dtype=F64)
+    for low, high in itertools.pairwise(edges.tolist()):
+        if high - low < 1e-14:
+            continue
+        rows = systematic(chance, order, (low + high) / 2)
+        assert len(rows) == size
+        drawn[rows] += high - low
+        parts = measured(net, Subset(closure, rows, chance[rows].rsqrt(), 9))
+        total = [t + (high - low) * part for t, part in zip(total, parts, strict=True)]
+    assert relative(drawn, chance) < 1e-12
+    for part, value in zip(total, expected, strict=True):
+        assert relative(part, value) < 1e-12
+
+
+def test_chances_are_half_equal_and_half_in_proportion_to_the_squares_where_none_is_sure() -> None:
+    squares = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=F64)
+    assert torch.allclose(chances(squares, 1), 0.125 + squares / 16, rtol=1e-15)
+    capped = chances(squares, 3)
+    assert float(capped.sum()) == pytest.approx(3, rel=1e-14)
+    assert capped[3] == 1
+    assert torch.allclose(capped[1] / capped[0], torch.tensor(1.5, dtype=F64))
+    for useless in (torch.zeros(4, dtype=F64), torch.tensor([1.0, math.inf, 1.0, 1.0]), squares * math.nan):
+        assert torch.allclose(chances(useless.double(), 3), torch.full((4,), 0.75, dtype=F64))
 
 
 def test_every_subset_is_drawn_equally_often() -> None:
@@ -176,14 +213,16 @@ def test_the_objective_on_all_rows_has_the_weight_decay() -> None:
 
 
 def test_the_subset_stays_while_the_objective_falls_and_where_it_is_to_stay() -> None:
-    choice, state = RowChoice(Rows(1000, first=10, growth=3)), {"subset": 10}
+    choice, squares = RowChoice(Rows(1000, first=10, growth=3)), torch.ones(1000, dtype=F64)
+    state: dict[str, Any] = {"step": 10, "subset": 10, "start": 5.0}
     for objective, size in [(5.0, 10), (4.0, 10), (3.7, 30), (3.0, 30), (math.nan, 90), (math.inf, 270), (1.0, 270)]:
-        choice.grow(state, objective)
+        assert not choice.learn(state, objective, squares)
         assert state["subset"] == size
     assert state["whole"] == 1.0
-    choice.grow(state, 2.0)
-    choice.grow(state, 2.0)
+    choice.learn(state, 2.0, squares)
+    choice.learn(state, 2.0, squares)
     assert state["subset"] == 1000
+    assert not choice.follows(state)
     net, closure = problem()
     optimizer = BandedNewton(net, lr=0.0, rows=Rows(64, first=10, every=1, growth=1))
     for _ in range(4):
@@ -192,16 +231,73 @@ def test_the_subset_stays_while_the_objective_falls_and_where_it_is_to_stay() ->
         assert (optimizer.last_step.rows, optimizer.last_step.whole_loss) == (10, None)
 
 
+@pytest.mark.parametrize(
+    ("first", "adapts", "start", "objectives", "begins"),
+    [
+        (10, True, 9.0, [2.9, 0.9], []),
+        (10, True, 9.0, [3.1], [0]),
+        (10, True, 9.0, [2.9, 1.0], [1]),
+        (10, True, 9.0, [2.9, math.nan], [1]),
+        (10, True, 9.0, [0.05, 0.05, 0.08], []),  # far down already
+        (10, False, 9.0, [9.0, 9.0], []),
+        (26, True, 9.0, [9.0], []),  # many of all rows
+    ],
+)
+def test_draws_follow_the_residuals_where_the_objective_on_few_rows_falls_slowly(
+    first: int, adapts: bool, start: float, objectives: list[float], begins: list[int]
+) -> None:
+    choice, squares = RowChoice(Rows(100, first=first), adapts), torch.ones(100, dtype=F64)
+    state: dict[str, Any] = {"step": 10, "subset": first, "start": start}
+    found = []
+    for i, objective in enumerate(objectives):
+        before = choice.size(state)
+        if choice.learn(state, objective, squares):
+            found.append(i)
+            assert choice.size(state) == before
+    assert found == begins
+    assert choice.follows(state) == bool(begins)
+
+
+def test_draws_that_follow_the_residuals_grow_by_the_least_objective_since_the_last_decision() -> None:
+    choice, squares = RowChoice(Rows(100, every=3), True), torch.ones(100, dtype=F64)
+    state: dict[str, Any] = {"step": 0, "subset": 10, "start": 9.0, "whole": 1.0, "squares": squares}
+    for step, (objective, size) in enumerate([(0.8, 10), (5.0, 10), (7.0, 10), (0.9, 10), (5.0, 10), (0.75, 20)], 1):
+        state["step"] = step
+        assert choice.momentum(state) == pytest.approx(0.9, rel=1e-15)
+        assert not choice.learn(state, objective, step * squares)
+        assert choice.size(state) == size
+        assert torch.equal(state["squares"], step * squares)
+    assert choice.momentum(state) == pytest.approx(0.8, rel=1e-15)
+    state["subset"] = 100
+    assert choice.momentum(state) == 0
+
+
+def test_steps_on_rows_that_follow_the_residuals_are_damped_with_momentum() -> None:
+    """μ = 1 - 8/64."""
+    (net, closure), (twin, again) = problem(), problem()
+    options = Rows(64, first=8, every=1000, residuals=True)
+    optimizer, plain = BandedNewton(net, rows=options), BandedNewton(twin, search=Damped(), momentum=0.875)
+    own = optimizer.state[net[0].weight]
+    own["squares"] = closure(torch.arange(64)).residuals.detach().square()[:, 0]
+    for step in range(5):
+        rows, scale = draw_by_residuals(options, 8, step, own["squares"])
+        optimizer.step(closure)
+        plain.step(lambda rows=rows, scale=scale: LeastSquares(again(rows).residuals * scale[:, None]))
+        assert relative(vector(net), vector(twin)) < 1e-9
+        expected = closure(torch.arange(64)).residuals.detach().square()[:, 0]
+        assert torch.allclose(own["squares"], expected, rtol=1e-12)
+
+
 def test_the_first_size_is_what_a_few_gradients_pay_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "FEW_GRADIENTS", 6)
     monkeypatch.setattr(steps, "ROW_FLOOR", 0)
     choice = RowChoice(Rows(1000))
     for most, size in [(137, 137), (499, 499), (1000, 500), (5, FEWEST)]:
         state: dict[str, Any] = {}
-        choice.settle(state, lambda rows, most=most: rows <= most)
-        assert state == {"subset": size}
+        choice.settle(state, 7.0, lambda rows, most=most: rows <= most)
+        assert state == {"subset": size, "start": 7.0}
     state = {"subset": 3}
-    choice.settle(state, lambda rows: True)
+    choice.settle(state, 7.0, lambda rows: True)
     assert state == {"subset": 3}
 
     def size_of(derivatives: int) -> int:
@@ -262,10 +358,11 @@ def test_the_global_generator_is_not_used() -> None:
 @pytest.mark.parametrize("through_file", [False, True])
 def test_resumes_bit_for_bit_while_the_subset_grows(through_file: bool) -> None:
     (net, closure), (other, again) = problem(), problem(seed=9)
-    settings: dict[str, Any] = {"rows": Rows(STRATA, first=6, every=2), "momentum": 0.5, "lr": 1e-3}
+    settings: dict[str, Any] = {"rows": Rows(STRATA, first=6, every=2, residuals=True), "momentum": 0.5, "lr": 1e-3}
     optimizer, resumed = (BandedNewton(m, **settings) for m in (net, other))
     resumes((net, optimizer, closure), (other, resumed, again), through_file)
     assert resumed.state[other[0].weight]["subset"] > 6
+    assert torch.equal(resumed.state[other[0].weight]["squares"], optimizer.state[net[0].weight]["squares"])
     assert resumed.state[other[0].weight]["whole"] == optimizer.state[net[0].weight]["whole"]
 
 
