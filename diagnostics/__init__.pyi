@@ -94,6 +94,7 @@ from .graph.local import local_derivatives as local_derivatives
 from .matrix_free.block_operator import BlockOperator as BlockOperator
 from .matrix_free.discarded import DiscardedShare as DiscardedShare
 from .matrix_free.discarded import discarded_share as discarded_share
+from .matrix_free.node_metrics import ShardedGraph as ShardedGraph
 from .matrix_free.node_metrics import estimate_metrics as estimate_metrics
 from .matrix_free.parameter_metrics import estimate_parameter_metrics as estimate_parameter_metrics
 from .matrix_free.routing import RoutedCurvature as RoutedCurvature

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diagnostics.alignment.kronecker import KroneckerFactors, kronecker_factors
 from diagnostics.alignment.tables import ExponentTable, LayerExponents
+from diagnostics.autograd.refusals import check_model
 from diagnostics.errors import DiagnosticsError
 from diagnostics.operators.curvature import HessianOperator
 from diagnostics.operators.curvature_tape import JointTape, SplitTape
@@ -89,6 +90,7 @@ def curvature_exponents(
         raise ValueError(f'kronecker must be "gauss_newton", "empirical" or None, got {kronecker!r}.')
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_model(model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     chosen = _choose(model, layers)
     named = _types(model, types, chosen)

@@ -24,7 +24,7 @@ def check_model(model: nn.Module) -> None:
     if found is not None:
         raise CaptureError(
             f"{found.where} is spread over processes or devices by {found.kind}, and curvature is computed on one: "
-            f"{found.way_out}. The result is then that of this process's own batches."
+            f"{found.way_out}. The result is then that of this process's own batches.{_of_all(found.kind)}"
         )
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
@@ -51,6 +51,15 @@ def check_model(model: nn.Module) -> None:
             )
     for name, parameter in model.named_parameters():
         check_tensor(parameter, f"parameter {name!r}")
+
+
+def _of_all(kind: str) -> str:
+    if kind != "DistributedDataParallel":
+        return ""
+    return (
+        " What is of the batches of all processes takes the wrapper: HessianOperator and its kin, what is estimated "
+        "from their products, and Monitor; estimate_metrics takes a ShardedGraph of captures of `.module`."
+    )
 
 
 def check_loss_fn(loss_fn: Any, *arguments: str) -> None:

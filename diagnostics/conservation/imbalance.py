@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.autograd.kernels import plain_autograd
+from diagnostics.autograd.refusals import check_model
 from diagnostics.autograd.substitution import run_model
 from diagnostics.autograd.tape import batched_vjp
 from diagnostics.autograd.trees import tensors
@@ -99,6 +100,7 @@ def predict_imbalance(
     eta = torch.as_tensor(learning_rates, dtype=torch.float64).reshape(-1)
     if len(eta) == 0 or not ((eta > 0) & eta.isfinite()).all():
         raise ValueError(f"learning rates must be positive and finite, got {eta.tolist()}.")
+    check_model(model)
     found = homogeneous_pairs(model, batch[0])
     quantities = tuple(q for q in found if q.exact and q.kind == "balanced")
     if not quantities:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,12 +14,30 @@ from diagnostics.matrix_free.injections import Injections
 from diagnostics.matrix_free.node_products import NodeProducts
 from diagnostics.matrix_free.output_jacobians import OutputJacobians
 from diagnostics.matrix_free.pair_estimates import Sampling, estimate_pairs
-from diagnostics.matrix_free.pair_products import PairProducts
+from diagnostics.matrix_free.pair_products import PairProducts, Share
+from diagnostics.ranks.collectives import ranks_of
 from diagnostics.results.metric_table import MetricTable
 
 
+class ShardedGraph(NamedTuple):
+    """A network captured in each of several processes, on its own samples of one batch.
+
+    :func:`estimate_metrics` is then of all samples, the same in all processes, which have to call it together, with the
+    same arguments. There is no ``per_sample`` and no ``exact_gn``.
+
+    Attributes:
+        graph: That of this process.
+        group: The process group, such as ``ddp.process_group``. None: the default one.
+        counts: False: the samples stand in for those that this process does not have, and count for nothing.
+    """
+
+    graph: Graph
+    group: Any = None
+    counts: bool = True
+
+
 def estimate_metrics(
-    graph: Graph,
+    graph: Graph | ShardedGraph,
     probes: int = 30,
     *,
     generator: torch.Generator | None = None,
@@ -56,7 +75,7 @@ def estimate_metrics(
     a node are correlated.
 
     Args:
-        graph: A captured network.
+        graph: A captured network; or a :class:`ShardedGraph`, for the metrics of the samples of several processes.
         probes: m, random probes at each node, at least 3.
         generator: Source of the probes. None: a new one with seed 0; the global random state is never used.
         per_sample: As in :func:`diagnostics.metrics`: batch means of each sample's metrics instead of metrics of batch
@@ -80,12 +99,15 @@ def estimate_metrics(
     Raises:
         ValueError: an argument is out of range.
         DiagnosticsError: a node has no second derivative; or ``per_sample=True`` or ``exact_gn=True`` with coupled
-            samples.
+            samples, or with those of several processes.
         StaleGraphError: a parameter changed since the capture.
 
     Source: stochastic estimation as in arXiv 2604.11639 (30 probes, shared by H and GN), with the variance reduced.
     Deflation: Meyer, Musco, Musco, Woodruff, Hutch++ (2021).
     """
+    share = None
+    if isinstance(graph, ShardedGraph):
+        share, graph = _share(graph, per_sample or bool(exact_gn)), graph.graph
     graph.check_fresh()
     sampling = Sampling(probes, distribution, deflate, spectral_tolerance, spectral_rounds)
     chosen = set(graph.chosen) | (set(graph.outputs) if include_output else set())
@@ -97,12 +119,25 @@ def estimate_metrics(
     sampling.check_memory(sizes, graph.loss.element_size(), responses_limit, "responses_limit")
     before = dict(NodeProducts.of(graph).count)
     with torch.no_grad():
-        factors = _output_jacobians(graph, injections, names, probes, exact_gn, memory_limit)
-        pairs = PairProducts(graph, names, injections, factors, memory_limit)
+        wanted = exact_gn if share is None else False  # they are of this process's samples
+        factors = _output_jacobians(graph, injections, names, probes, wanted, memory_limit)
+        pairs = PairProducts(graph, names, injections, factors, memory_limit, share)
         exact = None if factors is None else factors.square_norms()
         estimates = estimate_pairs(pairs, sampling, generator, exact)
     count = {kind: columns - before[kind] for kind, columns in NodeProducts.of(graph).count.items()}
     return estimates.table(graph.distances[index][:, index], count["total"] + count["tensor"], count["vjp"])
+
+
+def _share(sharded: ShardedGraph, local: bool) -> Share | None:
+    ranks = ranks_of(group=sharded.group)
+    if ranks.size == 1:
+        return None
+    if local:
+        raise DiagnosticsError(
+            "per_sample=True and exact_gn=True take the samples of one process. Leave them out, or pass the graph "
+            "alone for the metrics of this process's own samples."
+        )
+    return Share(ranks, float(sharded.graph.batch_size * sharded.counts))
 
 
 def _output_jacobians(

@@ -13,6 +13,7 @@ from diagnostics.graph.graph import Graph
 from diagnostics.matrix_free.injections import Injections
 from diagnostics.matrix_free.node_products import NodeProducts
 from diagnostics.matrix_free.output_jacobians import OutputJacobians
+from diagnostics.ranks.collectives import Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,19 @@ class Pairs(Protocol):
         """``H[v,w] X`` for all v, ``(S, d_w, k) -> (S, d_v, k)``."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """What the graph of this process counts in means over several.
+
+    Attributes:
+        ranks: The processes, all of which ask for the same products.
+        weight: The number of its samples; 0 for those that stand in where there are none.
+    """
+
+    ranks: Ranks
+    weight: float
+
+
 class PairProducts:
     """Products with vectors at a node, for all nodes at once.
 
@@ -75,6 +89,7 @@ class PairProducts:
         injections: Batch means or single samples.
         factors: Output Jacobians, if they pay.
         memory_limit: Bytes that the tangents multiplied at one time may take, by plan.
+        share: Where other processes have graphs of other samples: responses are then means over them.
     """
 
     def __init__(
@@ -84,7 +99,9 @@ class PairProducts:
         injections: Injections,
         factors: OutputJacobians | None,
         memory_limit: int,
+        share: Share | None = None,
     ) -> None:
+        self._share = share
         self.names = tuple(names)
         self.injections = injections
         self._products = NodeProducts.of(graph)
@@ -131,4 +148,7 @@ class PairProducts:
     ) -> tuple[dict[str, Tensor], ...]:
         pieces = [multiply(part) for part in vectors.split(self._chunk, 2)]
         columns = zip(*pieces, strict=True)
-        return tuple({v: torch.cat([piece[v] for piece in column], 2) for v in column[0]} for column in columns)
+        found = tuple({v: torch.cat([piece[v] for piece in column], 2) for v in column[0]} for column in columns)
+        if self._share is not None:
+            self._share.ranks.mean_([t for own in found for t in own.values()], self._share.weight)
+        return found

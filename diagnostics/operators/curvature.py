@@ -19,6 +19,7 @@ from diagnostics.operators.data import Batches
 from diagnostics.operators.determinism import Determinism, check_deterministic
 from diagnostics.operators.parameter_space import ParameterSelection, ParameterSpace
 from diagnostics.operators.replay import Replay, along_the_tape
+from diagnostics.operators.shards import shard, together, unwrapped
 
 T = TypeVar("T", bound=Tape)
 
@@ -35,7 +36,8 @@ class CurvatureOperator(LinearOperator):
     """Base class: a symmetric matrix ``(P, P)`` that is a sum over batches, of the loss of a model on data.
 
     Args:
-        model: The network; eager, in float32 or float64. It runs in the mode it is in (train or eval).
+        model: The network; eager, in float32 or float64. It runs in the mode it is in (train or eval). One in
+            DistributedDataParallel: see below.
         batches: One batch as a tuple ``(inputs, targets)``, or a list, ``DataLoader`` or other source of such pairs
             that can be read again and again. Inputs are passed as ``model(inputs)``, a tuple as ``model(*inputs)``, a
             dict as ``model(**inputs)``. What is on another device is moved to the parameters'.
@@ -57,6 +59,13 @@ class CurvatureOperator(LinearOperator):
     its own shuffles the same way); :meth:`check_deterministic` tests that. The model's parameters, ``.grad``, buffers
     and mode, and the global random state are left as found. Under ``torch.autocast`` the curvature is computed with
     autocast off, in the dtype of the parameters.
+
+    **Several processes.** Given a network in :class:`torch.nn.parallel.DistributedDataParallel`, ``batches`` are those
+    of this process, and the matrix is that of the batches of all: means are over all samples, whatever each process
+    has, and sums over all processes. A process without samples passes an empty batch or list. All processes have to
+    construct the operator and to ask for the same products, by the same vectors, and get the same results, bit for bit.
+    What runs is the network inside, ``.module``, so that no buffers are sent; names of parameters are those that it
+    has. Given the ``.module`` itself, the operator is that of this process's batches, and no other one is waited for.
 
     Attributes:
         space: The chosen parameters as a flat vector, in ``model.parameters()`` order, tied ones once.
@@ -89,6 +98,7 @@ class CurvatureOperator(LinearOperator):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+        model, self._ranks = unwrapped(model)
         self.space = ParameterSpace(model, parameters)
         super().__init__(
             (self.space.size, self.space.size),
@@ -97,19 +107,20 @@ class CurvatureOperator(LinearOperator):
             symmetric=True,
             positive_semidefinite=positive_semidefinite,
         )
-        self.batches = Batches(batches)
+        own, self._counts = shard(batches, self._ranks)
+        self.batches = Batches(own)
         self.reduction = reduction
         self._progress = progress
         self.replay = Replay(model, loss_fn, self.space.device)
         self._samples: int | None = None
         self._kept: dict[type[Tape], Tape] = {}
-        self._start()
+        together(self._ranks, self._start)
 
     def refresh(self) -> None:
         """Move the operator to the model's present parameters, buffers and mode, and the present random state."""
         self.replay.refresh()
         self._kept.clear()
-        self._start()
+        together(self._ranks, self._start)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """The product with the columns of a matrix, ``(P, k) -> (P, k)``."""
@@ -202,7 +213,7 @@ class CurvatureOperator(LinearOperator):
             return ()
 
         self._sum(self._tape_kind, look)
-        return max(found)
+        return max(self._ranks.objects(max(found)))
 
     @abstractmethod
     def _product(self, tape: Any, columns: Columns) -> Columns:
@@ -220,12 +231,24 @@ class CurvatureOperator(LinearOperator):
             self._kept[self._tape_kind] = tape
 
     def _sum(self, kind: type[T], measure: Callable[[T], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The sum, or the mean over samples, of what ``measure`` finds in the tape of each batch."""
+        """The sum, or the mean over samples, of what ``measure`` finds in the tape of each batch, of all processes."""
+        parts, samples = self._own_sum(kind, measure)
+        if self._ranks.size > 1:
+            if self.reduction == "mean":
+                self._ranks.mean_(parts, float(samples * self._counts))
+            else:
+                for part in parts if not self._counts else ():
+                    part.zero_()
+                self._ranks.sum_(parts)
+        return parts
+
+    def _own_sum(self, kind: type[T], measure: Callable[[T], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], int]:
+        """The same of this process's batches, and the number of their samples."""
         self.replay.check_fresh()
         self.space.check_trained()
         if self.batches.single and kind in self._kept:
             with along_the_tape(self.device):
-                return measure(self._kept[kind])  # type: ignore[arg-type]
+                return measure(self._kept[kind]), self._kept[kind].size  # type: ignore[arg-type]
         sums: tuple[Tensor, ...] = ()
         samples = 0
         with self.replay.replayed():
@@ -255,8 +278,8 @@ class CurvatureOperator(LinearOperator):
             )
         self._samples = samples
         if self.reduction == "mean" and not self.batches.single:
-            return tuple(part.div_(samples) for part in sums)
-        return sums
+            return tuple(part.div_(samples) for part in sums), samples
+        return sums, samples
 
 
 class HessianOperator(CurvatureOperator):

@@ -109,12 +109,16 @@ class FisherOperator(CurvatureOperator):
         return tape.pull_back(tape.output_metric(tape.jvp(columns)))
 
     def _start(self) -> None:
-        self._sampler = torch.Generator(self.device).manual_seed(self._seed)
+        self._sampler = self._new_sampler()
         super()._start()
 
     def _sum(self, kind: type[T], measure: Callable[[T], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        self._sampler = torch.Generator(self.device).manual_seed(self._seed)  # every pass draws the same
+        self._sampler = self._new_sampler()  # every pass draws the same
         return super()._sum(kind, measure)
+
+    def _new_sampler(self) -> torch.Generator:
+        """Of the draws, which are others in every process."""
+        return torch.Generator(self.device).manual_seed(self._seed + 1_000_003 * self._ranks.rank)
 
     def _attach(self, tape: Tape) -> None:
         if not isinstance(tape, SplitTape):

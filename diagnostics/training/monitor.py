@@ -16,12 +16,12 @@ from diagnostics.autograd.refusals import check_model
 from diagnostics.errors import DiagnosticsError
 from diagnostics.estimators.lanczos import End, extreme_eigenpairs
 from diagnostics.graph.capture import capture
-from diagnostics.graph.graph import Graph
 from diagnostics.graph.selection import Selection
 from diagnostics.matrix_free.injections import Injections
-from diagnostics.matrix_free.node_metrics import estimate_metrics
+from diagnostics.matrix_free.node_metrics import ShardedGraph, estimate_metrics
 from diagnostics.matrix_free.pair_estimates import Sampling
 from diagnostics.operators.curvature import HessianOperator
+from diagnostics.operators.shards import shard, together, unwrapped
 from diagnostics.results.metric_table import MetricErrors, MetricTable
 from diagnostics.training.change_points import ChangeDetector
 from diagnostics.training.writers import Measurement, Writer, writer_to
@@ -82,9 +82,14 @@ class Monitor:
     Cost is bounded (:class:`diagnostics.MonitorLimits`), and nothing is left out silently: a measurement that was put
     off says when it was due, and its notes what has not converged.
 
+    **Several processes.** Given a network in :class:`torch.nn.parallel.DistributedDataParallel`, batches are those of
+    this process, and what is measured is the network on the batches of all, a mean over all samples. All processes have
+    to call :meth:`step`, get the same measurement, and keep the history; the first one alone writes and logs. What runs
+    is the network inside, so that no buffers are sent. Given ``ddp.module``, a process measures its own batches, alone.
+
     Args:
-        model: The network.
-        loss_fn: ``loss_fn(z, targets) -> scalar``.
+        model: The network, also in DistributedDataParallel.
+        loss_fn: ``loss_fn(z, targets) -> scalar``, a mean over samples.
         every: Measure at every so many steps, the first one included.
         metrics: Which of ``"resonance"``, ``"coupling"``, ``"stable_rank"``, ``"gn_gap"`` (of pairs of nodes, by
             :func:`diagnostics.estimate_metrics`), ``"sharpness"`` and ``"negative"`` (extreme eigenvalues of the
@@ -133,6 +138,8 @@ class Monitor:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {list(metrics)}.")
+        self._given = model
+        model, self._ranks = unwrapped(model)
         check_model(model)
         self.model = model
         self.loss_fn = loss_fn
@@ -146,7 +153,7 @@ class Monitor:
         self.keep_tables = keep_tables
         self.detector = ChangeDetector() if detector is None else detector
         self.history: list[Measurement] = []
-        self._writers = [writer_to(writer) for writer in writers]
+        self._writers = [writer_to(writer) for writer in (writers if self._ranks.rank == 0 else ())]
         self._optimizer: torch.optim.Optimizer | None = None
         self.waiting = 0
         self._start: Tensor | None = None  # the last eigenvectors, added up
@@ -170,7 +177,7 @@ class Monitor:
             self._started = time.perf_counter()
         if step < self._due:
             return None
-        if not self._affordable():
+        if not self._ranks.objects(self._affordable())[0]:  # clocks differ, and the first one's counts
             self._put_off(step)
             return None
         self._due = step - step % self.every + self.every
@@ -187,19 +194,18 @@ class Monitor:
         start = time.perf_counter()
         step = self._steps if step is None else step
         due, self._asked = step if self._asked is None else self._asked, None
-        inputs, targets = batch
         values: dict[str, float] = {}
         errors: dict[str, float] = {}
         notes: list[str] = []
         table: MetricTable | None = None
         with _mode(self.model, self.training_mode):
             if any(name in _TABLE for name in self.metrics):
-                graph = capture(self.model, inputs, lambda z: self.loss_fn(z, targets), self.nodes)
+                graph = self._captured(batch)
                 table = self._estimated(graph, notes)
                 del graph
                 _summarise(table, self.metrics, values, errors)
             if any(name in self.metrics for name in ("sharpness", "negative")):
-                values.update(self._eigenvalues((inputs, targets), notes))
+                values.update(self._eigenvalues(tuple(batch), notes))
         limit = self._limit()
         if limit is not None and "sharpness" in values:
             values["sharpness_to_limit"] = values["sharpness"] / limit
@@ -207,7 +213,7 @@ class Monitor:
             notes.append(f"due at step {due}, put off for {step - due} steps to keep measurements within their time")
         found = [self.detector.update(name, step, value, errors.get(name, 0.0)) for name, value in values.items()]
         changes = tuple(change for change in found if change is not None)
-        seconds = time.perf_counter() - start
+        seconds = self._ranks.objects(time.perf_counter() - start)[0]
         self._spent += seconds
         kept = table if self.keep_tables else None
         measurement = Measurement(step, due, seconds, values, errors, changes, tuple(notes), kept)
@@ -235,7 +241,7 @@ class Monitor:
 
     def _put_off(self, step: int) -> None:
         self.waiting += 1
-        if not self._put_off_before:
+        if not self._put_off_before and self._ranks.rank == 0:
             self._put_off_before = True
             _logger.warning(
                 "step %d: the measurement is put off: %d have taken %.3g s, the last one %.3g s, and overhead=%r. "
@@ -247,7 +253,16 @@ class Monitor:
                 self.limits.overhead,
             )
 
-    def _estimated(self, graph: Graph, notes: list[str]) -> MetricTable:
+    def _captured(self, batch: Any) -> ShardedGraph:
+        own, counts = shard(tuple(batch), self._ranks)
+        inputs, targets = own
+        graph = together(
+            self._ranks, lambda: capture(self.model, inputs, lambda z: self.loss_fn(z, targets), self.nodes)
+        )
+        return ShardedGraph(graph, self._ranks.group, counts)
+
+    def _estimated(self, sharded: ShardedGraph, notes: list[str]) -> MetricTable:
+        graph = sharded.graph
         rounds = 20 if "stable_rank" in self.metrics else 0
         wanted = Sampling(self.probes, "rademacher", 10, 1e-2, rounds)
         responses = self.limits.memory_limit - self.limits.memory_limit // 4
@@ -257,7 +272,7 @@ class Monitor:
         if sampling != wanted:
             notes.append(f"responses are not kept, {sampling.probes} of {self.probes} probes, to fit into the memory")
         return estimate_metrics(
-            graph,
+            graph if self._ranks.size == 1 else sharded,
             sampling.probes,
             deflate=sampling.deflate,
             spectral_rounds=sampling.spectral_rounds,
@@ -266,7 +281,7 @@ class Monitor:
         )
 
     def _eigenvalues(self, batch: tuple[Any, Any], notes: list[str]) -> dict[str, float]:
-        op = HessianOperator(self.model, batch, self.loss_fn, progress=False)
+        op = HessianOperator(self._given, batch, self.loss_fn, progress=False)
         n = op.shape[0]
         wanted = [name for name in ("sharpness", "negative") if name in self.metrics]
         end: End = "both" if len(wanted) == 2 and n > 1 else ("largest" if "sharpness" in wanted else "smallest")
@@ -297,6 +312,8 @@ class Monitor:
     def _report(self, measurement: Measurement) -> None:
         before = self.history[-1].values.get("sharpness_to_limit", 0.0) if self.history else 0.0
         self.history.append(measurement)
+        if self._ranks.rank:
+            return
         for change in measurement.changes:
             _logger.warning("abrupt change at %s", change)
         ratio = measurement.values.get("sharpness_to_limit", 0.0)
