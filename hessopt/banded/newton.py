@@ -242,9 +242,10 @@ class BandedNewton(LayerwiseOptimizer):
     def _blank(self, number: int, group: dict[str, Any], p: Tensor, zeros: Callable[[], Tensor]) -> dict[str, Any]:
         shared: dict[str, Any] = {"step": 0, "damping": math.nan, "growth": math.nan, "bandwidth": 0}
         if self.rows is not None:
-            shared |= {"subset": 0, "start": math.nan, "whole": math.nan, "lately": math.nan}
+            shared |= {"subset": 0, "whole": math.nan}
         adapts = self.rows is not None and self.rows.residuals and self.search is None
         if self.rows is not None and adapts:
+            shared |= {"start": math.nan, "lately": math.nan}
             shared["squares"] = torch.zeros(self.rows.total, dtype=p.dtype, device=p.device)
         moves = group["momentum"] or adapts
         return {**(shared if number == 0 else {}), **({"momentum_buffer": zeros()} if moves else {})}

@@ -155,12 +155,12 @@ class RowChoice:
         """Whether n is known, as it is after the first step."""
         return "subset" in state
 
-    def settle(self, state: dict[str, Any], objective: float, affordable: Callable[[int], bool]) -> None:
+    def settle(self, state: dict[str, Any], objective: Tensor, affordable: Callable[[int], bool]) -> None:
         """Choose n after the first step, unless it was given.
 
         Args:
             state: The optimizer's.
-            objective: The first step's.
+            objective: The first step's; read where draws may come to follow the residuals.
             affordable: Whether a step with so many rows costs no more than it may, true up to some number of rows.
         """
         if self.settled(state):
@@ -170,7 +170,9 @@ class RowChoice:
         while self._options.first is None and beyond - size > 1:
             middle = (size + beyond) // 2
             size, beyond = (middle, beyond) if affordable(middle) else (size, middle)
-        state.update(subset=size, start=objective)
+        state["subset"] = size
+        if self._adapts:
+            state["start"] = float(objective)
 
     def whole(self, closure: AnyClosure, state: dict[str, Any], device: torch.device) -> Subset | None:
         """The closure of all rows, if the objective on them is to be evaluated after this step."""

@@ -126,7 +126,7 @@ class ExactStep:
         own.update(damping.state_dict())
         if subset is not None:
             if settling:
-                self._settle_rows(subset, own, model, cliques, gradient, float(loss))
+                self._settle_rows(subset, own, model, cliques, gradient, loss)
             done = self._look_at_all_rows(closure, runner, groups, own, replace(done, rows=len(subset.rows)))
         return loss, done
 
@@ -137,7 +137,7 @@ class ExactStep:
         model: QuadraticModel,
         cliques: Cliques,
         gradient: float,
-        loss: float,
+        loss: Tensor,
     ) -> None:
         """Choose the number of rows to go on with, by what the first step's gradient took."""
         assert self._rows is not None

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 KINDS, WRAPS = ("spectral", "kronecker"), ("ddp", "fsdp")
 BEFORE, AFTER = 7, 8
-LOADING = (1, 3, pytest.param(4, marks=pytest.mark.slow))
+LOADING = (1, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow))
 FOLDER = "checkpoints"
 """Beside the folders of the processes that write and read."""
 

@@ -294,10 +294,13 @@ def test_the_first_size_is_what_a_few_gradients_pay_for(monkeypatch: pytest.Monk
     choice = RowChoice(Rows(1000))
     for most, size in [(137, 137), (499, 499), (1000, 500), (5, FEWEST)]:
         state: dict[str, Any] = {}
-        choice.settle(state, 7.0, lambda rows, most=most: rows <= most)
-        assert state == {"subset": size, "start": 7.0}
+        choice.settle(state, torch.tensor(7.0), lambda rows, most=most: rows <= most)
+        assert state == {"subset": size}
+    adapts: dict[str, Any] = {}
+    RowChoice(Rows(1000), adapts=True).settle(adapts, torch.tensor(7.0), lambda rows: True)
+    assert adapts == {"subset": 500, "start": 7.0}
     state = {"subset": 3}
-    choice.settle(state, 7.0, lambda rows: True)
+    choice.settle(state, torch.tensor(7.0), lambda rows: True)
     assert state == {"subset": 3}
 
     def size_of(derivatives: int) -> int:
