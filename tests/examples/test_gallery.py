@@ -22,6 +22,7 @@ COMMANDS = {
     "deep_narrow": "--seconds 0.01 --seeds 1",
     "diagnose_digits": "--steps 2 --out digits.json",
     "diagnose_models": "branches --verdicts --threads 1",
+    "distributed": "--epochs 1 --every 50 --out distributed",
     "kronecker_mnist": "--data {data} --images 1100 --epochs 1 --bandwidths 0,1",
     "mnist_autoencoder": "--data {data} --images 200 --seconds 0.01 --scale 0.02 --threads 1",
     "monitor_training": "--steps 4 --every 2 --out curvature.jsonl",
