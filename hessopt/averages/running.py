@@ -259,8 +259,12 @@ class RunningAverages:
         ranks, together = self.gathering.ranks, self.gathering.active
         pending, dtype = self._released(gradients, ranks), self.gathering.dtype
         self.last, self.updated, whole = [], False, None
+        together = together and ranks.size > 1 and self.factors is not None
+        if pending is None and not together:
+            return
         slopes = [t.sum(dtype=dtype) for t in gradients if t is not None]
-        if ranks.size > 1 and together and self.factors is not None:
+        if together:
+            assert self.factors is not None
             whole = self._whole(pending, torch.stack(slopes).sum() if slopes else self.factors.blank()[0].sum(), ranks)
             pending = None if whole is None else self._replaced(pending, whole)
         if pending is None:
