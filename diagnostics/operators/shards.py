@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from diagnostics.autograd.trees import map_tensors, tensors
 from diagnostics.errors import DiagnosticsError
-from diagnostics.ranks.collectives import Ranks, ranks_of
+from diagnostics.ranks.collectives import Ranks, agreed, ranks_of
 
 T = TypeVar("T")
 
@@ -55,21 +55,7 @@ def shard(source: Any, ranks: Ranks) -> Shard:
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:
     """What the work of this process gives; an error of this package in one process is an error in all."""
-    if ranks.size == 1:
-        return work()
-    found: list[T] = []
-    error: DiagnosticsError | None = None
-    try:
-        found.append(work())
-    except DiagnosticsError as own:
-        error = own
-    messages: Sequence[str | None] = ranks.objects(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise DiagnosticsError(f"in process {rank}: {message}")
-    return found[0]
+    return agreed(ranks, work, DiagnosticsError, DiagnosticsError)
 
 
 def _is_empty(source: Any) -> bool:

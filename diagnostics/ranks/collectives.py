@@ -14,6 +14,7 @@ from diagnostics.ranks.group import processes
 from diagnostics.ranks.spread import is_distributed
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,34 @@ def _own_group(model: nn.Module) -> Any:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.process_group
     return mesh_group(model.parameters())
+
+
+def agreed(ranks: Ranks, work: Callable[[], T], caught: type[E], raised: Callable[[str], E]) -> T:
+    """What the work of this process gives; if it raises an error in one process, all raise one.
+
+    Waits for the device if there are several.
+
+    Args:
+        ranks: The processes, all of which have to come here.
+        work: Which exchanges nothing.
+        caught: Errors that the others are told of.
+        raised: What they raise, of a message.
+    """
+    if ranks.size == 1:
+        return work()
+    found: list[T] = []
+    error: E | None = None
+    try:
+        found.append(work())
+    except caught as own:
+        error = own
+    messages: list[str | None] = ranks.objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise raised(f"in process {rank}: {message}")
+    return found[0]
 
 
 def mesh_group(tensors: Iterable[Tensor]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from diagnostics.ranks import collectives
 from diagnostics.ranks.collectives import Ranks
 from diagnostics.ranks.group import fingerprint, processes, same_everywhere
 from diagnostics.ranks.spread import is_distributed, spread
@@ -77,24 +78,8 @@ def check_start(
 
 
 def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What the work of this process gives; if it raises an error of ours in one process, all raise one.
-
-    Waits for the device if there are several.
-    """
-    if ranks.size == 1:
-        return work()
-    found, error = [], None
-    try:
-        found.append(work())
-    except HessoptError as own:
-        error = own
-    messages = ranks.objects(None if error is None else str(error))
-    if all(message is None for message in messages):
-        return found[0]
-    if error is not None:
-        raise error
-    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise ClosureError(f"in process {rank}: {message}")
+    """:func:`diagnostics.ranks.collectives.agreed` about errors of this package."""
+    return collectives.agreed(ranks, work, HessoptError, ClosureError)
 
 
 def averaged(ranks: Ranks, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:

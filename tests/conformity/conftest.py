@@ -1,14 +1,3 @@
 """Fixtures of these tests."""
 
-from __future__ import annotations
-
-import pytest
-import torch
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Not the pretended one: these tests train for many steps, of which it takes milliseconds for each operation."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
+from tests.helpers.real_devices import device as device

@@ -70,16 +70,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def _expected(weights: list[float]) -> list[Tensor]:
-    own = [[w * t for t in _in_float64(pieces, rank)] for rank, w in enumerate(weights)]
+    own = [[w * t for t in pieces(rank)] for rank, w in enumerate(weights)]
     return [sum(parts) for parts in zip(*own, strict=True)]  # type: ignore[misc]
-
-
-def _in_float64(make: Any, rank: int) -> list[Tensor]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        return make(rank)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["sum_", "mean_", "mean_ weighted"])
@@ -97,7 +89,7 @@ def test_copies_are_the_owners(found: list[dict[str, Any]]) -> None:
     n = len(found)
     for own in found:
         for i, owner in enumerate([n - 1, 0, 0, n // 2]):
-            assert torch.equal(own["copy_"][i], _in_float64(pieces, owner)[i])
+            assert torch.equal(own["copy_"][i], pieces(owner)[i])
 
 
 def test_rows_of_all_come_in_order(found: list[dict[str, Any]]) -> None:

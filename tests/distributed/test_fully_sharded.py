@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from tests.distributed.test_layerwise import (
     with_closure,
     without_backward,
 )
-from tests.distributed.worker import Scenario, outcomes
+from tests.distributed.worker import Scenario, outcomes, same
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -170,34 +169,19 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return outcomes(__name__, request.param, tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def _same(found: list[dict[str, Any]], name: str) -> Tensor:
-    first = found[0][name]
-    for own in found:
-        assert isinstance(own[name], Tensor), own[name]
-        assert torch.equal(own[name], first)
-    return first
-
-
 @pytest.mark.parametrize(("kind", "way"), CELLS)
 def test_steps_are_those_of_one_process(found: list[dict[str, Any]], kind: str, way: str) -> None:
-    torch.testing.assert_close(_same(found, f"{kind}, {way}"), trained(kind, way), rtol=0, atol=1e-12)
+    torch.testing.assert_close(same(found, f"{kind}, {way}"), trained(kind, way), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_that_is_divided_gives_the_same_steps(found: list[dict[str, Any]], kind: str) -> None:
-    torch.testing.assert_close(_same(found, f"{kind}, by owners"), trained(kind, "plain"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(same(found, f"{kind}, by owners"), trained(kind, "plain"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_without_samples_is_not_waited_for(found: list[dict[str, Any]], kind: str) -> None:
-    assert _same(found, f"{kind}, empty").isfinite().all()
+    assert same(found, f"{kind}, empty").isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import hessopt
 from hessopt.averages import division
-from tests.distributed.worker import Scenario, outcomes
+from tests.distributed.worker import Scenario, outcomes, same
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -226,28 +226,11 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return outcomes(__name__, request.param, tmp_path_factory.mktemp("layerwise"))
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def _same(found: list[dict[str, Any]], name: str) -> Tensor:
-    """What all processes have, bit for bit."""
-    first = found[0][name]
-    assert isinstance(first, Tensor), first
-    for own in found:
-        assert isinstance(own[name], Tensor), own[name]
-        torch.testing.assert_close(own[name], first, rtol=0, atol=0)
-    return first
-
-
 @pytest.mark.parametrize(("kind", "way"), CELLS)
 def test_steps_are_those_of_one_process(found: list[dict[str, Any]], kind: str, way: str) -> None:
-    torch.testing.assert_close(_same(found, f"{kind}, {way}"), expected(kind, way), rtol=0, atol=1e-12)
+    torch.testing.assert_close(same(found, f"{kind}, {way}"), expected(kind, way), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [*MOST, "band"])
 def test_work_that_is_divided_gives_the_same_steps(found: list[dict[str, Any]], kind: str) -> None:
-    torch.testing.assert_close(_same(found, f"{kind}, by owners"), expected(kind, "plain"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(same(found, f"{kind}, by owners"), expected(kind, "plain"), rtol=0, atol=1e-12)

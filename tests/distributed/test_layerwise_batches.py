@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -280,13 +280,6 @@ def scenarios() -> dict[str, Scenario]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return outcomes(__name__, 2, tmp_path_factory.mktemp("batches"))
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def _both(found: list[dict[str, Any]], name: str, part: Callable[[Any], Tensor] = lambda value: value) -> Tensor:

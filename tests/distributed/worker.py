@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 TIMEOUT = timedelta(seconds=60)
 """Of a process that waits for another one."""
@@ -23,6 +24,15 @@ def outcomes(module: str, processes: int, folder: Path) -> list[dict[str, Any]]:
     """What each of the ``scenarios()`` of a module returned, or ``"Type: message"`` of its error, for each process."""
     mp.spawn(_run, (module, processes, folder), processes)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+def same(found: list[dict[str, Any]], name: str) -> Tensor:
+    """The tensor that a scenario gave in all processes, bit for bit."""
+    first = found[0][name]
+    for own in found:
+        assert isinstance(own[name], Tensor), own[name]
+        assert torch.equal(own[name], first)
+    return first
 
 
 def _run(rank: int, module: str, processes: int, folder: Path) -> None:
